@@ -1,0 +1,1 @@
+"""Benchmarks: programs run as `python -m bench.NAME [--json]`, never timed tests."""
