@@ -61,14 +61,19 @@ def _first_line(path: str, prefix: str) -> str:
     return ""
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], check=False, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def commit() -> str:
     """Short id of the checkout's commit, with `+` when files differ from it; empty outside a checkout."""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+        head = _git("rev-parse", "--short", "HEAD")
+        dirty = _git("status", "--porcelain", "-uno")
     except OSError:
         return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return head + ("+" if dirty else "")
 
 
 def versions(*packages: str) -> dict[str, Json]:
