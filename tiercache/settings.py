@@ -1,0 +1,479 @@
+"""Settings: one frozen dataclass, filled from a TOML file, the environment and keyword arguments, in rising precedence.
+
+The only module of the product that reads the environment, the cgroup and free disk space. Reading (`read_machine`) and
+deciding (`resolve`) are apart, so that every decision can be tested with made-up readings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import tempfile
+import tomllib
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiercache.errors import ConfigError
+from tiercache.model import ALIGN_BYTES, PAGE_BYTES, PART_BYTES, PARTS_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+MEMORY_SHARE = 1 / 8
+"""Default memory: this much of what the cgroup, or the machine, has left."""
+MEMORY_BYTES_MAX = 8 * GIB
+SSD_SHARE = 1 / 2
+"""Default SSD: this much of what is free above the floor, counting what the cache itself already uses as free."""
+SSD_BYTES_MAX = 64 * GIB
+SSD_BYTES_MIN = 256 * MIB
+"""Less than this is not worth a tier by default; asked for by name, it may be smaller."""
+FLOOR_SHARE = 1 / 10
+FLOOR_BYTES_MIN = GIB
+META_FILES = 64
+"""Files that the facts of an SSD tier may need beside its segments."""
+SLOT_BYTES_MEAN = 128 * KIB
+SLOTS_MIN, SLOTS_MAX = 1 << 16, 1 << 21
+
+PREFIX = "TIERCACHE_"
+NOT_SETTINGS = frozenset({"TIERCACHE_CONFIG", "TIERCACHE_DATA"})
+"""Environment names with our prefix that are no settings: where the file is, and where benchmarks find traces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, checked as a whole: an instance that exists has no contradictions.
+
+    Sizes are bytes, times seconds, marks shares of a capacity. `load` fills what nobody set with defaults that suit the
+    machine; made directly, the first three have no default. RULES says what each one means.
+    """
+
+    directory: str
+    memory_bytes: int
+    ssd_bytes: int
+    ssd_files_max: int = 4096
+    disk_free_floor_bytes: int = FLOOR_BYTES_MIN
+    page_bytes: int = PAGE_BYTES
+    ssd_threads: int = 4
+    ssd_deadline_s: float = 2.0
+    queue_bytes: int = 64 * MIB
+    high_mark: float = 0.95
+    low_mark: float = 0.90
+    verify_copies: bool = True
+    origin_deadline_s: float = 60.0
+    origin_attempts: int = 5
+    origin_concurrency: int = 16
+    request_bytes_max: int = 16 * MIB
+    merge_gap_bytes: int = 256 * KIB
+    readahead_bytes: int = 8 * MIB
+    tail_bytes: int = 256 * KIB
+    stat_ttl_s: float = 10.0
+    negative_ttl_s: float = 2.0
+    mtime_settle_s: float = 10.0
+    slots_max: int = 1 << 18
+    policy: str = "lru"
+    segment_bytes: int = 64 * MIB
+    sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+    """Where each value came from, for `explain`; no setting itself."""
+
+    def __post_init__(self) -> None:
+        for name, rule in RULES.items():
+            object.__setattr__(self, name, _checked(name, rule, getattr(self, name), self._source(name)))
+        for complaint in _contradictions(self):
+            raise ConfigError(complaint)
+
+    def _source(self, name: str) -> str:
+        return dict(self.sources).get(name, "argument")
+
+    def explain(self) -> list[Row]:
+        """One row for each setting, in order of declaration."""
+        return [Row(name, getattr(self, name), self._source(name), rule.meaning) for name, rule in RULES.items()]
+
+
+class Row(NamedTuple):
+    """One line of `tiercache config`."""
+
+    name: str
+    value: str | int | float | bool
+    source: str
+    meaning: str
+
+
+class Kind(Enum):
+    """How a setting is written; the value is what the message of a refusal asks for."""
+
+    SIZE = 'a size such as 4096, "512 MiB" or "4GB"'
+    SHARE_OR_SIZE = 'a size such as 4096, "512 MiB" or "4GB", or a share such as "10%"'
+    COUNT = "a whole number"
+    TIME = 'seconds, or a time such as "500ms" or "2min"'
+    FRACTION = 'a share from 0 to 1, or "95%"'
+    FLAG = "true or false"
+    PATH = "a path"
+    TEXT = "a name"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one setting may be: its kind, its limits (inclusive) and its meaning in a sentence."""
+
+    kind: Kind
+    meaning: str
+    low: float = 0
+    high: float = float(1 << 62)
+    whole: str = ""
+    """What a share is a share of."""
+
+
+RULES: dict[str, Rule] = {
+    "directory": Rule(Kind.PATH, "Where the SSD tier keeps its files; one owner at a time."),
+    "memory_bytes": Rule(Kind.SHARE_OR_SIZE, "Cap of the memory tier.", low=2 * MIB, whole="memory"),
+    "ssd_bytes": Rule(Kind.SHARE_OR_SIZE, "Cap of the SSD tier, its facts included; 0 is no SSD tier.", whole="disk"),
+    "ssd_files_max": Rule(Kind.COUNT, "Cap on files of the SSD tier.", low=1),
+    "disk_free_floor_bytes": Rule(Kind.SHARE_OR_SIZE, "Space that always stays free on the disk.", whole="disk"),
+    "page_bytes": Rule(Kind.SIZE, "Size of a page of a file.", low=PART_BYTES, high=PART_BYTES * PARTS_MAX),
+    "ssd_threads": Rule(Kind.COUNT, "Threads that do SSD reads and writes.", low=1, high=64),
+    "ssd_deadline_s": Rule(Kind.TIME, "After this long an SSD read counts as a miss.", low=0.001, high=3600),
+    "queue_bytes": Rule(Kind.SHARE_OR_SIZE, "Cap on bytes waiting to be written to SSD.", whole="memory_bytes"),
+    "high_mark": Rule(Kind.FRACTION, "Background eviction starts when a tier is this full.", low=0.01, high=1),
+    "low_mark": Rule(Kind.FRACTION, "Background eviction stops when a tier is this full.", low=0, high=1),
+    "verify_copies": Rule(Kind.FLAG, "Whether bytes copied out of memory are checked against their digests."),
+    "origin_deadline_s": Rule(Kind.TIME, "An origin call, its retries included, ends by then.", low=0.01, high=86400),
+    "origin_attempts": Rule(Kind.COUNT, "Tries of one origin request within the deadline.", low=1, high=100),
+    "origin_concurrency": Rule(Kind.COUNT, "Origin requests under way at once.", low=1, high=1024),
+    "request_bytes_max": Rule(Kind.SIZE, "Longest span asked of an origin in one request.", low=PART_BYTES),
+    "merge_gap_bytes": Rule(Kind.SIZE, "Gaps up to this are fetched too, to save a request."),
+    "readahead_bytes": Rule(Kind.SIZE, "How far ahead of a sequential reader pages are fetched; 0 is never."),
+    "tail_bytes": Rule(Kind.SIZE, "A first read asks for this much of the end; files up to it come whole."),
+    "stat_ttl_s": Rule(Kind.TIME, "How long an origin's facts and listings are believed.", high=86400),
+    "negative_ttl_s": Rule(Kind.TIME, "How long an origin's 'not there' is believed.", high=86400),
+    "mtime_settle_s": Rule(Kind.TIME, "A modification time younger than this is no version.", high=86400),
+    "slots_max": Rule(Kind.COUNT, "Cap on entries in the index.", low=1024, high=(1 << 31) - 1),
+    "policy": Rule(Kind.TEXT, "Order of eviction, a name in tiercache.policy."),
+    "segment_bytes": Rule(Kind.SIZE, "Size of one SSD data file.", low=MIB, high=4 * GIB),
+}
+
+
+def _contradictions(s: Settings) -> list[str]:
+    """Sentences about settings that cannot hold together; empty when all is well."""
+    need = -(-s.ssd_bytes // s.segment_bytes) + META_FILES
+    cases = [
+        (s.low_mark >= s.high_mark, f"low_mark ({s.low_mark}) must be under high_mark ({s.high_mark})"),
+        (s.page_bytes % PART_BYTES != 0, f"page_bytes ({s.page_bytes}) must be a multiple of {PART_BYTES}"),
+        (s.segment_bytes % ALIGN_BYTES != 0, f"segment_bytes ({s.segment_bytes}) must be a multiple of {ALIGN_BYTES}"),
+        (
+            s.memory_bytes < 2 * s.page_bytes,
+            f"memory_bytes ({s.memory_bytes}) must hold two pages of page_bytes ({s.page_bytes})",
+        ),
+        (
+            s.queue_bytes > s.memory_bytes,
+            f"queue_bytes ({s.queue_bytes}) must not exceed memory_bytes ({s.memory_bytes})",
+        ),
+        (
+            0 < s.ssd_bytes < 4 * s.segment_bytes,
+            f"ssd_bytes ({s.ssd_bytes}) must be 0 or hold four segments of segment_bytes ({s.segment_bytes})",
+        ),
+        (
+            bool(s.ssd_bytes) and s.segment_bytes < 2 * s.page_bytes,
+            f"segment_bytes ({s.segment_bytes}) must hold a page of page_bytes ({s.page_bytes}) and its header",
+        ),
+        (
+            bool(s.ssd_bytes) and s.ssd_files_max < need,
+            f"ssd_files_max ({s.ssd_files_max}) must be {need} or more: ssd_bytes ({s.ssd_bytes}) in files of "
+            f"segment_bytes ({s.segment_bytes}), and {META_FILES} for their facts",
+        ),
+        (
+            s.merge_gap_bytes >= s.request_bytes_max,
+            f"merge_gap_bytes ({s.merge_gap_bytes}) must be under request_bytes_max ({s.request_bytes_max})",
+        ),
+        (
+            s.tail_bytes > s.request_bytes_max,
+            f"tail_bytes ({s.tail_bytes}) must not exceed request_bytes_max ({s.request_bytes_max})",
+        ),
+    ]
+    return [sentence for wrong, sentence in cases if wrong]
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-z%]*)", re.IGNORECASE)
+
+
+def _checked(name: str, rule: Rule, value: object, source: str) -> str | int | float | bool:
+    """`value` as its rule has it, or ConfigError."""
+    parsed = _parsed(rule.kind, value)
+    if parsed is None:
+        raise ConfigError(f"{name} from {source} must be {rule.kind.value}, not {value!r}")
+    if isinstance(parsed, str):
+        return parsed
+    if not rule.low <= parsed <= rule.high:
+        raise ConfigError(f"{name} from {source} must be from {rule.low:g} to {rule.high:g}, not {parsed!r}")
+    return parsed
+
+
+def _parsed(kind: Kind, value: object) -> str | int | float | bool | None:
+    """The plain value that was written, or None when it is not of this kind. Shares must be made sizes before."""
+    if kind in (Kind.PATH, Kind.TEXT):
+        return os.fspath(value) if isinstance(value, str | os.PathLike) and os.fspath(value) else None
+    if kind is Kind.FLAG:
+        return value if isinstance(value, bool) else _FLAGS.get(str(value).strip().lower())
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        return _parsed_text(kind, value.strip().lower())
+    if isinstance(value, int):
+        return value if kind is not Kind.TIME and kind is not Kind.FRACTION else float(value)
+    if not isinstance(value, float) or not math.isfinite(value):
+        return None
+    if kind in (Kind.TIME, Kind.FRACTION):
+        return value
+    return int(value) if value == int(value) else None
+
+
+def _parsed_text(kind: Kind, text: str) -> int | float | None:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    digits, unit = match.group(1).replace("_", ""), match.group(2)
+    if kind is Kind.FRACTION:
+        return float(digits) / 100 if unit == "%" else float(digits) if unit == "" else None
+    if kind is Kind.TIME:
+        return float(digits) * _SECONDS[unit] if unit in _SECONDS else None
+    if kind is Kind.COUNT:
+        return int(digits) if unit == "" and "." not in digits else None
+    return round(float(digits) * _UNITS[unit]) if "." in digits and unit in _UNITS else _whole_size(digits, unit)
+
+
+def _whole_size(digits: str, unit: str) -> int | None:
+    return int(digits) * _UNITS[unit] if unit in _UNITS and "." not in digits else None
+
+
+def format_size(size: float) -> str:
+    """A size for people: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+# --------------------------------------------------------------------------------------------- what the machine says
+
+
+class Disk(NamedTuple):
+    """Space of the file system that holds a directory, and what the cache already uses of it. Bytes."""
+
+    total: int
+    free: int
+    ours: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Readings that defaults are made from."""
+
+    environ: Mapping[str, str]
+    memory_total: int
+    """The cgroup's limit, or the machine's memory when that is less or there is no limit. Bytes."""
+    memory_free: int
+    """What this process could still use of it before something is killed. Bytes."""
+    disk: Callable[[Path], Disk]
+    home: Path
+    cwd: Path
+
+
+def read_machine(root: Path = Path("/")) -> Machine:
+    """Reads environment, cgroup (v2 and v1), memory and disks of this machine. Never fails: unknown is little."""
+    total, free = _memory(root)
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home directory, as in many containers
+        home = Path(tempfile.gettempdir()) / f"tiercache-{os.getuid()}"
+    return Machine(dict(os.environ), total, free, read_disk, home, Path.cwd())
+
+
+def read_disk(directory: Path) -> Disk:
+    """Space where `directory` is, or would be made. Blocks that sparse files do not have are not counted as ours."""
+    ours = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            try:
+                ours += os.lstat(os.path.join(parent, name)).st_blocks * 512
+            except OSError:  # deleted meanwhile
+                continue
+    for place in (directory, *directory.parents):
+        try:
+            facts = os.statvfs(place)
+        except OSError:
+            continue
+        return Disk(facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize, ours)
+    return Disk(0, 0, ours)
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    """Total and free memory: the least that /proc/meminfo and any cgroup above this process allow."""
+    lines = _text(root / "proc/meminfo").splitlines()
+    facts = {line.split(":")[0]: int(line.split()[1]) * KIB for line in lines if len(line.split()) > 1}
+    total = facts.get("MemTotal", 0)
+    free = facts.get("MemAvailable", facts.get("MemFree", 0))
+    for folder, limit_name, usage_name in _cgroups(root):
+        limit = _text(folder / limit_name).strip()
+        if not limit.isdigit() or int(limit) >= total:  # "max", or v1's number for no limit
+            continue
+        usage = _text(folder / usage_name).strip()
+        cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+        used = int(usage or 0) - (int(cached.group(1)) if cached else 0)  # the kernel gives cold page cache back
+        total, free = int(limit), min(free, int(limit) - max(0, used))
+    return total, max(0, free)
+
+
+def _cgroups(root: Path) -> list[tuple[Path, str, str]]:
+    """Folders of the cgroups of this process, innermost first, with the names of their limit and usage files."""
+    found: list[tuple[Path, str, str]] = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        # Inside a container the path may name folders that only the host sees; the top one is then our own.
+        found += [(top.joinpath(*parts[:depth]), *names) for depth in range(len(parts), -1, -1)]
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------------------- deciding
+
+
+def load(machine: Machine | None = None, **arguments: object) -> Settings:
+    """Settings of this machine: TOML file, then environment, then `arguments`; defaults for what nobody set.
+
+    The file is the one that TIERCACHE_CONFIG names (an empty name is none), else ./tiercache.toml, else
+    tiercache/config.toml in the user's configuration directory. An argument that is None counts as not given.
+    ConfigError names the setting and its source.
+    """
+    machine = machine or read_machine()
+    path = config_path(machine)
+    given: dict[str, tuple[object, str]] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"settings file {path}: {error}") from error
+        given |= {name: (value, str(path)) for name, value in table.items()}
+    for name, value in machine.environ.items():
+        if name.startswith(PREFIX) and name not in NOT_SETTINGS:
+            given[name.removeprefix(PREFIX).lower()] = (value, f"environment {name}")
+    given |= {name: (value, "argument") for name, value in arguments.items() if value is not None}
+    return resolve(given, machine)
+
+
+def config_path(machine: Machine) -> Path | None:
+    """The settings file that counts, or None."""
+    named = machine.environ.get("TIERCACHE_CONFIG")
+    if named is not None:
+        return machine.cwd / Path(named).expanduser() if named else None
+    config = Path(machine.environ.get("XDG_CONFIG_HOME") or machine.home / ".config")
+    places = (machine.cwd / "tiercache.toml", config / "tiercache" / "config.toml")
+    return next((place for place in places if place.is_file()), None)
+
+
+def resolve(given: Mapping[str, tuple[object, str]], machine: Machine) -> Settings:
+    """Settings from (value, source) pairs and readings; reads nothing itself but `machine.disk`."""
+    for name, (_, source) in given.items():
+        if name not in RULES:
+            close = difflib.get_close_matches(name, RULES, 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(RULES)}"
+            raise ConfigError(f"unknown setting {name} from {source}{hint}")
+    chosen = dict(given)
+    directory = _directory(chosen, machine)
+    disk = machine.disk(directory)
+
+    def settle(name: str, whole: int, default: int, why: str) -> int:
+        value, source = chosen.get(name, (default, f"default: {why}"))
+        size = _size(name, value, whole, source)
+        chosen[name] = (size, source)
+        return size
+
+    floor = settle("disk_free_floor_bytes", disk.total, *_default_floor(disk))
+    memory = settle("memory_bytes", machine.memory_total, *_default_memory(machine))
+    settle("queue_bytes", memory, min(memory // 4, 256 * MIB), "a quarter of memory_bytes, at most 256 MiB")
+    ssd = settle("ssd_bytes", disk.total, *_default_ssd(disk, floor))
+    segment = max(2 * MIB, min(64 * MIB, _rounded_down(ssd // 16)))
+    segment = settle("segment_bytes", 0, segment, "a sixteenth of ssd_bytes, from 2 to 64 MiB")
+    files = 2 * -(-ssd // max(1, segment)) + 16 * META_FILES
+    settle("ssd_files_max", 0, files, "twice what full segments need")
+    slots = min(SLOTS_MAX, max(SLOTS_MIN, _rounded_down((memory + ssd) // SLOT_BYTES_MEAN)))
+    settle("slots_max", 0, slots, f"one for each {format_size(SLOT_BYTES_MEAN)} of both caps")
+    sources = tuple((name, chosen[name][1] if name in chosen else "default") for name in RULES)
+    plain = {name: value for name, (value, _) in chosen.items()}
+    return Settings(**plain, sources=sources)  # type: ignore[arg-type]  # __post_init__ checks every value by its rule
+
+
+def _directory(chosen: dict[str, tuple[object, str]], machine: Machine) -> Path:
+    """Settles the directory: absolute, ~ expanded."""
+    cache = Path(machine.environ.get("XDG_CACHE_HOME") or machine.home / ".cache")
+    value, source = chosen.get("directory", (cache / "tiercache", "default"))
+    written = str(_checked("directory", RULES["directory"], value, source))
+    if written == "~" or written.startswith("~/"):
+        written = str(machine.home) + written[1:]
+    place = machine.cwd / written
+    chosen["directory"] = (str(place), source)
+    return place
+
+
+def _size(name: str, value: object, whole: int, source: str) -> int:
+    """`value` as bytes (or a count); a share such as "10%" is taken of `whole`."""
+    rule = RULES[name]
+    text = value.strip() if isinstance(value, str) else ""
+    if rule.whole and text.endswith("%"):
+        share = _parsed_text(Kind.FRACTION, text)
+        if share is None or not 0 <= share <= 1:
+            raise ConfigError(f"{name} from {source} must be from 0% to 100% of {rule.whole}, not {value!r}")
+        value = int(whole * share)
+    return int(_checked(name, rule, value, source))
+
+
+def _default_floor(disk: Disk) -> tuple[int, str]:
+    floor = max(FLOOR_BYTES_MIN, int(disk.total * FLOOR_SHARE))
+    return floor, f"{FLOOR_SHARE:.0%} of the disk's {format_size(disk.total)}, at least {format_size(FLOOR_BYTES_MIN)}"
+
+
+def _default_memory(machine: Machine) -> tuple[int, str]:
+    share = _rounded_down(int(machine.memory_free * MEMORY_SHARE))
+    size = min(MEMORY_BYTES_MAX, max(int(RULES["memory_bytes"].low), share))
+    return size, f"{MEMORY_SHARE:.1%} of {format_size(machine.memory_free)} free memory, rounded down"
+
+
+def _default_ssd(disk: Disk, floor: int) -> tuple[int, str]:
+    room = disk.free + disk.ours - floor
+    size = min(SSD_BYTES_MAX, _rounded_down(int(room * SSD_SHARE)))
+    if size < SSD_BYTES_MIN:
+        return 0, f"off: only {format_size(disk.free)} free on the disk, {format_size(floor)} of it stay free"
+    return size, f"{SSD_SHARE:.0%} of {format_size(room)} free above disk_free_floor_bytes, rounded down"
+
+
+def _rounded_down(size: int) -> int:
+    """The largest 2 ** n or 3 * 2 ** n up to `size`, so that a default is the same at the next opening."""
+    if size < 2:
+        return max(0, size)
+    power = 1 << (size.bit_length() - 1)
+    return power + power // 2 if size >= power + power // 2 else power
