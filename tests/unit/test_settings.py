@@ -231,9 +231,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
 
 
 MEMINFO = {
-    "proc/meminfo": "MemTotal:       16777216 kB\nMemFree:  1048576 kB\nMemAvailable:   8388608 kB\nHugePages_Total:   0\n"
-}
-    "proc/meminfo": "MemTotal:       16777216 kB\nMemFree:  1048576 kB\nMemAvailable:   8388608 kB\nHugePages_Total:   0\n"
+    "proc/meminfo": "MemTotal:  16777216 kB\nMemFree:  1048576 kB\nMemAvailable:   8388608 kB\nHugePages_Total:   0\n"
 }
 
 
