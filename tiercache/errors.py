@@ -19,6 +19,10 @@ class UnavailableError(TierCacheError, OSError):
     """Something outside did not answer in time or failed: try again, or go on without the cache."""
 
 
+class LockedError(UnavailableError):
+    """Another process owns this directory: use that one, another directory, or go on with memory alone."""
+
+
 class CapacityError(TierCacheError):
     """This can never fit under the caps: store less, or raise the cap that the message names."""
 

@@ -58,6 +58,14 @@ class Kind(IntEnum):
     TENSOR = 2
 
 
+class Form(IntEnum):
+    """Which kind of run an entry belongs to."""
+
+    LONE = 0
+    PAGE = 1
+    BLOCK = 2
+
+
 class TierId(IntEnum):
     """Local tiers that share the one index; each is one column of locations and one of part maps."""
 
@@ -97,6 +105,7 @@ class Payload:
     """Wall clock, whole seconds since the epoch; 0 is never."""
     tick: int = 0
     """Order of last use, larger is later; only compared, never read as time."""
+    form: Form = Form.LONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +132,6 @@ class Facts:
     costs_s: npt.NDArray[np.float32]
     expiries_s: npt.NDArray[np.uint32]
     ticks: npt.NDArray[np.uint32]
-
-
-class Form(IntEnum):
-    """Which kind of run an entry belongs to."""
-
-    LONE = 0
-    PAGE = 1
-    BLOCK = 2
 
 
 def part_bytes_for(size: int) -> int:
