@@ -118,9 +118,8 @@ def parse_range(text: str | None, size: int) -> tuple[int, int] | None:
     else:
         start, stop = int(first), min(size, int(last) + 1) if last else size
     if start >= size or start >= stop:
-        raise Refusal(
-            416, "InvalidRange", "The requested range is not satisfiable", {"Content-Range": f"bytes */{size}"}
-        )
+        whole = {"Content-Range": f"bytes */{size}"}
+        raise Refusal(416, "InvalidRange", "The requested range is not satisfiable", headers=whole)
     return start, stop
 
 
@@ -130,9 +129,9 @@ def check_conditions(request: Request, found: Found) -> bool:
     none, since = request.header("if-none-match"), request.header("if-modified-since")
     if match is not None:
         if not _names(match, found.etag):
-            raise Refusal(412, "PreconditionFailed", "If-Match did not hold")
+            raise Refusal.condition_failed("If-Match")
     elif unmodified is not None and int(found.mtime_s) > parsedate_to_datetime(unmodified).timestamp():
-        raise Refusal(412, "PreconditionFailed", "If-Unmodified-Since did not hold")
+        raise Refusal.condition_failed("If-Unmodified-Since")
     if none is not None:
         return not _names(none, found.etag)
     return since is None or int(found.mtime_s) > parsedate_to_datetime(since).timestamp()
