@@ -1,0 +1,128 @@
+"""Assemble: from settings to a working cache. The only file that knows concrete tiers, policies and origins."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tiercache.cache import Cache
+from tiercache.clock import SystemClock
+from tiercache.cpu.tier import MemoryTier
+from tiercache.errors import LockedError
+from tiercache.index import Index
+from tiercache.metrics import Metrics
+from tiercache.policy import POLICIES
+from tiercache.settings import Settings, load
+from tiercache.sync import BlockingCache, io_loop, wait
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from tiercache.clock import Clock
+    from tiercache.tier import Tier
+
+log = logging.getLogger(__name__)
+
+
+def build(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
+    """A cache that has not been started. Blocking: it opens files. Where another process holds the directory, or the
+    disk refuses, it says so in one line and goes on with memory alone."""
+    ssd = _open_ssd(settings, clock, metrics) if settings.ssd_bytes else None
+    policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
+    memory = MemoryTier(settings.memory_bytes)
+    return Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
+
+
+def _open_ssd(settings: Settings, clock: Clock, metrics: Metrics) -> Tier | None:
+    from tiercache.ssd.tier import SsdTier  # brings RocksDB, which a cache in memory alone does without
+
+    try:
+        return SsdTier(
+            settings.directory,
+            settings.ssd_bytes,
+            files_max=settings.ssd_files_max,
+            segment_bytes=settings.segment_bytes,
+            threads=settings.ssd_threads,
+            deadline_s=settings.ssd_deadline_s,
+            disk_free_floor_bytes=settings.disk_free_floor_bytes,
+            clock=clock,
+        )
+    except LockedError as error:
+        log.warning("%s; this process caches in memory alone", error)
+    except OSError as error:
+        log.warning("no SSD tier in %s (%s); this process caches in memory alone", settings.directory, error)
+    return None
+
+
+class _Shared:
+    """One cache of this process and how many hold it."""
+
+    def __init__(self, cache: Cache, loop: asyncio.AbstractEventLoop) -> None:
+        self.cache, self.loop, self.holders = cache, loop, 0
+
+
+_shared: dict[str, _Shared] = {}
+_lock = threading.Lock()
+
+
+def _forget_after_fork() -> None:
+    """A forked child has none of the parent's threads, and must not write into the memory it shares with the parent."""
+    global _lock  # it may be held by a thread that does not exist in the child
+    _lock = threading.Lock()
+    for shared in _shared.values():
+        shared.cache.disown()
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def acquire(settings: Settings) -> Cache:
+    """The process's one running cache for settings.directory, on the I/O loop; give it back with `release`."""
+    directory = os.path.realpath(settings.directory)
+    with _lock:
+        shared = _shared.get(directory)
+        if shared is None:
+            loop = io_loop()
+            cache = build(replace(settings, directory=directory), SystemClock(), Metrics())
+            wait(cache.start(), loop)
+            shared = _shared[directory] = _Shared(cache, loop)
+        elif shared.cache.settings != replace(settings, directory=directory):
+            log.warning("%s is already open in this process with other settings; those stay", directory)
+        shared.holders += 1
+        return shared.cache
+
+
+def release(cache: Cache) -> None:
+    """Gives back a cache from `acquire`; the last holder closes it. Unknown caches are ignored: a fork forgot them."""
+    with _lock:
+        for directory, shared in _shared.items():
+            if shared.cache is cache:
+                shared.holders -= 1
+                if shared.holders > 0:
+                    return
+                del _shared[directory]
+                break
+        else:
+            return
+    wait(cache.close(), shared.loop)
+
+
+def open_cache(directory: str | os.PathLike[str] | None = None, **settings: object) -> BlockingCache:
+    """Opens the cache in `directory` (created if needed) for this process: memory and SSD, nothing to start or to stop.
+
+    Keyword arguments are settings (see tiercache.settings.Settings); the settings file and TIERCACHE_* variables fill in
+    the rest. Opening a directory twice in one process gives the same cache. Use it as a context manager or close it.
+    """
+    cache = acquire(load(directory=os.fspath(directory) if directory is not None else None, **settings))
+    done = threading.Event()
+
+    def close() -> None:
+        if not done.is_set():
+            done.set()
+            release(cache)
+
+    return BlockingCache(cache, io_loop(), close)

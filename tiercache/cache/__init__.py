@@ -1,0 +1,533 @@
+"""Cache: the one orchestrator of the local tiers, and the public face of the embedded library.
+
+Reads: what is in memory is answered in the caller's thread by the `*_resident` calls, without the loop; the coroutines
+add the SSD and, for pages, the caller's own load. Writes land in memory (visible) and go to the SSD in the background;
+`durable=True` and `flush()` wait for the disk. Planning is in placement.py, loading in filling.py, the SSD queue in
+demotion.py, pins and room in tiers.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.buffers import Buffer, copy, copy_verified, part_digests
+from tiercache.cache.demotion import Demotion
+from tiercache.cache.filling import Filling
+from tiercache.cache.recovery import Recovery
+from tiercache.cache.tasks import Tasks
+from tiercache.cache.tiers import Tiers
+from tiercache.errors import CapacityError, ClosedError, ConfigError
+from tiercache.lease import Lease
+from tiercache.model import Kind, Name, Outcome, State, TierId, all_parts, part_bytes_for
+from tiercache.placement import bytes_over, plan_pressure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from tiercache.cache.tiers import MemoryTier
+    from tiercache.clock import Clock
+    from tiercache.index import Index, Match, Reservation
+    from tiercache.lease import Load, PageRun
+    from tiercache.metrics import Metrics
+    from tiercache.settings import Settings
+    from tiercache.tier import Tier
+
+CLOSE_PATIENCE_S = 10.0
+PRESSURE_BATCH = 64
+INLINE_BYTES_MAX = 4 << 20
+"""A put of more than this copies in a worker thread, so that the loop is never held for longer than some 0.5 ms."""
+
+
+class Cache:
+    """See the module. Made by assemble.py; `start()` before anything else, `close()` at the end, both on the loop."""
+
+    def __init__(
+        self,
+        index: Index,
+        memory: MemoryTier,
+        ssd: Tier | None = None,
+        *,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.tiers = Tiers(index, memory, ssd, settings=settings, clock=clock, metrics=metrics)
+        self.settings, self.metrics = settings, metrics
+        self._tasks = Tasks()
+        self._demotion = Demotion(self.tiers)
+        self._filling = Filling(self.tiers, self._tasks, self._dirtied)
+        self._demotion.filling = self._filling
+        self._recovery = Recovery(self.tiers)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pressure = asyncio.Event()
+        self._closed = False
+        self._nudged = False
+
+    async def start(self) -> None:
+        """Starts the background work on the running loop: recovery, the SSD writer, eviction."""
+        self._loop = asyncio.get_running_loop()
+        if self.tiers.ssd is not None:
+            self._recovery.begin(self._tasks)
+            self._forever = [self._tasks.start(self._demotion.run(), "write to SSD")]
+        else:
+            self._forever = []
+        self._forever.append(self._tasks.start(self._relieve(), "evict from memory"))
+
+    # -- any thread, memory only ---------------------------------------------------------------------------------------
+
+    def lease_resident(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
+        """A lease on pages of one file version, or None unless every wanted part (a map a page) is in memory now."""
+        tiers = self._open()
+        wanted = np.asarray(parts, np.uint64)
+        match, locations, present = tiers.index.hit_pages(key, np.asarray(ordinals, np.int32))
+        if ((present & wanted) != wanted).any():
+            tiers.release(match)
+            return None
+        return Lease([Outcome.HIT] * len(locations), locations, tiers.memory, tiers.end_of(match))
+
+    def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
+        """A lease on whole entries, or None unless every one of them is in memory now."""
+        tiers = self._open()
+        match = tiers.index.match(names)
+        facts = tiers.index.facts(match.slots)
+        whole = (match.slots >= 0) & (facts.memory_parts == _all_parts(facts.size, facts.part_bytes))
+        if not (whole & ~self._expired(facts.expiry_s)).all():
+            tiers.release(match)
+            return None
+        return Lease([Outcome.HIT] * len(names), facts.memory_location, tiers.memory, tiers.end_of(match))
+
+    def match_resident(self, digests: Sequence[bytes]) -> Lease:
+        """A lease on the longest prefix of a chain that is in memory as a whole; empty when nothing is."""
+        tiers = self._open()
+        match = tiers.index.match_chain(digests)
+        facts = tiers.index.facts(match.slots)
+        whole = facts.memory_parts == _all_parts(facts.size, facts.part_bytes)
+        length = len(whole) if whole.all() else int(whole.argmin())
+        locations = facts.memory_location[:length]
+        return Lease([Outcome.HIT] * length, locations, tiers.memory, tiers.end_of(match))
+
+    def get_into_resident(
+        self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True
+    ) -> list[Outcome]:
+        """Copies whole entries from memory to the start of each target: HIT, MISS where it is not in memory as a whole,
+        CORRUPT where a digest differed (the copy is then gone from memory). The GIL is released while bytes move."""
+        tiers = self._open()
+        match = tiers.index.match(names)
+        try:
+            return self._copy_out(match.slots, targets, verify)
+        finally:
+            tiers.release(match)
+
+    def _copy_out(self, slots: npt.NDArray[np.int64], targets: Sequence[Buffer], verify: bool) -> list[Outcome]:
+        tiers = self.tiers
+        facts = tiers.index.facts(slots)
+        whole = (
+            (slots >= 0)
+            & (facts.memory_parts == _all_parts(facts.size, facts.part_bytes))
+            & ~self._expired(facts.expiry_s)
+        )
+        outcomes = [Outcome.MISS] * len(slots)
+        chosen = np.flatnonzero(whole).tolist()
+        locations = facts.memory_location[whole].tolist()
+        sources = tiers.memory.buffers(locations)
+        payloads = tiers.memory.payloads(locations) if verify else []
+        for at, (i, source) in enumerate(zip(chosen, sources, strict=True)):
+            target = targets[i]
+            if target.length < source.length:
+                raise ConfigError(
+                    f"target {i} has {target.length} bytes, the entry {source.length}: pass a larger buffer"
+                )
+            if not verify:
+                copy(source, target)
+            elif not copy_verified(source, target, 0, source.length, payloads[at].part_bytes, payloads[at].digests):
+                tiers.lose(slots[i : i + 1], TierId.MEMORY)
+                tiers.metrics.add("tiercache_corruptions_total", 1, tier="memory")
+                outcomes[i] = Outcome.CORRUPT
+                continue
+            outcomes[i] = Outcome.HIT
+        return outcomes
+
+    def store(
+        self,
+        names: Sequence[Name],
+        values: Sequence[Buffer],
+        *,
+        kind: Kind = Kind.TENSOR,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        expiry_s: int = 0,
+    ) -> list[Outcome]:
+        """Puts whole lone entries into memory from any thread (visible, not durable): HIT where the entry is there now,
+        BUSY where another thread is storing it, FULL where there was no room."""
+        tiers = self._open()
+        sizes = np.array([value.length for value in values], np.int64)
+        self._check_sizes(sizes)
+        steps = np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
+        tiers.expiries |= bool(expiry_s)
+        reservation = tiers.index.reserve(
+            names, sizes.astype(np.uint32), steps, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s
+        )
+        return self._fill(reservation, names, values)
+
+    def store_chain(
+        self,
+        digests: Sequence[bytes],
+        values: Sequence[Buffer],
+        *,
+        parent: bytes = b"",
+        kind: Kind = Kind.KV,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        expiry_s: int = 0,
+    ) -> list[Outcome]:
+        """As `store`, for blocks of one chain in order; `parent` is the digest of the stored block that they continue."""
+        tiers = self._open()
+        sizes = np.array([value.length for value in values], np.int64)
+        self._check_sizes(sizes)
+        steps = np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
+        tiers.expiries |= bool(expiry_s)
+        reservation = tiers.index.reserve_chain(
+            digests,
+            sizes.astype(np.uint32),
+            steps,
+            width=len(digests[0]),
+            parent=parent or None,
+            kind=kind,
+            scope=scope,
+            cost_s=cost_s,
+            expiry_s=expiry_s,
+        )
+        return self._fill(reservation, [Name(digest) for digest in digests], values)
+
+    def _fill(self, reservation: Reservation, names: Sequence[Name], values: Sequence[Buffer]) -> list[Outcome]:
+        """Fills what a reservation made PENDING; whatever happens, nothing stays PENDING."""
+        tiers, slots = self.tiers, reservation.slots
+        outcomes = [Outcome.HIT] * len(slots)
+        fresh = np.flatnonzero(reservation.fresh).tolist()
+        unplaced = set(slots[reservation.fresh].tolist())
+        try:
+            state = tiers.index.facts(slots).state
+            for i in range(len(slots)):
+                if slots[i] < 0:
+                    outcomes[i] = Outcome.FULL
+                elif not reservation.fresh[i] and state[i] < State.RESIDENT:
+                    outcomes[i] = Outcome.BUSY
+            sizes = [values[i].length for i in fresh]
+            steps = [part_bytes_for(size) for size in sizes]
+            locations = tiers.reserve([names[i] for i in fresh], sizes, steps)
+            for i, location, size, step in zip(fresh, locations, sizes, steps, strict=True):
+                if location < 0:
+                    outcomes[i] = Outcome.FULL
+                    continue
+                target = tiers.memory.buffers([location])[0]
+                copy(values[i], target)
+                parts = all_parts(size, step)
+                tiers.memory.commit([location], [parts], [part_digests(target, step, parts)])
+                one = slots[i : i + 1]
+                tiers.index.place(one, TierId.MEMORY, np.array([location], np.int64), np.array([parts], np.uint64))
+                unplaced.discard(int(slots[i]))
+            stored = slots[[i for i in fresh if outcomes[i] is Outcome.HIT]]
+        finally:
+            if unplaced:
+                tiers.index.abandon(np.array(sorted(unplaced), np.int64))
+            tiers.release(reservation)
+        self._dirtied(stored)
+        return outcomes
+
+    # -- on the loop ---------------------------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        names: Sequence[Name],
+        values: Sequence[object],
+        *,
+        kind: Kind = Kind.TENSOR,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        ttl_s: float | None = None,
+        durable: bool = False,
+    ) -> list[Outcome]:
+        """Stores whole entries. HIT is visible; with `durable=True` it also survives kill -9 and power loss, and what
+        could not be made durable is FULL."""
+        self._check_durable(durable)
+        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # checked by memoryview itself
+        expiry_s = self.expiry(ttl_s)
+
+        def store() -> list[Outcome]:
+            return self.store(names, sources, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s)
+
+        return await self._stored(store, sources, names if durable else ())
+
+    async def put_chain(
+        self,
+        digests: Sequence[bytes],
+        values: Sequence[object],
+        *,
+        parent: bytes = b"",
+        kind: Kind = Kind.KV,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        ttl_s: float | None = None,
+        durable: bool = False,
+    ) -> list[Outcome]:
+        """As `put`, for blocks of one chain in order; `parent` is the digest of the stored block that they continue."""
+        self._check_durable(durable)
+        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # checked by memoryview itself
+        expiry_s = self.expiry(ttl_s)
+
+        def store() -> list[Outcome]:
+            return self.store_chain(
+                digests, sources, parent=parent, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s
+            )
+
+        return await self._stored(store, sources, [Name(d) for d in digests] if durable else ())
+
+    async def _stored(
+        self, store: Callable[[], list[Outcome]], sources: Sequence[Buffer], durable: Sequence[Name]
+    ) -> list[Outcome]:
+        if sum(source.length for source in sources) <= INLINE_BYTES_MAX:
+            outcomes = store()
+        else:
+            # Shielded: a caller that gives up must not free values that the thread still copies.
+            outcomes = await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, store))
+        if not durable:
+            return outcomes
+        await self.flush()
+        match = self.tiers.index.match(durable)
+        try:
+            facts = self.tiers.index.facts(match.slots)
+            kept = (match.slots >= 0) & (facts.ssd_parts == _all_parts(facts.size, facts.part_bytes))
+        finally:
+            self.tiers.release(match)
+        return [
+            Outcome.FULL if outcome is Outcome.HIT and not safe else outcome
+            for outcome, safe in zip(outcomes, kept.tolist(), strict=True)
+        ]
+
+    async def lease(self, names: Sequence[Name]) -> Lease:
+        """A lease on whole entries, brought to memory from the SSD where needed; look at its `outcomes`."""
+        tiers = self._open()
+        await self._recovery.find(names)
+        match = tiers.index.match(names)
+        facts = tiers.index.facts(match.slots)
+        return await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
+
+    async def match(self, digests: Sequence[bytes]) -> Lease:
+        """A lease on the longest prefix of a chain that the local tiers have, brought to memory; `len(lease)` blocks."""
+        tiers = self._open()
+        await self._recovery.find([Name(digest) for digest in digests])
+        match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
+        facts = tiers.index.facts(match.slots)
+        return await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
+
+    async def get_into(self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True) -> list[Outcome]:
+        """Copies whole entries to the start of each target, from memory or the SSD: HIT, or why not."""
+        outcomes = self.get_into_resident(names, targets, verify=verify)
+        rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
+        if not rest:
+            return outcomes
+        with await self.lease([names[i] for i in rest]) as lease:
+            for at, i in enumerate(rest):
+                outcomes[i] = lease.outcomes[at]
+                if outcomes[i] is Outcome.HIT:
+                    size = lease.buffer(at).length
+                    outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
+        return outcomes
+
+    async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
+        """A lease on pages of one file version with these parts (a map a page) in memory; what no tier has, `load` brings.
+
+        Raises what `load` raises. Items that memory has no room for are FULL: read those around the cache.
+        """
+        tiers = self._open()
+        tiers.drain()
+        await self._recovery.find([Name(run.key, ordinal) for ordinal in ordinals])
+        tiers.expiries |= bool(run.expiry_s)
+        reservation = tiers.index.reserve_pages(
+            run.key,
+            np.asarray(ordinals, np.int32),
+            np.array([run.page_size(ordinal) for ordinal in ordinals], np.uint32),
+            run.part_bytes,
+            kind=Kind.PAGE,
+            scope=run.scope,
+            cost_s=run.cost_s,
+            expiry_s=run.expiry_s,
+        )
+        return await self._lease(reservation, np.asarray(parts, np.uint64), load)
+
+    async def prefetch_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> None:
+        """As `read_pages`, for somebody who may come later."""
+        (await self.read_pages(run, ordinals, parts, load)).release()
+
+    async def _lease(self, pin: Match | Reservation, wanted: npt.NDArray[np.uint64], load: Load | None) -> Lease:
+        tiers, slots = self.tiers, pin.slots
+        outcomes = [Outcome.MISS if load is None else Outcome.FULL] * len(slots)
+        locations = np.full(len(slots), -1, np.int64)
+        try:
+            facts = tiers.index.facts(slots)
+            found = np.flatnonzero((slots >= 0) & ~self._expired(facts.expiry_s))
+            filled = await self._filling.ensure(slots[found], wanted[found], load)
+            locations[found] = tiers.index.facts(slots[found]).memory_location
+            for i, outcome in zip(found.tolist(), filled, strict=True):
+                outcomes[i] = outcome
+        except BaseException:
+            tiers.release(pin)
+            if load is not None:
+                self._abandon_unfilled(slots)
+            raise
+        self._nudge()
+        return Lease(outcomes, locations, tiers.memory, tiers.end_of(pin))
+
+    async def delete(self, names: Sequence[Name]) -> list[Outcome]:
+        """Forgets entries in every tier: HIT for each that was there. Bytes under a lease stay until it ends."""
+        tiers = self._open()
+        await self._recovery.find(names)
+        match = tiers.index.match(names)
+        try:
+            there = match.slots >= 0
+            tiers.free(tiers.index.remove(match.slots[there]))
+        finally:
+            tiers.release(match)
+        return [Outcome.HIT if found else Outcome.GONE for found in there.tolist()]
+
+    async def flush(self) -> None:
+        """Returns when what was visible before the call is durable on the SSD, as far as the SSD takes it."""
+        self._open()
+        await self._flush()
+
+    async def _flush(self) -> None:
+        await self._demotion.drain()
+        if self.tiers.ssd is not None:
+            await self.tiers.ssd.flush()
+
+    async def close(self) -> None:
+        """Writes what is queued, ends every task, closes the tiers. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._forever:
+            task.cancel()
+        self._recovery.stop()
+        await self._tasks.close(CLOSE_PATIENCE_S)
+        self.tiers.drain()
+        if self.tiers.ssd is not None:
+            await self._flush()
+            await self.tiers.ssd.close()
+        await self.tiers.memory.close()
+
+    def disown(self) -> None:
+        """Makes this object refuse every call: it came into a forked child, and the cache belongs to the parent."""
+        self._closed = True
+
+    def stats(self) -> dict[str, int | float | str]:
+        """A flat table of what the cache holds and did: metrics by name, and the usage of each tier."""
+        rows: dict[str, int | float | str] = dict(self.metrics.snapshot())
+        for tier in (self.tiers.memory, self.tiers.ssd):
+            if tier is not None:
+                status = tier.status()
+                rows[f"{status.name}_used_bytes"] = status.used_bytes
+                rows[f"{status.name}_capacity_bytes"] = status.capacity_bytes
+                rows[f"{status.name}_health"] = status.health.name.lower()
+        rows["entries"] = self.tiers.index.used
+        rows["queue_bytes"] = self._demotion.queue_bytes
+        rows["flights_merged"] = self._filling.flights.merged
+        return rows
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Tiers:
+        if self._closed:
+            raise ClosedError("this cache was closed: open it again with tiercache.open(...)")
+        return self.tiers
+
+    def expiry(self, ttl_s: float | None) -> int:
+        """Expiry of an entry put now, in whole seconds since the epoch; 0 for never."""
+        if ttl_s is None:
+            return 0
+        if ttl_s <= 0:
+            raise ConfigError(f"ttl_s must be positive, not {ttl_s}: leave it out for an entry that does not expire")
+        return int(self.tiers.clock.wall() + ttl_s) + 1
+
+    def _expired(self, expiries_s: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        if not self.tiers.expiries:
+            return np.zeros(len(expiries_s), bool)
+        return (expiries_s != 0) & (expiries_s <= self.tiers.clock.wall())
+
+    def _check_sizes(self, sizes: npt.NDArray[np.int64]) -> None:
+        capacity = self.tiers.memory.status().capacity_bytes
+        if len(sizes) and int(sizes.max()) > capacity:
+            raise CapacityError(
+                f"an entry of {int(sizes.max())} bytes can never fit into memory_bytes = {capacity}: raise memory_bytes"
+            )
+
+    def _check_durable(self, durable: bool) -> None:
+        if durable and self.tiers.ssd is None:
+            raise ConfigError(
+                "durable=True needs an SSD: set ssd_bytes, or open the directory that another process holds later"
+            )
+
+    def _dirtied(self, slots: npt.NDArray[np.int64]) -> None:
+        """New bytes in memory: they wait for the SSD, and may have pushed memory over its mark."""
+        self._demotion.mark(slots)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        """Wakes the background tasks, from any thread."""
+        loop = self._loop
+        if loop is None or self._nudged or self._closed:
+            return
+        self._nudged = True
+        loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._nudged = False
+        self._demotion.wake()
+        self._pressure.set()
+
+    def _abandon_unfilled(self, slots: npt.NDArray[np.int64]) -> None:
+        """Pages that were reserved but of which nothing is there and nothing is on the way are given up."""
+        index = self.tiers.index
+        state = index.facts(slots).state
+        idle = [
+            slot
+            for slot, now in zip(slots.tolist(), state.tolist(), strict=True)
+            if slot >= 0 and now == State.PENDING and not self._filling.flights.under_way(slot)
+        ]
+        if idle:
+            index.abandon(np.array(idle, np.int64))
+
+    async def _relieve(self) -> None:
+        """Keeps memory under its high mark, so that no reader has to evict."""
+        while True:
+            await self._pressure.wait()
+            self._pressure.clear()
+            self.tiers.drain()
+            await self._evict()
+
+    async def _evict(self) -> None:
+        tiers, settings = self.tiers, self.settings
+        status = tiers.memory.status()
+        over = bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark)
+        while over > 0:
+            victims = tiers.index.victims(TierId.MEMORY, PRESSURE_BATCH)
+            if not len(victims):
+                return
+            facts = tiers.index.facts(victims)
+            plan = plan_pressure(victims, facts.memory_parts, facts.ssd_parts, can_demote=tiers.ssd_writable)
+            if len(plan.demote):
+                await self._demotion.write(plan.demote)
+            freed = tiers.forget(victims)
+            if not freed:
+                return
+            over -= freed
+
+
+def _all_parts(sizes: npt.NDArray[np.uint32], part_bytes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """Map with every part set, for each entry (see model.all_parts)."""
+    counts = np.maximum(-(-sizes.astype(np.int64) // np.maximum(part_bytes, 1)), 1)
+    return np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - counts).astype(np.uint64)

@@ -1,0 +1,238 @@
+"""Demotion: copies what is new in memory to the SSD, in the background and in batches, and reclaims SSD segments.
+
+The queue is bounded and is the first thing to be dropped under pressure: what is lost with it is a later hit, never an
+acknowledgement (`flush` waits for the queue and then for the disk).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.model import Kind, Outcome, Payload, TierId
+from tiercache.placement import plan_reclaim
+from tiercache.tier import Reclaiming
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from tiercache.cache.filling import Filling
+    from tiercache.cache.tiers import Tiers
+    from tiercache.index import SlotFacts
+
+BATCH_BYTES = 16 << 20
+DELAY_S = 0.05
+"""Pages that are still being filled get their other parts before they are written, so that they are written once."""
+RECLAIM_ROUNDS_MAX = 8
+SAMPLE = 1024
+KEEP_SHARE = 0.5
+"""At most this share of a reclaimed segment is written again."""
+
+
+class Demotion:
+    """The write queue of the SSD tier. `mark` may be called from any thread, all else runs on the cache's loop."""
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._dirty: dict[int, int] = {}  # slot -> bytes, in the order of marking
+        self._bytes = 0
+        self._wake = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self.filling: Filling | None = None
+        self.dropped = 0
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes that wait to be written."""
+        return self._bytes
+
+    def mark(self, slots: npt.NDArray[np.int64]) -> None:
+        """These slots have parts in memory that the SSD may lack."""
+        if self._tiers.ssd is None or not len(slots):
+            return
+        sizes = self._tiers.index.facts(slots).size.tolist()
+        for slot, size in zip(slots.tolist(), sizes, strict=True):
+            if slot not in self._dirty:
+                self._dirty[slot] = size
+                self._bytes += size
+        while self._bytes > self._tiers.settings.queue_bytes and len(self._dirty) > 1:
+            self._drop_oldest()
+
+    def wake(self) -> None:
+        """Lets the writer look at the queue; on the loop."""
+        self._wake.set()
+
+    def _drop_oldest(self) -> None:
+        try:
+            slot = next(iter(self._dirty))
+            self._bytes -= self._dirty.pop(slot)
+        except (StopIteration, KeyError):  # another thread was faster
+            return
+        self.dropped += 1
+        self._tiers.metrics.add("tiercache_demotions_dropped_total", 1)
+
+    async def run(self) -> None:
+        """Writes for as long as the cache is open."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await asyncio.sleep(DELAY_S)
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Writes everything that is queued now."""
+        async with self._writing:
+            rounds = len(self._dirty)
+            while self._dirty and rounds > 0:
+                batch = self._take()
+                rounds -= len(batch)
+                await self.write(np.array(batch, np.int64))
+
+    def _take(self) -> list[int]:
+        batch: list[int] = []
+        total = 0
+        while self._dirty and total < BATCH_BYTES:
+            slot = next(iter(self._dirty))
+            size = self._dirty.pop(slot)
+            self._bytes -= size
+            total += size
+            batch.append(slot)
+        return batch
+
+    async def write(self, slots: npt.NDArray[np.int64]) -> None:
+        """Copies the memory parts of these slots to the SSD, where they differ; no effect while the SSD takes nothing."""
+        tiers = self._tiers
+        if not tiers.ssd_writable:
+            return
+        moving = slots[tiers.index.begin_move(slots)]
+        if not len(moving):
+            return
+        try:
+            await self._merge(moving)
+            await self._copy(moving)
+        finally:
+            tiers.free(tiers.index.end_move(moving))
+
+    async def _merge(self, slots: npt.NDArray[np.int64]) -> None:
+        """A record replaces the one before it: parts that only the old record has come to memory first."""
+        facts = self._tiers.index.facts(slots)
+        partial = (facts.ssd_parts & ~facts.memory_parts != 0) & (facts.memory_parts & ~facts.ssd_parts != 0)
+        if partial.any() and self.filling is not None:
+            await self.filling.ensure(slots[partial], facts.ssd_parts[partial])
+
+    async def _copy(self, slots: npt.NDArray[np.int64]) -> None:
+        tiers, ssd = self._tiers, self._tiers.ssd
+        assert ssd is not None
+        facts = tiers.index.facts(slots)
+        new = (facts.memory_location >= 0) & ((facts.memory_parts & ~facts.ssd_parts) != 0)
+        slots = slots[new]
+        if not len(slots):
+            return
+        facts = tiers.index.facts(slots)
+        payloads = self._payloads(slots, facts)
+        sources = tiers.memory.buffers(facts.memory_location.tolist())
+        locations = await ssd.write(payloads, sources)
+        full = [i for i, location in enumerate(locations) if location == Outcome.FULL]
+        if full and await self.make_room(sum(payloads[i].size for i in full)):
+            again = await ssd.write([payloads[i] for i in full], [sources[i] for i in full])
+            for i, location in zip(full, again, strict=True):
+                locations[i] = location
+        written = np.array([i for i, location in enumerate(locations) if location >= 0], np.int64)
+        tiers.metrics.add("tiercache_demotions_dropped_total", len(slots) - len(written))
+        if not len(written):
+            return
+        now = tiers.index.facts(slots[written])
+        placed = np.array([locations[i] for i in written], np.int64)
+        parts = np.array([payloads[i].parts for i in written], np.uint64)
+        tiers.index.place(slots[written], TierId.SSD, placed, parts)
+        ssd.free([old for old in now.ssd_location.tolist() if old >= 0])
+
+    def _payloads(self, slots: npt.NDArray[np.int64], facts: SlotFacts) -> list[Payload]:
+        index = self._tiers.index
+        stored = self._tiers.memory.payloads(facts.memory_location.tolist())
+        order = index.policies[TierId.MEMORY].order(slots)
+        return [
+            Payload(
+                name=name,
+                size=payload.size,
+                part_bytes=payload.part_bytes,
+                parts=payload.parts,
+                digests=payload.digests,
+                kind=Kind(int(facts.kind[i])),
+                parent=parent,
+                scope=int(facts.scope[i]),
+                cost_s=float(facts.cost_s[i]),
+                expiry_s=int(facts.expiry_s[i]),
+                tick=int(order[i]),
+            )
+            for i, (name, payload, parent) in enumerate(
+                zip(index.names(slots), stored, index.parents(slots), strict=True)
+            )
+        ]
+
+    # -- room on the SSD -----------------------------------------------------------------------------------------------
+
+    async def make_room(self, wanted_bytes: int) -> bool:
+        """Reclaims segments until about `wanted_bytes` came free; False when nothing could be reclaimed."""
+        ssd = self._tiers.ssd
+        if not isinstance(ssd, Reclaiming):
+            return False
+        freed = 0
+        for _ in range(RECLAIM_ROUNDS_MAX):
+            if freed >= wanted_bytes:
+                break
+            gained = await self._reclaim(ssd)
+            if gained is None:
+                break
+            freed += gained
+        return freed > 0
+
+    async def _reclaim(self, ssd: Reclaiming) -> int | None:
+        index = self._tiers.index
+        locations = ssd.victim()
+        if locations is None:
+            return None
+        slots = index.slots_at(TierId.SSD, np.array(locations, np.int64))
+        known = slots >= 0
+        dead = [location for location, alive in zip(locations, known, strict=True) if not alive]
+        slots = slots[known]
+        facts = index.facts(slots)
+        order = index.policies[TierId.SSD].order(slots)
+        keep_bytes_max = int(self._tiers.settings.segment_bytes * KEEP_SHARE)
+        keep = plan_reclaim(order, facts.size, self._threshold(), keep_bytes_max)
+        gone = index.unplace(slots[~keep], TierId.SSD)
+        dropped = set(gone.locations.tolist())
+        kept = [location for location in facts.ssd_location.tolist() if location not in dropped]
+        moved = dict(await ssd.reclaim(kept, dead + sorted(dropped)))
+        self._tiers.metrics.add("tiercache_evictions_total", len(dropped), tier="ssd")
+        self._settle(slots, moved, kept)
+        return (
+            sum(
+                size
+                for location, size in zip(facts.ssd_location.tolist(), facts.size.tolist(), strict=True)
+                if location in dropped
+            )
+            or 1
+        )
+
+    def _settle(self, slots: npt.NDArray[np.int64], moved: dict[int, int], kept: list[int]) -> None:
+        """Points slots to where their payloads went, and forgets the copies that did not arrive."""
+        index = self._tiers.index
+        now = index.facts(slots).ssd_location.tolist()
+        stays = set(kept)
+        pairs = [(slot, location) for slot, location in zip(slots.tolist(), now, strict=True) if location in stays]
+        found = [(slot, moved[location]) for slot, location in pairs if location in moved]
+        if found:
+            index.relocate(
+                np.array([s for s, _ in found], np.int64), TierId.SSD, np.array([p for _, p in found], np.int64)
+            )
+        if lost := [slot for slot, location in pairs if location not in moved]:
+            self._tiers.lose(np.array(lost, np.int64), TierId.SSD)
+
+    def _threshold(self) -> int:
+        """Order of use of the median of what is on the SSD, from a sample: used since then is worth rewriting."""
+        index = self._tiers.index
+        sample = index.sample(TierId.SSD, SAMPLE)
+        return int(np.median(index.policies[TierId.SSD].order(sample))) if len(sample) else 0

@@ -1,0 +1,262 @@
+"""Filling: brings the parts that a reader wants into memory, from the SSD, else through the reader's own load.
+
+Runs on the cache's loop. Equal loads are merged (flight.py); every load runs in a task of the cache with pins of its
+own, so that a reader who gives up neither stops nor endangers the others who wait for the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tiercache.buffers import part_digests
+from tiercache.errors import TierCacheError, UnavailableError
+from tiercache.flight import Flights
+from tiercache.lease import Gap
+from tiercache.model import Outcome, State, TierId
+from tiercache.placement import plan_read
+from tiercache.tier import Want
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from tiercache.cache.tasks import Tasks
+    from tiercache.cache.tiers import Tiers
+    from tiercache.lease import Load
+    from tiercache.model import Name
+
+ATTEMPTS_MAX = 4
+"""Looks at one batch before giving up: memory, SSD, origin, and once more for parts that another reader lost."""
+
+
+class Share(NamedTuple):
+    """Parts of one slot that this call loads itself, and where they land."""
+
+    slot: int
+    parts: int
+    location: int
+    future: asyncio.Future[None]
+
+
+class Filling:
+    """Loads under way and the extents that they fill."""
+
+    def __init__(self, tiers: Tiers, tasks: Tasks, landed: Callable[[npt.NDArray[np.int64]], None]) -> None:
+        """`landed` hears of slots that got new parts from elsewhere than the SSD."""
+        self._tiers, self._tasks, self._landed = tiers, tasks, landed
+        self.flights = Flights()
+        self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
+
+    async def ensure(
+        self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], load: Load | None = None
+    ) -> list[Outcome]:
+        """Sees to it that these parts of these (pinned, unique) slots are in memory: HIT where they are.
+
+        Without `load`, parts that no tier has are a MISS. Raises what `load` raises, also where another reader's load of
+        the same parts failed.
+        """
+        outcomes = [Outcome.MISS] * len(slots)
+        distrusted: set[int] = set()  # slots whose SSD copy failed this call
+        for _ in range(ATTEMPTS_MAX):
+            waits = self._start(slots, wanted, load, outcomes, distrusted)
+            if not waits:
+                break
+            await _all(waits)
+        return outcomes
+
+    def _start(
+        self,
+        slots: npt.NDArray[np.int64],
+        wanted: npt.NDArray[np.uint64],
+        load: Load | None,
+        outcomes: list[Outcome],
+        distrusted: set[int],
+    ) -> list[asyncio.Future[None]]:
+        """Judges every slot, starts the loads that nobody else runs, and answers what to wait for. Never waits itself:
+        between the look and the announcement of a load no other task may come in."""
+        index = self._tiers.index
+        facts = index.facts(slots)
+        readable = facts.ssd_parts if self._tiers.ssd_readable else np.zeros_like(facts.ssd_parts)
+        if distrusted:
+            readable = np.where(np.isin(slots, list(distrusted)), np.uint64(0), readable)
+        plan = plan_read(wanted, facts.memory_parts, readable)
+        lacking = np.flatnonzero(plan.ssd | plan.origin)
+        for i in np.flatnonzero((plan.ssd | plan.origin) == 0):
+            outcomes[i] = Outcome.HIT
+        if not len(lacking):
+            return []
+        if load is None:
+            # What another task is loading may still come; what nobody loads and no tier has is a miss.
+            lacking = np.array(
+                [i for i in lacking if not self.flights.join(int(slots[i]), int(plan.origin[i])).mine], np.int64
+            )
+        places = self._places(slots, facts.memory_location, lacking, outcomes)
+        waits: list[asyncio.Future[None]] = []
+        from_ssd: list[tuple[int, Share]] = []
+        from_origin: list[tuple[int, Share]] = []
+        for i, location in places:
+            slot = int(slots[i])
+            join = self.flights.join(slot, int(plan.ssd[i] | plan.origin[i]))
+            waits += join.others
+            for parts, shares in ((int(plan.ssd[i]), from_ssd), (int(plan.origin[i]), from_origin)):
+                if mine := parts & join.mine:
+                    shares.append((int(i), Share(slot, mine, location, self.flights.begin(slot, mine))))
+        if from_ssd:
+            self._begin_ssd(from_ssd, facts.ssd_location, distrusted)
+        if from_origin and load is not None:
+            self._begin_origin(from_origin, load)
+        return waits + [share.future for _, share in from_ssd + from_origin]
+
+    def _places(
+        self,
+        slots: npt.NDArray[np.int64],
+        locations: npt.NDArray[np.int64],
+        lacking: npt.NDArray[np.int64],
+        outcomes: list[Outcome],
+    ) -> list[tuple[int, int]]:
+        """(item, extent in memory) for the items that lack parts; items without room become FULL and are left out."""
+        places: list[tuple[int, int]] = []
+        homeless: list[int] = []
+        for i in lacking.tolist():
+            location = int(locations[i])
+            if location < 0:
+                location = self._extents.get(int(slots[i]), -1)
+            if location < 0:
+                homeless.append(i)
+            else:
+                places.append((i, location))
+        if homeless:
+            names, sizes, part_bytes = self.shapes(slots[homeless])
+            for i, location in zip(homeless, self._tiers.reserve(names, sizes, part_bytes), strict=True):
+                if location < 0:
+                    outcomes[i] = Outcome.FULL
+                else:
+                    self._extents[int(slots[i])] = location
+                    places.append((i, location))
+        return places
+
+    def shapes(self, slots: npt.NDArray[np.int64]) -> tuple[list[Name], list[int], list[int]]:
+        """Names, sizes and part sizes of slots, as tiers ask for them."""
+        facts = self._tiers.index.facts(slots)
+        return self._tiers.index.names(slots), facts.size.tolist(), facts.part_bytes.tolist()
+
+    # -- the two kinds of load -----------------------------------------------------------------------------------------
+
+    def _begin_ssd(
+        self, items: list[tuple[int, Share]], ssd_locations: npt.NDArray[np.int64], distrusted: set[int]
+    ) -> None:
+        shares = [share for _, share in items]
+        slots = np.array([share.slot for share in shares], np.int64)
+        names, sizes, part_bytes = self.shapes(slots)
+        wants = [
+            Want(int(ssd_locations[i]), name, size, step, share.parts)
+            for (i, share), name, size, step in zip(items, names, sizes, part_bytes, strict=True)
+        ]
+        pin = self._tiers.index.pin(slots)
+        self._tasks.start(self._from_ssd(shares, wants, distrusted, self._tiers.end_of(pin)), "read from SSD")
+
+    async def _from_ssd(
+        self, shares: list[Share], wants: list[Want], distrusted: set[int], end: Callable[[bool], None]
+    ) -> None:
+        ssd, memory, metrics = self._tiers.ssd, self._tiers.memory, self._tiers.metrics
+        assert ssd is not None
+        distrusted.update(share.slot for share in shares)  # until the answer says otherwise, also if none comes
+        try:
+            outcomes = await ssd.read(wants, memory.buffers([share.location for share in shares]))
+            for share, want, outcome in zip(shares, wants, outcomes, strict=True):
+                if outcome is Outcome.HIT:
+                    self._land(share, want.part_bytes)
+                    distrusted.discard(share.slot)
+                    continue
+                if outcome is Outcome.CORRUPT or outcome is Outcome.MISS:
+                    self._lose_ssd(share.slot, want.location)
+                if outcome is Outcome.CORRUPT:
+                    metrics.add("tiercache_corruptions_total", 1, tier="ssd")
+        finally:
+            self._finish(shares, None)
+            end(True)
+
+    def _lose_ssd(self, slot: int, location: int) -> None:
+        """Forgets a copy that failed, unless the slot has got a newer one meanwhile."""
+        slots = np.array([slot], np.int64)
+        if int(self._tiers.index.facts(slots).ssd_location[0]) == location:
+            self._tiers.lose(slots, TierId.SSD)
+
+    def _begin_origin(self, items: list[tuple[int, Share]], load: Load) -> None:
+        shares = [share for _, share in items]
+        slots = np.array([share.slot for share in shares], np.int64)
+        names, _, part_bytes = self.shapes(slots)
+        targets = self._tiers.memory.buffers([share.location for share in shares])
+        gaps = [
+            Gap(name.ordinal, share.parts, target) for name, share, target in zip(names, shares, targets, strict=True)
+        ]
+        pin = self._tiers.index.pin(slots)
+        self._tasks.start(
+            self._from_origin(shares, gaps, part_bytes, load, self._tiers.end_of(pin)), "read from origin"
+        )
+
+    async def _from_origin(
+        self,
+        shares: list[Share],
+        gaps: list[Gap],
+        part_bytes: list[int],
+        load: Load,
+        end: Callable[[bool], None],
+    ) -> None:
+        fault: BaseException | None = None
+
+        def landed(indexes: Sequence[int]) -> None:
+            for i in indexes:
+                self._land(shares[i], part_bytes[i])
+            self._landed(np.array([shares[i].slot for i in indexes], np.int64))
+            for i in indexes:
+                self.flights.end(shares[i].slot, shares[i].future)
+
+        try:
+            await load(gaps, landed)
+        except (TierCacheError, OSError) as error:
+            fault = error
+        except asyncio.CancelledError:
+            fault = UnavailableError("the cache was closed while this was being loaded: open it again")
+            raise
+        finally:
+            self._finish(
+                shares, fault or UnavailableError("the load ended without filling every part it was asked for")
+            )
+            end(True)
+
+    def _land(self, share: Share, part_bytes: int) -> None:
+        """Parts have arrived: digest them, declare them present in the extent, then in the index."""
+        memory, index = self._tiers.memory, self._tiers.index
+        buffer = memory.buffers([share.location])[0]
+        memory.commit([share.location], [share.parts], [part_digests(buffer, part_bytes, share.parts)])
+        slots, parts = np.array([share.slot], np.int64), np.array([share.parts], np.uint64)
+        if self._extents.get(share.slot) == share.location:
+            index.place(slots, TierId.MEMORY, np.array([share.location], np.int64), parts)
+            del self._extents[share.slot]
+        else:
+            index.add_parts(slots, TierId.MEMORY, parts)
+
+    def _finish(self, shares: list[Share], fault: BaseException | None) -> None:
+        """Ends the loads that have not landed, and gives back extents of which nothing came."""
+        for share in shares:
+            if not share.future.done():
+                self.flights.end(share.slot, share.future, fault)
+            if share.slot in self._extents and not self.flights.under_way(share.slot):
+                location = self._extents.pop(share.slot)
+                self._tiers.memory.free([location])
+                slots = np.array([share.slot], np.int64)
+                if int(self._tiers.index.facts(slots).state[0]) == State.PENDING:
+                    self._tiers.index.abandon(slots)
+
+
+async def _all(futures: Sequence[asyncio.Future[None]]) -> None:
+    """Waits for all of them, then raises the first fault: no load is left behind unobserved. A reader that is cancelled
+    here cancels nothing."""
+    await asyncio.wait(set(futures))
+    for future in futures:
+        future.result()

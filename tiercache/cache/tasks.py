@@ -1,0 +1,48 @@
+"""Tasks: the group that owns every background task of a cache, so that closing waits for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+log = logging.getLogger(__name__)
+
+
+class Tasks:
+    """Owned tasks on one loop. A fault in one is logged and counted, never lost, and harms no other."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.faults = 0
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Runs `work` as a task of this group."""
+        task = asyncio.get_running_loop().create_task(self._supervise(work, name), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        try:
+            await work
+        except Exception:  # one of the three places that may catch broadly: a background fault must not vanish
+            self.faults += 1
+            log.exception("background task %s of the cache failed; the cache goes on", name)
+
+    async def close(self, patience_s: float) -> None:
+        """Waits for what still runs, cancels what outlasts `patience_s`."""
+        running = [task for task in self._tasks if task is not asyncio.current_task()]
+        if not running:
+            return
+        _, late = await asyncio.wait(running, timeout=patience_s)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=patience_s)

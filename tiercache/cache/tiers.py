@@ -1,0 +1,150 @@
+"""Tiers: the local tiers behind one index, with what every part of the cache does to them: pin, free, make room.
+
+Everything here may be called from any thread; nothing here waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from tiercache.model import Outcome, TierId
+from tiercache.tier import Addressable, Health, Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from tiercache.clock import Clock
+    from tiercache.index import Freed, Index, Match, Reservation
+    from tiercache.lease import End
+    from tiercache.metrics import Metrics
+    from tiercache.model import Name
+    from tiercache.settings import Settings
+
+VICTIMS_BATCH = 64
+ROOM_ROUNDS_MAX = 64
+"""Rounds of eviction for one reservation: enough to clear any fragment, few enough to answer FULL within milliseconds."""
+
+
+class MemoryTier(Tier, Addressable, Protocol):
+    """Memory is a tier whose extents can be filled and read in place."""
+
+
+class Tiers:
+    """The index and the local tiers, together."""
+
+    def __init__(
+        self,
+        index: Index,
+        memory: MemoryTier,
+        ssd: Tier | None,
+        *,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.index, self.memory, self.ssd = index, memory, ssd
+        self.settings, self.clock, self.metrics = settings, clock, metrics
+        self.expiries = False
+        """Whether any entry ever had an expiry: until then no look-up checks for it."""
+        self._dropped: deque[Match | Reservation] = deque()
+
+    # -- pins and space ------------------------------------------------------------------------------------------------
+
+    def end_of(self, pin: Match | Reservation) -> End:
+        """The end of a lease on `pin`: at once, or noted for the next `drain` when no lock may be taken."""
+
+        def end(safely: bool) -> None:
+            if safely:
+                self.release(pin)
+            else:
+                self._dropped.append(pin)
+
+        return end
+
+    def release(self, *pins: Match | Reservation) -> None:
+        """Gives pins back, and the space of what was deleted under them."""
+        self.free(self.index.release(*pins))
+
+    def drain(self) -> None:
+        """Gives back the pins of leases that ended inside a garbage collection."""
+        while self._dropped:
+            try:
+                pin = self._dropped.popleft()
+            except IndexError:
+                return
+            self.release(pin)
+
+    def free(self, freed: Freed | None) -> None:
+        """Frees locations, tier by tier."""
+        if freed is None:
+            return
+        if len(freed[TierId.MEMORY]):
+            self.memory.free(freed[TierId.MEMORY])
+        if len(freed) > TierId.SSD and len(freed[TierId.SSD]) and self.ssd is not None:
+            self.ssd.free(freed[TierId.SSD])
+
+    def lose(self, slots: npt.NDArray[np.int64], tier: TierId) -> None:
+        """Forgets the copies of `slots` in a tier whatever else holds them back: they are damaged or vanished."""
+        gone = self.index.unplace(slots, tier, forced=True)
+        store = self.memory if tier is TierId.MEMORY else self.ssd
+        if store is not None:
+            store.free([int(location) for location in gone.locations])
+
+    @property
+    def ssd_readable(self) -> bool:
+        """Whether reads from the SSD are worth trying."""
+        return self.ssd is not None and self.ssd.status().health is not Health.OFF
+
+    @property
+    def ssd_writable(self) -> bool:
+        """Whether the SSD takes new entries."""
+        return self.ssd is not None and self.ssd.status().health is Health.HEALTHY
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
+        """Extents in memory; evicts on the caller's path only when there is no room otherwise. FULL where none came."""
+        locations = self.memory.reserve(names, sizes, part_bytes)
+        for _ in range(ROOM_ROUNDS_MAX):
+            short = [i for i, location in enumerate(locations) if location == Outcome.FULL]
+            if not short:
+                break
+            self.drain()
+            if not self.evict(sum(sizes[i] for i in short)):
+                break
+            again = self.memory.reserve(
+                [names[i] for i in short], [sizes[i] for i in short], [part_bytes[i] for i in short]
+            )
+            for i, location in zip(short, again, strict=True):
+                locations[i] = location
+        return locations
+
+    def evict(self, wanted_bytes: int) -> int:
+        """Drops the oldest entries from memory until about `wanted_bytes` are free; answers the bytes freed."""
+        freed = refused = 0
+        count = 1
+        while freed < wanted_bytes and refused < ROOM_ROUNDS_MAX:
+            # Victims that were named must go or be kept, so ask for few at first: one page wanted is one page evicted.
+            victims = self.index.victims(TierId.MEMORY, count)
+            if not len(victims):
+                break
+            got = self.forget(victims)
+            freed += got
+            refused = 0 if got else refused + 1
+            count = min(2 * count, VICTIMS_BATCH)
+        return freed
+
+    def forget(self, slots: npt.NDArray[np.int64]) -> int:
+        """Takes the memory copies of `slots` away, as far as they may go; answers the bytes freed."""
+        facts = self.index.facts(slots)
+        sizes = dict(zip(facts.memory_location.tolist(), facts.size.tolist(), strict=True))
+        gone = self.index.unplace(slots, TierId.MEMORY)
+        locations = [int(location) for location in gone.locations]
+        self.memory.free(locations)
+        self.metrics.add("tiercache_evictions_total", len(locations), tier="memory")
+        return sum(sizes.get(location, 0) for location in locations)

@@ -1,0 +1,64 @@
+"""Single flight: however many tasks want a part of an entry at once, one of them loads it and the others wait.
+
+Lives on one event loop and is not thread-safe; threads come in through the loop. Keys are slots, shares are maps of
+parts, so that two readers of different parts of one page do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+
+class Join(NamedTuple):
+    """Who does what for one slot: `mine` are the parts nobody loads yet, `others` the loads under way that cover the rest."""
+
+    mine: int
+    others: list[asyncio.Future[None]]
+
+
+class Flights:
+    """Loads under way, by slot."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[int, list[tuple[int, asyncio.Future[None]]]] = {}
+        self.merged = 0
+        """Parts that somebody wanted while another was loading them."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._under_way.values()))
+
+    def under_way(self, slot: int) -> bool:
+        """Whether anything of `slot` is being loaded."""
+        return slot in self._under_way
+
+    def join(self, slot: int, parts: int) -> Join:
+        """Splits `parts` of `slot` into what the caller must load and loads to wait for."""
+        mine, others = parts, []
+        for share, future in self._under_way.get(slot, ()):
+            if share & parts:
+                mine &= ~share
+                others.append(future)
+        self.merged += (parts & ~mine).bit_count()
+        return Join(mine, others)
+
+    def begin(self, slot: int, parts: int) -> asyncio.Future[None]:
+        """Announces that the caller loads these parts; whoever joins from now on waits for the future."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A failed load that nobody waited for is reported by its loader; asyncio need not warn as well.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._under_way.setdefault(slot, []).append((parts, future))
+        return future
+
+    def end(self, slot: int, future: asyncio.Future[None], fault: BaseException | None = None) -> None:
+        """Ends a load: waiters look again (the parts are there, or they load themselves), or get the fault."""
+        loads = self._under_way[slot]
+        loads[:] = [load for load in loads if load[1] is not future]
+        if not loads:
+            del self._under_way[slot]
+        if future.done():
+            return
+        if fault is None:
+            future.set_result(None)
+        else:
+            future.set_exception(fault)

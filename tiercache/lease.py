@@ -1,0 +1,152 @@
+"""Lease: a scoped pin on extents in memory, with views of them that copy nothing; and the values of the page path.
+
+A lease ends when it was released (or dropped) *and* the last array or memoryview made from it is gone. Until then the
+bytes neither move nor vanish. Views were verified when their parts were committed, not when they are looked at; copies
+made by `copy_into` are verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from tiercache.buffers import copy, copy_verified, exported
+from tiercache.errors import ClosedError
+from tiercache.model import Outcome
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from tiercache.buffers import Buffer
+    from tiercache.model import Payload
+
+
+@dataclass(frozen=True, slots=True)
+class PageRun:
+    """One file version as the cache sees it: pages of `page_bytes`, the last one shorter."""
+
+    key: bytes
+    size: int
+    page_bytes: int
+    part_bytes: int
+    scope: int = 0
+    cost_s: float = 0.0
+    expiry_s: int = 0
+
+    def page_size(self, ordinal: int) -> int:
+        """Bytes of one page."""
+        return min(self.page_bytes, self.size - ordinal * self.page_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Missing parts (a map) of one page; `target` spans the whole page, only the missing parts may be written."""
+
+    ordinal: int
+    parts: int
+    target: Buffer
+
+
+Landed = Callable[[Sequence[int]], None]
+Load = Callable[[Sequence[Gap], Landed], Awaitable[None]]
+"""Fills gaps, calls landed([indexes of gaps]) as each request completes, raises where it cannot. It must not write to a
+target after it has ended."""
+
+
+class Extents(Protocol):
+    """What a lease needs of the memory tier."""
+
+    def buffers(self, locations: Sequence[int]) -> list[Buffer]:
+        """See tier.Addressable."""
+        ...
+
+    def payloads(self, locations: Sequence[int]) -> list[Payload]:
+        """See tier.Addressable."""
+        ...
+
+
+End = Callable[[bool], None]
+"""Gives the pins of a lease back. False: this may be inside a garbage collection, so take no lock, only make a note."""
+
+
+class Lease:
+    """Pinned entries of one call: item i belongs to item i of the question.
+
+    `outcomes[i]` is HIT where `array(i)`, `view(i)` and `copy_into(i, ...)` work. Use it as a context manager, or call
+    `release()`; a forgotten lease ends when it is collected. Views keep their bytes beyond the release.
+    """
+
+    __slots__ = ("__weakref__", "_end", "_extents", "_holders", "_locations", "outcomes")
+
+    def __init__(self, outcomes: list[Outcome], locations: Sequence[int], extents: Extents, end: End) -> None:
+        """`locations[i]` is read only where `outcomes[i]` is HIT. `end` is called exactly once."""
+        self.outcomes = outcomes
+        self._locations: Sequence[int] | None = locations
+        self._extents = extents
+        self._end = end
+        # A stack with one token for the lease (True) under one for each exported array (False). Popping is atomic, and
+        # whoever pops the bottom token is the last: no lock, so that it may happen inside a garbage collection.
+        self._holders = [True]
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def buffer(self, index: int) -> Buffer:
+        """The extent of item `index` in place: valid only until the release, unlike views."""
+        return self._extents.buffers([self._location(index)])[0]
+
+    def array(self, index: int) -> npt.NDArray[np.uint8]:
+        """A read-only uint8 array over item `index`; its bytes stay for as long as it or a view of it lives."""
+        buffer, holders, end = self.buffer(index), self._holders, self._end
+        holders.append(False)
+        return exported(buffer, lambda: _leave(holders, end, False))
+
+    def view(self, index: int) -> memoryview:
+        """A read-only memoryview over item `index`; as `array`."""
+        return memoryview(self.array(index))
+
+    def copy_into(self, index: int, start: int, stop: int, target: Buffer, *, verify: bool = True) -> Outcome:
+        """Copies bytes [start, stop) of item `index` to the start of `target`: HIT, or CORRUPT when a digest differs.
+
+        Verifying hashes every part that the range touches, whole.
+        """
+        location = self._location(index)
+        source = self._extents.buffers([location])[0]
+        if not verify:
+            copy(source.slice(start, stop - start), target)
+            return Outcome.HIT
+        payload = self._extents.payloads([location])[0]
+        same = copy_verified(source, target, start, stop, payload.part_bytes, payload.digests)
+        return Outcome.HIT if same else Outcome.CORRUPT
+
+    def release(self) -> None:
+        """Ends the lease; bytes with living views stay until those are gone. Calling it again does nothing."""
+        if self._locations is not None:
+            self._locations = None
+            _leave(self._holders, self._end, True)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_locations", None) is not None:
+            self._locations = None
+            _leave(self._holders, self._end, False)
+
+    def _location(self, index: int) -> int:
+        if self._locations is None:
+            raise ClosedError("this lease was released: take a new one, or make views before the release")
+        if self.outcomes[index] is not Outcome.HIT:
+            raise KeyError(f"item {index} of this lease is a {self.outcomes[index].name}: look at `outcomes` first")
+        return int(self._locations[index])
+
+
+def _leave(holders: list[bool], end: End, safely: bool) -> None:
+    """One holder fewer; the last one gives the pins back."""
+    if holders.pop():
+        end(safely)

@@ -1,0 +1,189 @@
+"""The blocking face of the cache, for threads: what is in memory is answered here and now, the rest on the I/O loop.
+
+There is one I/O loop a process, fsspec's own, on its daemon thread: an embedded cache and a filesystem over the same
+directory then are one cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+from tiercache.buffers import Buffer, new_bytes
+from tiercache.errors import ConfigError, UnavailableError
+from tiercache.keys import check_key, object_key
+from tiercache.model import Kind, Name, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from types import TracebackType
+    from typing import Any
+
+    from tiercache.cache import Cache
+    from tiercache.lease import Lease
+
+    Called = Name | bytes | str
+
+T = TypeVar("T")
+WAIT_S_MAX = 600.0
+"""No blocking call waits longer than this: everything under it has a deadline of its own, so this never decides."""
+
+
+def io_loop() -> asyncio.AbstractEventLoop:
+    """The process's I/O loop, started at first use."""
+    from fsspec.asyn import get_loop  # costs 40 ms, and `import tiercache` must not pay it
+
+    loop: asyncio.AbstractEventLoop = get_loop()
+    return loop
+
+
+def wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
+    """Runs a coroutine on the I/O loop and waits for it in this thread."""
+    try:
+        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is loop:
+        work.close()
+        raise ConfigError("a blocking call on the I/O loop would wait for itself: use the async face (`.core`) there")
+    future = asyncio.run_coroutine_threadsafe(work, loop)
+    try:
+        return future.result(WAIT_S_MAX)
+    except TimeoutError:
+        if future.done():
+            raise
+        future.cancel()
+        raise UnavailableError(f"the cache did not answer within {WAIT_S_MAX:.0f} s: go on without it") from None
+
+
+def as_name(called: Called) -> Name:
+    """The name of a lone object, from a Name, a key (16 or 32 bytes) or any string."""
+    if isinstance(called, Name):
+        check_key(called.key)
+        return called
+    if isinstance(called, str):
+        return Name(object_key("", called))
+    return Name(check_key(called))
+
+
+class BlockingCache:
+    """A cache for threads. `core` is the async Cache on `loop`; close it, or use it as a context manager."""
+
+    def __init__(
+        self, core: Cache, loop: asyncio.AbstractEventLoop, on_close: Callable[[], None] | None = None
+    ) -> None:
+        self.core, self.loop = core, loop
+        self._on_close = on_close
+
+    def put(
+        self,
+        names: Sequence[Called],
+        values: Sequence[object],
+        *,
+        kind: Kind = Kind.TENSOR,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        ttl_s: float | None = None,
+        durable: bool = False,
+    ) -> list[Outcome]:
+        """Stores bytes-like values: HIT is visible to readers, with `durable=True` also safe from kill -9 and power loss.
+
+        BUSY: another thread is storing that name. FULL: no room. A name that is there keeps its value (entries are
+        immutable: delete it first, or give a changed object another name).
+        """
+        where = [as_name(name) for name in names]
+        if len(where) != len(values):
+            raise ConfigError(f"put got {len(where)} names and {len(values)} values: give one value for each name")
+        if durable:
+            work = self.core.put(where, values, kind=kind, scope=scope, cost_s=cost_s, ttl_s=ttl_s, durable=True)
+            return wait(work, self.loop)
+        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # memoryview itself checks
+        expiry_s = self.core.expiry(ttl_s)
+        return self.core.store(where, sources, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s)
+
+    def put_chain(
+        self,
+        digests: Sequence[bytes],
+        values: Sequence[object],
+        *,
+        parent: bytes = b"",
+        kind: Kind = Kind.KV,
+        scope: int = 0,
+        cost_s: float = 0.0,
+    ) -> list[Outcome]:
+        """Stores blocks of one chain, in order (keys.chain makes digests); `parent` is the stored block they continue."""
+        if len(digests) != len(values):
+            raise ConfigError(f"put_chain got {len(digests)} digests and {len(values)} values: give one for each")
+        if not digests:
+            return []
+        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # memoryview itself checks
+        return self.core.store_chain(digests, sources, parent=parent, kind=kind, scope=scope, cost_s=cost_s)
+
+    def get(self, names: Sequence[Called], *, verify: bool | None = None) -> list[bytes | Outcome]:
+        """The values as bytes, or why there is none."""
+        where = [as_name(name) for name in names]
+        found: list[bytes | Outcome] = []
+        with self.lease(where) as lease:
+            for i, outcome in enumerate(lease.outcomes):
+                if outcome is not Outcome.HIT:
+                    found.append(outcome)
+                    continue
+                size = lease.buffer(i).length
+                data, target = new_bytes(size)
+                copied = lease.copy_into(i, 0, size, target, verify=self._verify(verify))
+                found.append(data if copied is Outcome.HIT else copied)
+        return found
+
+    def get_into(
+        self, names: Sequence[Called], targets: Sequence[object], *, verify: bool | None = None
+    ) -> list[Outcome]:
+        """Copies each value to the start of its target (a writable buffer at least as large)."""
+        where = [as_name(name) for name in names]
+        into = [t if isinstance(t, Buffer) else Buffer.of(t, writable=True) for t in targets]  # type: ignore[arg-type]
+        outcomes = self.core.get_into_resident(where, into, verify=self._verify(verify))
+        rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
+        if rest:
+            work = self.core.get_into([where[i] for i in rest], [into[i] for i in rest], verify=self._verify(verify))
+            for i, outcome in zip(rest, wait(work, self.loop), strict=True):
+                outcomes[i] = outcome
+        return outcomes
+
+    def lease(self, names: Sequence[Called]) -> Lease:
+        """A lease on values in place, brought to memory from the SSD where needed; look at its `outcomes`."""
+        where = [as_name(name) for name in names]
+        resident = self.core.lease_names_resident(where)
+        return resident if resident is not None else wait(self.core.lease(where), self.loop)
+
+    def match(self, digests: Sequence[bytes]) -> Lease:
+        """A lease on the longest prefix of a chain that is stored; its length is the number of blocks."""
+        return wait(self.core.match(digests), self.loop)
+
+    def delete(self, names: Sequence[Called]) -> list[Outcome]:
+        """Forgets values in every tier: HIT for each that was there, GONE where there was none."""
+        return wait(self.core.delete([as_name(name) for name in names]), self.loop)
+
+    def flush(self) -> None:
+        """Returns when everything visible before the call is durable, as far as the SSD takes it."""
+        wait(self.core.flush(), self.loop)
+
+    def stats(self) -> dict[str, int | float | str]:
+        """What the cache holds and did."""
+        return self.core.stats()
+
+    def close(self) -> None:
+        """Writes what is queued and gives everything back. Idempotent."""
+        if self._on_close is None:
+            wait(self.core.close(), self.loop)
+        else:
+            self._on_close()
+
+    def __enter__(self) -> BlockingCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _verify(self, verify: bool | None) -> bool:
+        return self.core.settings.verify_copies if verify is None else verify
