@@ -1,0 +1,69 @@
+# Every target sets up what it needs by itself and is quick when that stands. `make help` lists them.
+# ARGS is passed on: make demo ARGS="--s3 ceph", make test ARGS="-k settings", make bench ARGS=memory.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+ARGS ?=
+BENCHES := memory memory_index policy_sim ssd lake
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+.PHONY: venv
+venv:  ## .venv with the package (editable) and everything that tests and benchmarks want
+	@tools/venv.sh .venv -e '.[dev]'
+
+# DuckDB 1.5 beside DuckDB 2: two versions of one module need two environments.
+.PHONY: readers
+readers: venv  ## .venv-duckdb15, the second environment of the reader tests and of bench.lake
+	@tools/venv.sh .venv-duckdb15 -e '.[s3]' duckdb==1.5.5 duckdb-extension-httpfs pandas pyarrow pytest==9.2.0
+
+.PHONY: system
+system:  ## fio, zstd and Ceph from Debian, where this may be done; else says what is skipped
+	@tools/system.sh
+
+.PHONY: demo
+demo: venv  ## TPC-H on a local object store: direct, cold, from SSD, from memory
+	@$(BIN)/tiercache demo $(ARGS)
+
+.PHONY: test
+test: venv readers system  ## the whole suite against the built wheel, from an empty directory
+	@tools/test.sh $(ARGS)
+
+.PHONY: quick
+quick: venv  ## the suite without slow tests, against the working tree
+	@$(BIN)/python -m pytest -q -m 'not slow and not nightly' $(ARGS)
+
+.PHONY: check
+check: venv  ## ruff, mypy, import-linter, tidy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q tests/test_tidy.py
+
+.PHONY: format
+format: venv  ## what `make check` can repair by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: data
+data: venv  ## real traces and tables, from their public sources or from the folder TIERCACHE_DATA
+	@$(BIN)/python -m bench.data $(ARGS)
+
+.PHONY: bench
+bench: venv readers system data  ## every benchmark, as JSON under build/bench
+	@tools/bench.sh $(if $(ARGS),$(ARGS),$(BENCHES))
+
+.PHONY: nightly
+nightly: venv readers system  ## 1,000 kills, long seeds, and the suite with asserts off
+	$(BIN)/python -m tests.crash --kills 1000
+	HYPOTHESIS_PROFILE=nightly tools/test.sh -m nightly --timeout 3600
+	tools/test.sh --optimized
+
+.PHONY: clean
+clean:  ## everything that make made
+	rm -rf .venv .venv-* build dist .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

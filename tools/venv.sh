@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# tools/venv.sh DIR PIP-ARGUMENTS...: a virtual environment with these packages. Quick when it stands: a stamp inside
+# holds a digest of pyproject.toml, the interpreter and the arguments.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1
+shift
+
+find_python() {
+    local each
+    for each in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+        if "$each" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$each"
+            return
+        fi
+    done
+    echo "No Python 3.11 or newer with venv was found (on Debian: apt install python3-venv); or set PYTHON=..." >&2
+    return 1
+}
+
+key=$( { cat pyproject.toml "$0"; printf '%s\n' "$@"; } | sha256sum | cut -d' ' -f1)
+if [[ -x $venv/bin/python && -f $venv/.stamp && $(<"$venv/.stamp") == "$key" ]]; then
+    exit 0
+fi
+if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    python=$(find_python)
+    echo "Making $venv with $("$python" --version)"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+fi
+echo "Installing into $venv: $*"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+echo "$key" >"$venv/.stamp"
