@@ -114,8 +114,8 @@ def release(cache: Cache) -> None:
 def open_cache(directory: str | os.PathLike[str] | None = None, **settings: object) -> BlockingCache:
     """Opens the cache in `directory` (created if needed) for this process: memory and SSD, nothing to start or to stop.
 
-    Keyword arguments are settings (see tiercache.settings.Settings); the settings file and TIERCACHE_* variables fill in
-    the rest. Opening a directory twice in one process gives the same cache. Use it as a context manager or close it.
+    Keyword arguments are settings (see tiercache.settings.Settings); the settings file and TIERCACHE_* variables fill
+    in the rest. Opening a directory twice in one process gives the same cache. Use it as a context manager or close it.
     """
     cache = acquire(load(directory=os.fspath(directory) if directory is not None else None, **settings))
     done = threading.Event()

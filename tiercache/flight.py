@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Join(NamedTuple):
-    """Who does what for one slot: `mine` are the parts nobody loads yet, `others` the loads under way that cover the rest."""
+    """Who does what for one slot: `mine` nobody loads yet, `others` are the loads under way that cover the rest."""
 
     mine: int
     others: list[asyncio.Future[None]]

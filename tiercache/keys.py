@@ -30,7 +30,7 @@ def _digest(fields: Sequence[str | bytes]) -> bytes:
 
 
 def namespace(*fields: str | bytes) -> bytes:
-    """Digest (16 bytes) of what all objects of one world share: an origin's identity, a model's layout, a tenant's salt."""
+    """Digest (16 bytes) of what all objects of one world share: an origin's identity, a layout, a tenant's salt."""
     return _digest((f"tiercache/{FORMAT_VERSION}", *fields))
 
 

@@ -86,7 +86,7 @@ class BlockingCache:
         ttl_s: float | None = None,
         durable: bool = False,
     ) -> list[Outcome]:
-        """Stores bytes-like values: HIT is visible to readers, with `durable=True` also safe from kill -9 and power loss.
+        """Stores bytes-like values: HIT is visible to readers, with `durable=True` also safe from power loss.
 
         BUSY: another thread is storing that name. FULL: no room. A name that is there keeps its value (entries are
         immutable: delete it first, or give a changed object another name).
@@ -111,7 +111,7 @@ class BlockingCache:
         scope: int = 0,
         cost_s: float = 0.0,
     ) -> list[Outcome]:
-        """Stores blocks of one chain, in order (keys.chain makes digests); `parent` is the stored block they continue."""
+        """Stores blocks of one chain, in order (keys.chain makes digests) after the stored block `parent`."""
         if len(digests) != len(values):
             raise ConfigError(f"put_chain got {len(digests)} digests and {len(values)} values: give one for each")
         if not digests:

@@ -88,6 +88,7 @@ class Cache:
         if ((present & wanted) != wanted).any():
             tiers.release(match)
             return None
+        tiers.metrics.add("tiercache_hits_total", len(locations), tier="memory", kind="page")
         return Lease([Outcome.HIT] * len(locations), locations, tiers.memory, tiers.end_of(match))
 
     def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
@@ -150,6 +151,7 @@ class Cache:
                 outcomes[i] = Outcome.CORRUPT
                 continue
             outcomes[i] = Outcome.HIT
+        tiers.metrics.add("tiercache_hits_total", outcomes.count(Outcome.HIT), tier="memory", kind="object")
         return outcomes
 
     def store(
@@ -185,7 +187,7 @@ class Cache:
         cost_s: float = 0.0,
         expiry_s: int = 0,
     ) -> list[Outcome]:
-        """As `store`, for blocks of one chain in order; `parent` is the digest of the stored block that they continue."""
+        """As `store`, for blocks of one chain in order; `parent` is the digest of the stored block they continue."""
         tiers = self._open()
         sizes = np.array([value.length for value in values], np.int64)
         self._check_sizes(sizes)
@@ -318,7 +320,7 @@ class Cache:
         return await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
 
     async def match(self, digests: Sequence[bytes]) -> Lease:
-        """A lease on the longest prefix of a chain that the local tiers have, brought to memory; `len(lease)` blocks."""
+        """A lease on the longest prefix of a chain that the local tiers have, in memory; `len(lease)` blocks."""
         tiers = self._open()
         await self._recovery.find([Name(digest) for digest in digests])
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
@@ -340,7 +342,7 @@ class Cache:
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
-        """A lease on pages of one file version with these parts (a map a page) in memory; what no tier has, `load` brings.
+        """A lease on pages of one file version with these parts (a map a page) in memory; `load` brings what is missing.
 
         Raises what `load` raises. Items that memory has no room for are FULL: read those around the cache.
         """

@@ -102,7 +102,7 @@ class Demotion:
         return batch
 
     async def write(self, slots: npt.NDArray[np.int64]) -> None:
-        """Copies the memory parts of these slots to the SSD, where they differ; no effect while the SSD takes nothing."""
+        """Copies the memory parts of these slots to the SSD, where they differ, if the SSD takes anything now."""
         tiers = self._tiers
         if not tiers.ssd_writable:
             return

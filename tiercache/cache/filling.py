@@ -56,17 +56,32 @@ class Filling:
     ) -> list[Outcome]:
         """Sees to it that these parts of these (pinned, unique) slots are in memory: HIT where they are.
 
-        Without `load`, parts that no tier has are a MISS. Raises what `load` raises, also where another reader's load of
-        the same parts failed.
+        Without `load`, parts that no tier has are a MISS. Raises what `load` raises, also where another reader's load
+        of the same parts failed.
         """
         outcomes = [Outcome.MISS] * len(slots)
         distrusted: set[int] = set()  # slots whose SSD copy failed this call
+        self._count(slots, wanted, "object" if load is None else "page")
         for _ in range(ATTEMPTS_MAX):
             waits = self._start(slots, wanted, load, outcomes, distrusted)
             if not waits:
                 break
             await _all(waits)
         return outcomes
+
+    def _count(self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], kind: str) -> None:
+        """One entry is one hit of the lowest tier that it needs, or a miss."""
+        facts = self._tiers.index.facts(slots)
+        plan = plan_read(wanted, facts.memory_parts, facts.ssd_parts)
+        missed, from_ssd = plan.origin != 0, (plan.ssd != 0) & (plan.origin == 0)
+        misses, ssd = int(missed.sum()), int(from_ssd.sum())
+        self._tiers.metrics.add_all(
+            [
+                ("tiercache_hits_total", len(slots) - misses - ssd, "memory", kind),
+                ("tiercache_hits_total", ssd, "ssd", kind),
+                ("tiercache_misses_total", misses, "", kind),
+            ]
+        )
 
     def _start(
         self,

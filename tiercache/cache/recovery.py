@@ -1,7 +1,7 @@
 """Recovery: fills the index from what the SSD remembers, in the background, while the cache already serves.
 
-Until it is done, a name that is not in the index yet is looked up in the rows that the SSD tier has read so far, so that
-the first hit after a restart need not wait for the last row.
+Until it is done, a name that is not in the index yet is looked up in the rows that the SSD tier has read so far, so
+that the first hit after a restart need not wait for the last row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Findable(Protocol):
     """What a tier adds whose facts can be asked for by name before `scan` has ended."""
 
     def find(self, names: Sequence[Name]) -> Facts:
-        """Facts of those names that the tier has; for blocks, of their ancestors too, parents first. Blocking, brief."""
+        """Facts of those names the tier has; for blocks, of their ancestors too, parents first. Blocking, brief."""
         ...
 
 

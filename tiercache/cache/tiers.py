@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from tiercache.model import Outcome, TierId
 from tiercache.tier import Addressable, Health, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from tiercache.clock import Clock
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 VICTIMS_BATCH = 64
 ROOM_ROUNDS_MAX = 64
-"""Rounds of eviction for one reservation: enough to clear any fragment, few enough to answer FULL within milliseconds."""
+"""Rounds of eviction for one reservation: enough to clear any fragment, few enough to answer FULL soon."""
 
 
 class MemoryTier(Tier, Addressable, Protocol):
