@@ -1,1 +1,1 @@
-"""TODO(docstring by the owner of this package)."""
+"""The memory tier: segments of shareable memory, their extent tables, and the tier over them."""

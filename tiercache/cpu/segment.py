@@ -1,0 +1,185 @@
+"""Segment: one memory file of the arena, mapped, with its extent table."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from tiercache.buffers import Buffer, runs
+from tiercache.cpu import layout
+from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, part_count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_FIELDS = layout.ROW_FIELDS
+_ROWS_MAX = 1 << 20  # what a location has room for
+
+
+def _memory_file(name: str, size_bytes: int) -> int | None:
+    """A descriptor of a memory file that nobody can resize; None where the system has none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return None  # an old kernel or a sandbox: anonymous memory serves, it can only not be shared later
+    try:
+        os.ftruncate(descriptor, size_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+class Segment:
+    """Mapped memory with a header, table chunks and extents (see layout). Not thread-safe: the arena's lock guards it.
+
+    `fd` is the memory file, or None for anonymous memory. Raises OSError when the system has no such memory.
+    """
+
+    __slots__ = ("_chunk_shift", "_chunks", "_free_rows", "fd", "memory", "ordinal", "populate_mark", "size", "span")
+
+    def __init__(self, ordinal: int, size_bytes: int, arena_id: bytes, *, shareable: bool = True) -> None:
+        self.ordinal = ordinal
+        self.size = size_bytes
+        self.fd = _memory_file(f"tiercache-arena-{ordinal}", size_bytes) if shareable else None
+        self.memory = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # only a wish: a kernel without it maps small pages
+        self.span = Buffer.of(self.memory, writable=True)
+        self.populate_mark = 0
+        """The arena asks for more populated memory when an extent ends past this page."""
+        chunk_bytes = layout.chunk_bytes_for(size_bytes)
+        self._chunk_shift = (chunk_bytes // layout.ROW_BYTES).bit_length() - 1
+        self._chunks: list[int] = []
+        self._free_rows: list[int] = []
+        layout.HEAD.pack_into(
+            self.memory, 0, layout.MAGIC, layout.VERSION, layout.ROW_BYTES, size_bytes, chunk_bytes, 0, ALIGN_BYTES,
+            ordinal, arena_id,
+        )  # fmt: skip
+
+    @property
+    def chunk_pages(self) -> int:
+        """Pages of one table chunk."""
+        return (layout.ROW_BYTES << self._chunk_shift) // ALIGN_BYTES
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that can be taken before the table needs another chunk."""
+        return len(self._free_rows)
+
+    def add_chunk(self, page: int) -> bool:
+        """Grows the table into `chunk_pages` pages from `page` on; False when the directory or the row numbers are full."""
+        count = len(self._chunks)
+        first_row = count << self._chunk_shift
+        rows = 1 << self._chunk_shift
+        if count == layout.DIRECTORY_MAX or first_row + rows > _ROWS_MAX:
+            return False
+        at = page * ALIGN_BYTES
+        self.memory[at : at + rows * layout.ROW_BYTES] = bytes(rows * layout.ROW_BYTES)
+        _U32.pack_into(self.memory, layout.DIRECTORY_AT + 4 * count, page)
+        _U32.pack_into(self.memory, layout.CHUNKS_AT, count + 1)
+        self._chunks.append(at)
+        self._free_rows.extend(range(first_row + rows - 1, first_row - 1, -1))
+        return True
+
+    def row_at(self, row: int) -> int:
+        """Where a row lies in the memory; -1 when the table has no such row."""
+        chunk = row >> self._chunk_shift
+        if chunk >= len(self._chunks):
+            return -1
+        return self._chunks[chunk] + (row & (1 << self._chunk_shift) - 1) * layout.ROW_BYTES
+
+    def make_row(self, page: int, pages: int, client: int, payload: Payload) -> tuple[int, int]:
+        """Row and generation of a new PENDING extent of the payload's name and shape; none of its parts is present."""
+        memory = self.memory
+        following = layout.END
+        for _ in range(layout.rows_for(part_count(payload.size, payload.part_bytes)) - 1):
+            row = self._free_rows.pop()
+            at = self.row_at(row)
+            _U32.pack_into(memory, at + layout.NEXT_AT, following)
+            memory[at + layout.STATE_AT] = layout.MORE
+            following = row
+        row = self._free_rows.pop()
+        at = self.row_at(row)
+        generation = _U32.unpack_from(memory, at + layout.GENERATION_AT)[0] or 1
+        key, parent = payload.name.key, payload.parent
+        _FIELDS.pack_into(
+            memory, at, key, parent, payload.size, 0, page, pages, generation, payload.name.ordinal,
+            payload.part_bytes, following, client, payload.expiry_s, payload.tick, payload.cost_s, payload.scope,
+            len(key), len(parent), payload.kind, payload.form, 0, layout.FREE,
+        )  # fmt: skip
+        memory[at + layout.STATE_AT] = layout.PENDING
+        return row, generation
+
+    def drop_row(self, row: int) -> tuple[int, int]:
+        """Frees an extent's rows; answers its first page and its pages, which are the caller's to give back."""
+        memory = self.memory
+        at = self.row_at(row)
+        _, _, page, pages, _, _, _ = layout.SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
+        while row != layout.END:
+            at = self.row_at(row)
+            memory[at + layout.STATE_AT] = layout.FREE
+            generation = _U32.unpack_from(memory, at + layout.GENERATION_AT)[0]
+            _U32.pack_into(memory, at + layout.GENERATION_AT, generation + 1 & 0xFFFFFFFF or 1)
+            self._free_rows.append(row)
+            row = _U32.unpack_from(memory, at + layout.NEXT_AT)[0]
+        return page, pages
+
+    def add_parts(self, at: int, parts: int, digests: bytes) -> None:
+        """Makes parts of the extent whose row lies at `at` present. Digests first, then the map, then the state."""
+        memory = self.memory
+        present = _U64.unpack_from(memory, at + layout.PARTS_AT)[0]
+        places = self._digest_places(at, parts.bit_length())
+        for first, last in runs(parts & ~present):
+            while first < last:
+                stop = min(last, (first // layout.ROW_DIGESTS + 1) * layout.ROW_DIGESTS)
+                to = places[first // layout.ROW_DIGESTS] + first % layout.ROW_DIGESTS * 8
+                memory[to : to + (stop - first) * 8] = digests[first * 8 : stop * 8]
+                first = stop
+        _U64.pack_into(memory, at + layout.PARTS_AT, present | parts)
+        memory[at + layout.STATE_AT] = layout.PRESENT
+
+    def digests(self, at: int, count: int) -> bytes:
+        """Digests of the first `count` parts of the extent whose row lies at `at`; undefined where a part is absent."""
+        memory = self.memory
+        if count <= layout.ROW_DIGESTS:
+            return memory[at + layout.DIGESTS_AT : at + layout.DIGESTS_AT + count * 8]
+        row_digests = layout.ROW_DIGESTS * 8
+        return b"".join([memory[to : to + row_digests] for to in self._digest_places(at, count)])[: count * 8]
+
+    def payload(self, at: int) -> Payload:
+        """What the table says of the extent whose row lies at `at`."""
+        (key, parent, size, parts, _, _, _, ordinal, part_bytes, _, _, expiry_s, tick, cost_s, scope, width,
+         parent_width, kind, form, _, _) = _FIELDS.unpack_from(self.memory, at)  # fmt: skip
+        count = part_count(size, part_bytes)
+        digests = layout.masked_digests(self.digests(at, count), parts, count)
+        return Payload(
+            Name(key[:width], ordinal), size, part_bytes, parts, digests, Kind(kind), parent[:parent_width], scope,
+            cost_s, expiry_s, tick, Form(form),
+        )  # fmt: skip
+
+    def _digest_places(self, at: int, count: int) -> Sequence[int]:
+        """Where the digests of the chain of rows that begins at `at` lie, as far as `count` parts need them."""
+        places = [at + layout.DIGESTS_AT]
+        for _ in range(layout.rows_for(count) - 1):
+            at = self.row_at(_U32.unpack_from(self.memory, at + layout.NEXT_AT)[0])
+            places.append(at + layout.DIGESTS_AT)
+        return places
+
+    def close(self) -> None:
+        """Closes the memory file. The memory itself goes when the last Buffer over it is gone."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
