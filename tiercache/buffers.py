@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -55,7 +55,7 @@ class Buffer:
 
     @classmethod
     def of(cls, memory: SupportsBuffer, *, writable: bool = False) -> Buffer:
-        """The span of any contiguous object with the buffer protocol (bytes, bytearray, array, mmap, torch's `.numpy()`).
+        """The span of any contiguous object with the buffer protocol (bytes, bytearray, mmap, NumPy array).
 
         Raises ConfigError if it is not contiguous, or read-only where `writable` is asked for.
         """
@@ -88,14 +88,18 @@ class Buffer:
             return np.empty(0, np.uint8)
         span = _Span.from_address(self.address)
         span.owner = self.owner  # type: ignore[attr-defined]  # ctypes arrays take attributes; this keeps the memory
-        return np.frombuffer(span, np.uint8, self.length)
+        return _array(span, self.length)
 
     def view(self) -> memoryview:
         """A writable memoryview over the span."""
-        return memoryview(self.array())
+        return self.array().data
 
     def __bytes__(self) -> bytes:
         return ctypes.string_at(self.address, self.length)
+
+
+def _array(memory: Any, length: int) -> Bytes:
+    return np.frombuffer(memory, np.uint8, length)  # type: ignore[no-any-return]  # its stubs know no ctypes arrays
 
 
 def copy(source: Buffer, target: Buffer) -> None:
@@ -217,13 +221,13 @@ class _Tether:
 def exported(buffer: Buffer, on_last_gone: Callable[[], object], *, writable: bool = False) -> Bytes:
     """A uint8 array over the span that tells when the last view of it is gone.
 
-    `on_last_gone` is called once, when the array and everything made from it (slices, casts, memoryviews, PickleBuffers,
-    torch or Arrow arrays over it) are gone: in any thread, at any bytecode, also while a lock is held. It must do no
-    more than append to a deque. A read-only array cannot be made writable again.
+    `on_last_gone` is called once, when the array and everything made from it (slices, casts, memoryviews, pickle
+    buffers, torch or Arrow arrays over it) are gone: in any thread, at any bytecode, also while a lock is held. So it
+    must do no more than append to a deque. A read-only array cannot be made writable again.
     """
     span = _Span.from_address(buffer.address if buffer.length else ctypes.addressof(_NOWHERE))
     span.owner = _Tether(buffer.owner, on_last_gone)  # type: ignore[attr-defined]
     memory = span if writable else memoryview(span).toreadonly()
     if not buffer.length:
-        return np.frombuffer(memory, np.uint8, 1)[:0]  # an array of its own would forget whose it is
-    return np.frombuffer(memory, np.uint8, buffer.length)
+        return _array(memory, 1)[:0]  # an array of its own would forget whose it is
+    return _array(memory, buffer.length)

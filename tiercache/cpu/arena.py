@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from tiercache.buffers import Buffer
 from tiercache.cpu import layout
 from tiercache.cpu.freespace import FreeSpace
-from tiercache.cpu.prefault import Prefault
 from tiercache.cpu.segment import Segment
 from tiercache.errors import ClosedError, ConfigError
 from tiercache.model import ALIGN_BYTES, PARTS_MAX, Outcome, Payload, part_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from tiercache.cpu.prefault import Prefault
 
 SEGMENT_BYTES = 1 << 30
 SEGMENTS_MAX = 2047
@@ -69,6 +70,7 @@ class Arena:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         client: int = 0,
+        arena_id: bytes = bytes(16),
         shareable: bool = True,
         prefault: Prefault | None = None,
     ) -> None:
@@ -80,7 +82,7 @@ class Arena:
         self._segments_max = count if self._segment_pages > 1 + self._chunk_pages else 0
         self.capacity_bytes = capacity_bytes
         self.reason = ""
-        self._id = os.urandom(16)
+        self._id = arena_id
         self._client = client
         self._shareable = shareable
         self._prefault = prefault
@@ -217,7 +219,7 @@ class Arena:
         return False
 
     def _populate(self, segment: Segment, used_pages: int) -> None:
-        """Asks for AHEAD_BYTES more past the pages in use, and sets the mark half that far, so that they come in time."""
+        """Asks for AHEAD_BYTES past the pages in use, and sets the mark half that far, so that they come in time."""
         if self._prefault is None:
             segment.populate_mark = self._segment_pages
             return

@@ -51,7 +51,7 @@ class FreeSpace:
         return start
 
     def take_top(self, start: int, stop: int, pages: int) -> int:
-        """Like `take`, from the highest free extent inside [start, stop), and from its end; for what never goes back."""
+        """Like `take`, from the end of the highest free extent inside [start, stop): for what never goes back."""
         best = max((at for at, length in self._at.items() if start <= at < stop and length >= pages), default=-1)
         if best < 0:
             return -1

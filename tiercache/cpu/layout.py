@@ -30,7 +30,7 @@ MAGIC = b"TCARENA\n"
 VERSION = 1
 
 FREE, PENDING, PRESENT, MORE = range(4)
-"""States of a row. PENDING: reserved, no part committed yet. PRESENT: `parts` are there. MORE: digests of another row."""
+"""States of a row. PENDING: reserved, no part present yet. PRESENT: `parts` are there. MORE: digests of another row."""
 
 ROW_BYTES = 256
 ROW_DIGESTS = 16
@@ -66,7 +66,7 @@ ROW_FIELDS = struct.Struct("<32s32sQQIIIiIIIIIfHBBBBBB")
 """The row without its digests, as one write; the fields of ROW in order."""
 
 SHAPE = struct.Struct("<QQIIIiI")
-"""What a copy has to know, from SHAPE_AT on: size, parts, offset_pages, length_pages, generation, ordinal, part_bytes."""
+"""What a copy must know, from SHAPE_AT on: size, parts, offset_pages, length_pages, generation, ordinal, part_bytes."""
 
 SHAPE_AT, PARTS_AT, GENERATION_AT, NEXT_AT, WIDTH_AT, STATE_AT, DIGESTS_AT = 64, 72, 88, 100, 122, 127, 128
 END = 0xFFFFFFFF

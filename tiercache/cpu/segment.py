@@ -80,7 +80,7 @@ class Segment:
         return len(self._free_rows)
 
     def add_chunk(self, page: int) -> bool:
-        """Grows the table into `chunk_pages` pages from `page` on; False when the directory or the row numbers are full."""
+        """Grows the table into `chunk_pages` pages from `page` on; False when directory or row numbers are full."""
         count = len(self._chunks)
         first_row = count << self._chunk_shift
         rows = 1 << self._chunk_shift
