@@ -1,0 +1,182 @@
+"""The demo from start to end: an object store, four passes over it in three processes, and what they found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tiercache.errors import ConfigError, UnavailableError
+from tiercache.testing.demo import origins, tpch, workload
+from tiercache.testing.demo.report import DIRECT, Pass, Report
+from tiercache.testing.demo.worker import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+TITLES = {
+    DIRECT: "direct (s3fs)",
+    "cold": "cold (cache empty)",
+    "ssd": "warm from SSD",
+    "memory": "warm from memory",
+}
+FILES_MAX = 8
+"""Files of a user's bucket that the demo reads, unless told otherwise."""
+
+
+class Watcher(Protocol):
+    """Whoever shows progress. The caller guarantees started, then one `query` for each query, for each pass."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        ...
+
+    def started(self, title: str, count: int) -> None:
+        """A pass begins."""
+        ...
+
+    def query(self, title: str, event: Mapping[str, Any]) -> None:
+        """One query ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run. `work` holds tables, results and the cache; `url` empty means TPC-H in an object store of our own."""
+
+    work: Path
+    s3: str = "own"
+    url: str = ""
+    endpoint: str = ""
+    scale: float = 1.0
+    delay_ms: float = 30.0
+    mbps: float = 100.0
+    files_max: int = FILES_MAX
+    settings: tuple[tuple[str, object], ...] = ()
+    keep: bool = False
+
+
+def run(plan: Plan, watcher: Watcher) -> Report:
+    """Runs the demo. Faults: UnavailableError when a program or package is missing or a phase failed, ConfigError."""
+    if not tpch.have_duckdb():
+        raise UnavailableError("the demo runs its queries in DuckDB, which is not installed: pip install tiercache[demo]")
+    plan.work.mkdir(parents=True, exist_ok=True)
+    results = origins.scratch(plan.work / "results")
+    cache = origins.scratch(plan.work / "cache")
+    with _source(plan, watcher) as source:
+        report = Report(source.said, source.data, [query.name for query in source.queries], results)
+        settings = {"directory": str(cache), **dict(plan.settings)}
+        cached = workload.Lake(
+            f"tiercache://{source.direct.prefix.partition('://')[2]}",
+            "tiercache",
+            {"target_protocol": source.direct.protocol, "target_options": source.options, **settings},
+        )
+        for lake, passes in ((source.direct, [DIRECT]), (cached, ["cold"]), (cached, ["ssd", "memory"])):
+            phase = Phase(lake, source.queries, passes, str(results), source.counters)
+            report.passes += _perform(phase, plan.work, watcher)
+        report.notes += source.notes
+    if not plan.keep:
+        origins.scratch(cache).rmdir()
+        if report.good:
+            origins.scratch(results).rmdir()
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the demo's tables are: reached directly by `direct`, and by the cache with `options`."""
+
+    said: str
+    data: str
+    queries: list[tpch.Query]
+    direct: workload.Lake
+    options: dict[str, Any]
+    counters: str | None
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def _source(plan: Plan, watcher: Watcher) -> Iterator[Source]:
+    if plan.url:
+        yield _users_own(plan)
+        return
+    folder = tpch.make_tables(plan.scale, plan.work, watcher.note)
+    prefix = f"tpch-sf{plan.scale:g}"
+    root = plan.work / "bucket"
+    with origins.store(plan.s3, root, delay_ms=plan.delay_ms, mbps=plan.mbps) as store:
+        start = time.perf_counter()
+        origins.fill(store, folder, prefix)
+        watcher.note(f"origin: {store.said}, at {store.url}; filled in {time.perf_counter() - start:.1f} s")
+        options = store.s3_options()
+        direct = workload.Lake(
+            f"s3://{origins.BUCKET}/{prefix}", "s3", {**options, **workload.BEST_S3FS}, primed=True
+        )
+        data = f"TPC-H scale factor {plan.scale:g}"
+        notes = ("direct is s3fs at its best: cache_type none (exact ranges), the folder listed once before the clock",)
+        yield Source(store.said, data, tpch.queries(plan.scale), direct, options, store.counters, notes)
+
+
+def _users_own(plan: Plan) -> Source:
+    """A user's own Parquet, at any fsspec URL: TPC-H when the eight tables are there, else every file read whole."""
+    protocol, mark, rest = plan.url.partition("://")
+    if not mark or not rest:
+        raise ConfigError(f"--url {plan.url}: give a folder as PROTOCOL://PATH, such as s3://bucket/tables")
+    options: dict[str, Any] = {"endpoint_url": plan.endpoint} if plan.endpoint else {}
+    best = workload.BEST_S3FS if protocol in ("s3", "s3a") else {}
+    direct = workload.Lake(plan.url.rstrip("/"), protocol, {**options, **best}, primed=True)
+    try:
+        fs = workload.open_filesystem(direct)
+        names = {path.rpartition("/")[2] for path in fs.ls(direct.prefix, detail=False)}  # type: ignore[union-attr]
+    except (ImportError, ValueError, OSError) as error:
+        raise UnavailableError(f"--url {plan.url}: {error}") from error
+    if names.issuperset(f"{table}.parquet" for table in tpch.TABLES):
+        queries, data = tpch.queries(plan.scale), "TPC-H tables"
+    else:
+        queries = workload.file_queries(direct, fs, plan.files_max)
+        data = f"{len(queries)} Parquet files, each read whole"
+    notes = ("requests and bytes are as each client counted them",)
+    return Source(plan.url, data, queries, direct, options, None, notes)
+
+
+def _perform(phase: Phase, work: Path, watcher: Watcher) -> list[Pass]:
+    """Runs one phase in a new process and reads what it says."""
+    path = work / "phase.json"
+    phase.write(path)
+    passes = {name: Pass(name, TITLES[name]) for name in phase.passes}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tiercache.testing.demo.worker", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=(work / "worker.log").open("w+"),
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            _follow(process.stdout, passes, len(phase.queries), watcher)
+        except BaseException:
+            process.kill()
+            raise
+    path.unlink()
+    if process.returncode:
+        last = ((work / "worker.log").read_text().strip().splitlines() or ["no message"])[-1]
+        raise UnavailableError(f"the pass {'/'.join(phase.passes)} failed with status {process.returncode}: {last}")
+    return list(passes.values())
+
+
+def _follow(lines: Sequence[str] | Any, passes: Mapping[str, Pass], count: int, watcher: Watcher) -> None:
+    begun: set[str] = set()
+    for line in lines:
+        event = json.loads(line)
+        one = passes[event["phase"]]
+        if one.name not in begun:
+            begun.add(one.name)
+            watcher.started(one.title, count)
+        if event["event"] == "query":
+            one.add(event)
+            watcher.query(one.title, event)
+        else:
+            one.tiers = event["tiers"]
