@@ -8,17 +8,19 @@ if [[ ${1:-} == --optimized ]]; then
     python+=(-O)
     shift
 fi
-site=$root/build/site
-rm -rf "$site" "$root/build/wheel"
-mkdir -p "$root/build"
-(cd "$root" && .venv/bin/python -m hatchling build -t wheel -d "$root/build/wheel" >"$root/build/wheel.log" 2>&1) || { cat "$root/build/wheel.log"; exit 1; }
-"$root/.venv/bin/python" -m zipfile -e "$root"/build/wheel/tiercache-*.whl "$site"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir "$scratch/empty"
+cd "$root"
+if ! log=$(.venv/bin/python -m hatchling build -t wheel -d "$scratch" 2>&1); then
+    echo "$log"
+    exit 1
+fi
+"$root/.venv/bin/python" -m zipfile -e "$scratch"/tiercache-*.whl "$scratch/site"
 
-empty=$(mktemp -d)
-trap 'rm -rf "$empty"' EXIT
-cd "$empty"
+cd "$scratch/empty"
 # The wheel first: the editable install behind it still gives `tests` and `bench`, whose modules import one another.
-export PYTHONPATH="$site:$root"
+export PYTHONPATH="$scratch/site:$root"
 arguments=() paths=()
 for each in "$@"; do  # paths are meant from the checkout
     if [[ -e $root/${each%%::*} ]]; then paths+=("$root/$each"); else arguments+=("$each"); fi
