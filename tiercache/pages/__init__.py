@@ -1,1 +1,1 @@
-"""TODO(docstring by the owner of this package)."""
+"""Pages of files: which version is read, which parts are missing, and the fewest requests that bring them."""
