@@ -136,9 +136,16 @@ def runs(parts: int) -> Iterator[tuple[int, int]]:
         first += skip + length
 
 
-def part_digests(payload: Buffer, part_bytes: int) -> bytes:
-    """xxh3-64 of every part of `payload`, 8 little-endian bytes each (the Payload.digests layout)."""
+def part_digests(payload: Buffer, part_bytes: int, parts: int | None = None) -> bytes:
+    """xxh3-64 of the parts of `payload` in the map `parts` (all without one), 8 little-endian bytes each, zero for the
+    others (the Payload.digests layout)."""
     length = payload.length
+    if parts is not None and parts.bit_count() < part_count(length, part_bytes):
+        view, values = payload.view(), [0] * part_count(length, part_bytes)
+        for first, last in runs(parts):
+            for part in range(first, last):
+                values[part] = _digest(view[part * part_bytes : (part + 1) * part_bytes])
+        return struct.pack(f"<{len(values)}Q", *values)
     if length <= part_bytes:
         return _digest(payload.view()).to_bytes(8, "little")
     view, digest = payload.view(), _digest
@@ -186,6 +193,27 @@ def copy_verified(source: Buffer, target: Buffer, part_bytes: int, parts: int, d
                 if digest(view[at : min(at + part_bytes, stop)]) != wanted[part]:
                     return False
                 part += 1
+    return True
+
+
+def copy_range_verified(source: Buffer, target: Buffer, span: range, part_bytes: int, digests: bytes) -> bool:
+    """Copies bytes `span` of the entry `source` to the start of `target`, and says whether every part it touches has its
+    digest. Each part is hashed whole, right before its share is copied out of the processor's cache. After False the
+    target is undefined."""
+    if not span:
+        return True
+    start, stop = span.start, span.stop
+    assert 0 <= start and stop <= source.length and stop - start <= target.length, (span, source.length, target.length)
+    view, digest, length = source.view(), _digest, source.length
+    first, last = start // part_bytes, (stop - 1) // part_bytes
+    wanted = struct.unpack_from(f"<{last + 1 - first}Q", digests, first * 8)
+    for part in range(first, last + 1):
+        low, high = part * part_bytes, min(length, (part + 1) * part_bytes)
+        if digest(view[low:high]) != wanted[part - first]:
+            return False
+        begin, end = max(low, start), min(high, stop)
+        move = _move if end - begin >= _SMALL_BYTES else _move_small
+        move(target.address + begin - start, source.address + begin, end - begin)
     return True
 
 

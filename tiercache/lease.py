@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tiercache.buffers import copy, copy_verified, exported
+from tiercache.buffers import copy, copy_range_verified, copy_verified, exported
 from tiercache.errors import ClosedError
-from tiercache.model import Outcome
+from tiercache.model import Outcome, all_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,8 +99,13 @@ class Lease:
 
     def array(self, index: int) -> npt.NDArray[np.uint8]:
         """A read-only uint8 array over item `index`; its bytes stay for as long as it or a view of it lives."""
-        buffer, holders, end = self.buffer(index), self._holders, self._end
-        holders.append(False)
+        holders, end = self._holders, self._end
+        holders.append(False)  # before the look: a release in another thread then is not the last to leave
+        try:
+            buffer = self.buffer(index)
+        except BaseException:
+            _leave(holders, end, False)
+            raise
         return exported(buffer, lambda: _leave(holders, end, False))
 
     def view(self, index: int) -> memoryview:
@@ -118,7 +123,11 @@ class Lease:
             copy(source.slice(start, stop - start), target)
             return Outcome.HIT
         payload = self._extents.payloads([location])[0]
-        same = copy_verified(source, target, start, stop, payload.part_bytes, payload.digests)
+        step, digests = payload.part_bytes, payload.digests
+        if stop - start == source.length:
+            same = copy_verified(source, target, step, all_parts(source.length, step), digests)
+        else:
+            same = copy_range_verified(source, target, range(start, stop), step, digests)
         return Outcome.HIT if same else Outcome.CORRUPT
 
     def release(self) -> None:

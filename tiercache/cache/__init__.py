@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tiercache.index import Index, Match, Reservation
     from tiercache.lease import Load, PageRun
     from tiercache.metrics import Metrics
+    from tiercache.model import Payload
     from tiercache.settings import Settings
     from tiercache.tier import Tier
 
@@ -145,7 +146,7 @@ class Cache:
                 )
             if not verify:
                 copy(source, target)
-            elif not copy_verified(source, target, 0, source.length, payloads[at].part_bytes, payloads[at].digests):
+            elif not self._same(source, target, payloads[at]):
                 tiers.lose(slots[i : i + 1], TierId.MEMORY)
                 tiers.metrics.add("tiercache_corruptions_total", 1, tier="memory")
                 outcomes[i] = Outcome.CORRUPT
@@ -153,6 +154,11 @@ class Cache:
             outcomes[i] = Outcome.HIT
         tiers.metrics.add("tiercache_hits_total", outcomes.count(Outcome.HIT), tier="memory", kind="object")
         return outcomes
+
+    @staticmethod
+    def _same(source: Buffer, target: Buffer, payload: Payload) -> bool:
+        step = payload.part_bytes
+        return copy_verified(source, target, step, all_parts(payload.size, step), payload.digests)
 
     def store(
         self,
@@ -522,7 +528,10 @@ class Cache:
             facts = tiers.index.facts(victims)
             plan = plan_pressure(victims, facts.memory_parts, facts.ssd_parts, can_demote=tiers.ssd_writable)
             if len(plan.demote):
-                await self._demotion.write(plan.demote)
+                try:
+                    await self._demotion.write(plan.demote)
+                except OSError as error:
+                    self._demotion.fault(error)
             freed = tiers.forget(victims)
             if not freed:
                 return

@@ -7,6 +7,7 @@ acknowledgement (`flush` waits for the queue and then for the disk).
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tiercache.cache.filling import Filling
     from tiercache.cache.tiers import Tiers
     from tiercache.index import SlotFacts
+
+log = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20
 DELAY_S = 0.05
@@ -79,7 +82,15 @@ class Demotion:
             await self._wake.wait()
             self._wake.clear()
             await asyncio.sleep(DELAY_S)
-            await self.drain()
+            try:
+                await self.drain()
+            except OSError as error:  # the tier has degraded itself and comes back by itself; so do we
+                self.fault(error)
+
+    def fault(self, error: OSError) -> None:
+        """A write that failed is a later miss: it is counted and said, and the queue goes on."""
+        self._tiers.metrics.add("tiercache_tier_errors_total", 1, tier="ssd", operation="write")
+        log.warning("the SSD tier did not take a batch (%s); those entries stay in memory only", error)
 
     async def drain(self) -> None:
         """Writes everything that is queued now."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ATTEMPTS_MAX = 4
 """Looks at one batch before giving up: memory, SSD, origin, and once more for parts that another reader lost."""
+SSD_PATIENCE = 1.5
+"""A tier ends a read within its deadline; one that takes this many times as long is not waited for."""
 
 
 class Share(NamedTuple):
@@ -49,6 +51,7 @@ class Filling:
         """`landed` hears of slots that got new parts from elsewhere than the SSD."""
         self._tiers, self._tasks, self._landed = tiers, tasks, landed
         self.flights = Flights()
+        self._ssd_loads: set[asyncio.Future[None]] = set()
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
 
     async def ensure(
@@ -59,15 +62,32 @@ class Filling:
         Without `load`, parts that no tier has are a MISS. Raises what `load` raises, also where another reader's load
         of the same parts failed.
         """
-        outcomes = [Outcome.MISS] * len(slots)
+        outcomes = [Outcome.MISS if load is None else Outcome.BUSY] * len(slots)
         distrusted: set[int] = set()  # slots whose SSD copy failed this call
         self._count(slots, wanted, "object" if load is None else "page")
         for _ in range(ATTEMPTS_MAX):
             waits = self._start(slots, wanted, load, outcomes, distrusted)
-            if not waits:
+            if not waits or not await self._all(waits):
                 break
-            await _all(waits)
         return outcomes
+
+    async def _all(self, futures: Sequence[asyncio.Future[None]]) -> bool:
+        """Waits for all of them, then raises the first fault: no load is left behind unobserved. A reader that is
+        cancelled here cancels nothing. False where the SSD hangs: its load goes on holding its extents, for a thread may
+        still write into them, but nobody waits for it any longer."""
+        pending = set(futures)
+        from_ssd = pending & self._ssd_loads
+        if from_ssd:
+            _, pending = await asyncio.wait(pending, timeout=SSD_PATIENCE * self._tiers.settings.ssd_deadline_s)
+            if pending & from_ssd:
+                self._tiers.metrics.add("tiercache_deadline_misses_total", len(pending & from_ssd), tier="ssd")
+            pending -= from_ssd
+        if pending:
+            await asyncio.wait(pending)
+        for future in futures:
+            if future.done():
+                future.result()
+        return all(future.done() for future in futures)
 
     def _count(self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], kind: str) -> None:
         """One entry is one hit of the lowest tier that it needs, or a miss."""
@@ -171,6 +191,9 @@ class Filling:
             Want(int(ssd_locations[i]), name, size, step, share.parts)
             for (i, share), name, size, step in zip(items, names, sizes, part_bytes, strict=True)
         ]
+        for share in shares:
+            self._ssd_loads.add(share.future)
+            share.future.add_done_callback(self._ssd_loads.discard)
         pin = self._tiers.index.pin(slots)
         self._tasks.start(self._from_ssd(shares, wants, distrusted, self._tiers.end_of(pin)), "read from SSD")
 
@@ -191,6 +214,8 @@ class Filling:
                     self._lose_ssd(share.slot, want.location)
                 if outcome is Outcome.CORRUPT:
                     metrics.add("tiercache_corruptions_total", 1, tier="ssd")
+        except OSError:  # a fault of the tier is a miss of these parts: the next look goes to the origin
+            metrics.add("tiercache_tier_errors_total", 1, tier="ssd", operation="read")
         finally:
             self._finish(shares, None)
             end(True)
@@ -268,10 +293,3 @@ class Filling:
                 if int(self._tiers.index.facts(slots).state[0]) == State.PENDING:
                     self._tiers.index.abandon(slots)
 
-
-async def _all(futures: Sequence[asyncio.Future[None]]) -> None:
-    """Waits for all of them, then raises the first fault: no load is left behind unobserved. A reader that is cancelled
-    here cancels nothing."""
-    await asyncio.wait(set(futures))
-    for future in futures:
-        future.result()
