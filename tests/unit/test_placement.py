@@ -30,7 +30,9 @@ def test_pressure_demotes_only_what_the_ssd_lacks_and_can_take() -> None:
     assert plan_pressure(slots, memory, ssd, can_demote=False).drop.tolist() == [5, 6, 7]
 
 
-@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 50)), max_size=30), st.integers(0, 100), st.integers(0, 500))
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.integers(1, 50)), max_size=30), st.integers(0, 100), st.integers(0, 500)
+)
 def test_reclaim_keeps_the_latest_within_its_bytes(rows: list[tuple[int, int]], threshold: int, most: int) -> None:
     order, sizes = (np.array([row[i] for row in rows], np.uint32) for i in range(2))
     keep = plan_reclaim(order, sizes, threshold, most)

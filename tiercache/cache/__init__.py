@@ -348,7 +348,7 @@ class Cache:
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
-        """A lease on pages of one file version with these parts (a map a page) in memory; `load` brings what is missing.
+        """A lease on pages of one file version with these parts (a map a page) in memory; `load` brings the rest.
 
         Raises what `load` raises. Items that memory has no room for are FULL: read those around the cache.
         """

@@ -73,8 +73,8 @@ class Filling:
 
     async def _all(self, futures: Sequence[asyncio.Future[None]]) -> bool:
         """Waits for all of them, then raises the first fault: no load is left behind unobserved. A reader that is
-        cancelled here cancels nothing. False where the SSD hangs: its load goes on holding its extents, for a thread may
-        still write into them, but nobody waits for it any longer."""
+        cancelled here cancels nothing. False where the SSD hangs: its load goes on holding its extents, for a
+        thread may still write into them, but nobody waits for it any longer."""
         pending = set(futures)
         from_ssd = pending & self._ssd_loads
         if from_ssd:
@@ -292,4 +292,3 @@ class Filling:
                 slots = np.array([share.slot], np.int64)
                 if int(self._tiers.index.facts(slots).state[0]) == State.PENDING:
                     self._tiers.index.abandon(slots)
-
