@@ -198,8 +198,8 @@ def copy_verified(source: Buffer, target: Buffer, part_bytes: int, parts: int, d
 
 def copy_range_verified(source: Buffer, target: Buffer, span: range, part_bytes: int, digests: bytes) -> bool:
     """Copies bytes `span` of the entry `source` to the start of `target`, and says whether every part it touches has
-    its digest. Each part is hashed whole, right before its share is copied out of the processor's cache. After False the
-    target is undefined."""
+    its digest. Each part is hashed whole, right before its share is copied out of the processor's cache. After
+    False the target is undefined."""
     if not span:
         return True
     start, stop = span.start, span.stop

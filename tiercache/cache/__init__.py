@@ -389,7 +389,7 @@ class Cache:
                 self._abandon_unfilled(slots)
             raise
         self._nudge()
-        return Lease(outcomes, locations, tiers.memory, tiers.end_of(pin))
+        return Lease(outcomes, locations.tolist(), tiers.memory, tiers.end_of(pin))
 
     async def delete(self, names: Sequence[Name]) -> list[Outcome]:
         """Forgets entries in every tier: HIT for each that was there. Bytes under a lease stay until it ends."""

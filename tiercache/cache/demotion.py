@@ -203,7 +203,7 @@ class Demotion:
     async def _reclaim(self, ssd: Reclaiming) -> int | None:
         index = self._tiers.index
         locations = ssd.victim()
-        if locations is None:
+        if not locations:
             return None
         slots = index.slots_at(TierId.SSD, np.array(locations, np.int64))
         known = slots >= 0

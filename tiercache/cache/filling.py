@@ -127,7 +127,7 @@ class Filling:
         if load is None:
             # What another task is loading may still come; what nobody loads and no tier has is a miss.
             lacking = np.array(
-                [i for i in lacking if not self.flights.join(int(slots[i]), int(plan.origin[i])).mine], np.int64
+                [i for i in lacking.tolist() if not self.flights.join(int(slots[i]), int(plan.origin[i])).mine], np.int64
             )
         places = self._places(slots, facts.memory_location, lacking, outcomes)
         waits: list[asyncio.Future[None]] = []
