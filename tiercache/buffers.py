@@ -99,7 +99,7 @@ class Buffer:
 
 
 def _array(memory: Any, length: int) -> Bytes:
-    return np.frombuffer(memory, np.uint8, length)  # type: ignore[no-any-return]  # its stubs know no ctypes arrays
+    return np.frombuffer(memory, np.uint8, length)
 
 
 def copy(source: Buffer, target: Buffer) -> None:
