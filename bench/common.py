@@ -34,7 +34,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """Parser with the flags that every benchmark takes: --json and --quick."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes: a smoke test, not a figure")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes: a smoke test, no figure")
     return parser
 
 

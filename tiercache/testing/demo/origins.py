@@ -12,13 +12,13 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 BUCKET = "lake"
 START_S_MAX = 60.0
@@ -37,7 +37,7 @@ class Store:
     fill_url: str
     counters: str | None
     key: str = "demo"
-    secret: str = "demo-secret"  # noqa: S105  # a loopback server's, made up
+    secret: str = "demo-secret"  # a loopback server's, made up
     options: dict[str, Any] = field(default_factory=dict)
 
     def s3_options(self, url: str | None = None) -> dict[str, Any]:
@@ -58,7 +58,11 @@ def program(arguments: Sequence[str]) -> Iterator[str]:
     UnavailableError when it ends, or says nothing for a minute, before that line.
     """
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield _first_line(process, arguments)
@@ -97,16 +101,16 @@ def store(kind: str, root: Path, *, delay_ms: float, mbps: float) -> Iterator[St
         raise ConfigError(f"--s3 {kind}: there are {', '.join(starts)}")
     with ExitStack() as stack:
         behind = starts[kind](stack, root)
-        if not delay_ms and not mbps:
+        if not delay_ms and not mbps and behind.counters:
             yield behind
             return
-        proxy = ["-m", "tiercache.testing.faultproxy", behind.fill_url, "--latency-ms", f"{delay_ms:g}"]
+        proxy = ["-m", "tiercache.testing.faultproxy", behind.fill_url, "--set", f"delay_s={delay_ms / 1e3:g}"]
         if mbps:
-            proxy += ["--connection-mbps", f"{mbps:g}"]
+            proxy += ["--set", f"connection_bytes_s={mbps * 1e6:g}"]
         front = stack.enter_context(program(proxy))
         said = f"{behind.said}, first byte after {delay_ms:g} ms"
         said += f", {mbps:g} MB/s a connection" if mbps else ""
-        counters = behind.counters or f"{front}/__stats"
+        counters = behind.counters or f"{front}/__fp"
         yield Store(said, front, behind.fill_url, counters, behind.key, behind.secret, behind.options)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from rich.table import Table
 
@@ -98,7 +98,7 @@ class Report:
         """The one table, for a terminal."""
         from rich.table import Table
 
-        table = Table(title=f"{self.data}, {len(self.queries)} queries in DuckDB\nfrom {self.origin}", title_style="bold")
+        table = Table(title=f"{self.data}: {len(self.queries)} queries in DuckDB\norigin: {self.origin}")
         table.add_column("pass")
         for title in ("seconds", "speed-up", "requests", "origin MB", "memory hits", "SSD hits", "misses"):
             table.add_column(title, justify="right")

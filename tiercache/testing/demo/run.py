@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache.errors import ConfigError, UnavailableError
@@ -18,6 +17,7 @@ from tiercache.testing.demo.worker import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
 TITLES = {
     DIRECT: "direct (s3fs)",
@@ -47,7 +47,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. `work` holds tables, results and the cache; `url` empty means TPC-H in an object store of our own."""
+    """What to run. `work` holds tables, results and the cache; without `url`, TPC-H in an object store of our own."""
 
     work: Path
     s3: str = "own"
@@ -64,7 +64,7 @@ class Plan:
 def run(plan: Plan, watcher: Watcher) -> Report:
     """Runs the demo. Faults: UnavailableError when a program or package is missing or a phase failed, ConfigError."""
     if not tpch.have_duckdb():
-        raise UnavailableError("the demo runs its queries in DuckDB, which is not installed: pip install tiercache[demo]")
+        raise UnavailableError("DuckDB, which runs the demo's queries, is not installed: pip install tiercache[demo]")
     plan.work.mkdir(parents=True, exist_ok=True)
     results = origins.scratch(plan.work / "results")
     cache = origins.scratch(plan.work / "cache")
@@ -113,9 +113,7 @@ def _source(plan: Plan, watcher: Watcher) -> Iterator[Source]:
         origins.fill(store, folder, prefix)
         watcher.note(f"origin: {store.said}, at {store.url}; filled in {time.perf_counter() - start:.1f} s")
         options = store.s3_options()
-        direct = workload.Lake(
-            f"s3://{origins.BUCKET}/{prefix}", "s3", {**options, **workload.BEST_S3FS}, primed=True
-        )
+        direct = workload.Lake(f"s3://{origins.BUCKET}/{prefix}", "s3", {**options, **workload.BEST_S3FS}, primed=True)
         data = f"TPC-H scale factor {plan.scale:g}"
         notes = ("direct is s3fs at its best: cache_type none (exact ranges), the folder listed once before the clock",)
         yield Source(store.said, data, tpch.queries(plan.scale), direct, options, store.counters, notes)

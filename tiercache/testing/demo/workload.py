@@ -66,9 +66,7 @@ def over(query: tpch.Query, prefix: str) -> str:
     if "{prefix}" in query.sql:
         return query.sql.replace("{prefix}", prefix)
     used = [name for name in tpch.TABLES if re.search(rf"\b{name}\b", query.sql)]
-    bound = ", ".join(
-        f"{name} as not materialized (from read_parquet('{prefix}/{name}.parquet'))" for name in used
-    )
+    bound = ", ".join(f"{name} as not materialized (from read_parquet('{prefix}/{name}.parquet'))" for name in used)
     rest = query.sql.removeprefix("with ")
     return f"with {bound}{' ' if rest is query.sql else ', '}{rest}"
 

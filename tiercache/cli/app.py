@@ -1,0 +1,146 @@
+"""The commands and their options. Each does its work elsewhere and prints here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from tiercache import __version__
+from tiercache.cli import doctor as doctors
+from tiercache.cli import output
+from tiercache.cli.show import Show
+from tiercache.settings import config_path, format_size, load, read_machine
+
+app = typer.Typer(
+    name="tiercache",
+    help="Cache data-lake files (and KV blocks) in memory and on SSD.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Directory = Annotated[str | None, typer.Option("--directory", "-d", help="The cache; default: as the settings say.")]
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+"""The parser's own faults: click's ClickException, of which newer versions of typer carry a copy."""
+MARKS = {doctors.GOOD: "[green]ok   [/]", doctors.LIMITED: "[yellow]limit[/]", doctors.MISSING: "[dim]none [/]"}
+
+
+def run() -> int:
+    """Parses the command line and does it; the exit code (see output)."""
+    logging.basicConfig(level=logging.WARNING, format="tiercache: %(message)s")
+    with output.one_line_errors() as codes:
+        try:
+            result = app(standalone_mode=False)
+        except typer.Exit as end:
+            return end.exit_code
+        except typer.Abort:
+            return output.INTERRUPTED
+        except USAGE_ERROR as error:
+            output.console(errors=True).print(f"tiercache: {error.format_message()}", markup=False, soft_wrap=True)
+            return output.USAGE
+        return result if isinstance(result, int) else output.GOOD
+    return codes[0]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Cache data-lake files (and KV blocks) in memory and on SSD."""
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def doctor(directory: Directory = None, as_json: Json = False) -> int:
+    """Say what this machine gives the cache, what is missing, and what to do about it."""
+    found = doctors.examine(directory)
+    unusable = any(one.topic == "settings" for one in found)
+    if as_json:
+        output.print_json({"findings": [asdict(one) for one in found]})
+        return output.FOUND if unusable else output.GOOD
+    console = output.console()
+    wide = max(len(one.topic) for one in found)
+    for one in found:
+        console.print(f"{MARKS[one.state]}  {one.topic:<{wide}}  {escape(one.fact)}", soft_wrap=True)
+        if one.hint:
+            console.print(" " * (wide + 9) + f"-> {one.hint}", markup=False, soft_wrap=True)
+    return output.FOUND if unusable else output.GOOD
+
+
+@app.command()
+def config(directory: Directory = None, as_json: Json = False) -> None:
+    """Show every setting: its value, where it comes from, what it means."""
+    rows = load(directory=directory).explain()
+    path = config_path(read_machine())
+    if as_json:
+        output.print_json({"file": path, "settings": [row._asdict() for row in rows]})
+        return
+    shown = [
+        {
+            "setting": row.name,
+            "value": f"{row.value:,} ({format_size(row.value)})"
+            if row.name.endswith("_bytes") and isinstance(row.value, int)
+            else row.value,
+            "from": row.source,
+            "meaning": row.meaning,
+        }
+        for row in rows
+    ]
+    output.print_rows(shown)
+    output.console().print(f"settings file: {path or 'none'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    *,
+    url: Annotated[str, typer.Option(help="Your own Parquet instead, such as s3://bucket/tables.")] = "",
+    endpoint: Annotated[str, typer.Option(help="With --url: the S3 endpoint.")] = "",
+    s3: Annotated[str, typer.Option(help="The object store to start: own, ceph or moto.")] = "own",
+    scale: Annotated[float | None, typer.Option(help="TPC-H scale factor; 1, or 0.01 with moto.", min=0.001)] = None,
+    delay_ms: Annotated[float, typer.Option(help="Time to the first byte of each answer.", min=0)] = 30.0,
+    mbps: Annotated[float, typer.Option(help="Megabytes a second of each connection; 0: unlimited.", min=0)] = 100.0,
+    files: Annotated[int, typer.Option(help="With --url: read at most so many files.", min=1)] = 8,
+    directory: Annotated[str | None, typer.Option("--directory", "-d", help="Where tables and cache go.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the cache and all results there.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Run 22 TPC-H queries in DuckDB over an object store: direct, cold, from SSD, from memory; compare all results."""
+    from tiercache.testing.demo import run as demos
+
+    work = Path(directory) if directory else default_work()
+    factor = scale if scale is not None else (0.01 if s3 == "moto" else 1.0)
+    plan = demos.Plan(work, s3, url, endpoint, factor, delay_ms, mbps, files, keep=keep)
+    with Show() as show:
+        report = demos.run(plan, show)
+    if as_json:
+        output.print_json(report.facts())
+        return output.GOOD if report.good else output.FOUND
+    console = output.console()
+    console.print(report.table())
+    for note in report.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    if keep:
+        console.print(f"kept: {work / 'cache'}, {work / 'results'}", markup=False, soft_wrap=True)
+    for line in report.differences():
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(report.verdict(), markup=False, soft_wrap=True)
+    return output.GOOD if report.good else output.FOUND
+
+
+def default_work() -> Path:
+    """Where the demo keeps its tables: .cache of a checkout, else the user's cache directory."""
+    here = Path.cwd()
+    if (here / "pyproject.toml").is_file() and (here / "tiercache").is_dir():
+        return here / ".cache"
+    return Path(load().directory).parent / "tiercache-demo"
