@@ -43,6 +43,8 @@ LOG_ROWS_MAX = 100_000
 PIECE_BYTES = 256 << 10
 PACED_PIECE_BYTES = 32 << 10
 UNKNOWN_BYTES = 1 << 62
+OVERSLEPT_S_MAX = 0.005
+"""Timers wake up late; up to this much of it is made good with the next bytes."""
 SLEEP_S_MIN = 0.002
 """Being ahead of the bandwidth by less than this is not worth a timer; what is owed is not forgotten."""
 FAULTS = {
@@ -133,13 +135,13 @@ class Pace:
     """A bandwidth: says how long to wait after so many bytes."""
 
     def __init__(self) -> None:
-        self._free_at_s = 0.0
+        self._free_at_s = -OVERSLEPT_S_MAX
 
     def owe(self, length: int, bytes_s: float, now_s: float) -> float:
         """Seconds to wait so that no more than `bytes_s` pass; unused time is not saved up."""
         if bytes_s <= 0:
             return 0.0
-        self._free_at_s = max(self._free_at_s, now_s) + length / bytes_s
+        self._free_at_s = max(self._free_at_s, now_s - OVERSLEPT_S_MAX) + length / bytes_s
         return self._free_at_s - now_s
 
 
