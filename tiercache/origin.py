@@ -46,10 +46,6 @@ class Origin(Protocol):
         """A Stat or GONE for each path."""
         ...
 
-    async def list(self, path: str) -> list[Stat] | Outcome:
-        """Direct children of a directory (objects and directories, full paths), or GONE."""
-        ...
-
     async def read(self, stat: Stat, span: Span, targets: Sequence[Buffer]) -> None:
         """Fills `targets`, one after another, with the span (their lengths add up to span.length) of exactly this
         version of the object, in one ranged request (If-Match where the origin knows versions). Raises if the span
@@ -74,4 +70,6 @@ class Origin(Protocol):
         """Ends connections. Idempotent."""
         ...
 
-
+    async def list(self, path: str) -> list[Stat] | Outcome:
+        """Direct children of a directory (objects and directories, full paths), or GONE."""
+        ...
