@@ -35,6 +35,7 @@ MARKS = {doctors.GOOD: "[green]ok   [/]", doctors.LIMITED: "[yellow]limit[/]", d
 def run() -> int:
     """Parses the command line and does it; the exit code (see output)."""
     logging.basicConfig(level=logging.WARNING, format="tiercache: %(message)s")
+    result: object = output.GOOD
     with output.one_line_errors() as codes:
         try:
             result = app(standalone_mode=False)
@@ -45,8 +46,7 @@ def run() -> int:
         except USAGE_ERROR as error:
             output.console(errors=True).print(f"tiercache: {error.format_message()}", markup=False, soft_wrap=True)
             return output.USAGE
-        return result if isinstance(result, int) else output.GOOD
-    return codes[0]
+    return codes[0] if codes else result if isinstance(result, int) else output.GOOD
 
 
 @app.callback(invoke_without_command=True)

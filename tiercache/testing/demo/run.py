@@ -78,7 +78,7 @@ def run(plan: Plan, watcher: Watcher) -> Report:
         )
         for lake, passes in ((source.direct, [DIRECT]), (cached, ["cold"]), (cached, ["ssd", "memory"])):
             phase = Phase(lake, source.queries, passes, str(results), source.counters)
-            report.passes += _perform(phase, plan.work, watcher)
+            report.passes += perform(phase, plan.work, watcher)
         report.notes += source.notes
     if not plan.keep:
         origins.scratch(cache).rmdir()
@@ -141,13 +141,13 @@ def _users_own(plan: Plan) -> Source:
     return Source(plan.url, data, queries, direct, options, None, notes)
 
 
-def _perform(phase: Phase, work: Path, watcher: Watcher) -> list[Pass]:
-    """Runs one phase in a new process and reads what it says."""
+def perform(phase: Phase, work: Path, watcher: Watcher, python: str = sys.executable) -> list[Pass]:
+    """Runs one phase in a new process and reads what it says; UnavailableError with its last line when it failed."""
     path = work / "phase.json"
     phase.write(path)
-    passes = {name: Pass(name, TITLES[name]) for name in phase.passes}
+    passes = {name: Pass(name, TITLES.get(name, name)) for name in phase.passes}
     with subprocess.Popen(
-        [sys.executable, "-m", "tiercache.testing.demo.worker", str(path)],
+        [python, "-m", "tiercache.testing.demo.worker", str(path)],
         stdout=subprocess.PIPE,
         stderr=(work / "worker.log").open("w+"),
         text=True,

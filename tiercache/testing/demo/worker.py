@@ -136,13 +136,22 @@ def _by_tier(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
     return {**{tier: int(count) for tier, count in hits.items()}, "misses": int(misses)} if after else {}
 
 
+def _engine_errors() -> tuple[type[Exception], ...]:
+    """What DuckDB raises, also around a filesystem's own faults; nothing where it is not installed."""
+    try:
+        import duckdb
+    except ImportError:
+        return ()
+    return (duckdb.Error,)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; 1 with one line on stderr when the phase could not be finished."""
     paths = sys.argv[1:] if arguments is None else arguments
     try:
         perform(Phase.read(Path(paths[0])))
-    except (TierCacheError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (TierCacheError, ImportError, OSError, *_engine_errors()) as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,0 +1,287 @@
+"""The filesystem against its origin and against local files: TPC-H in DuckDB, 30 ms from an object store.
+
+Every figure names its origin in its note, and carries both sides' raw seconds, requests and bytes, and each side's
+command. Sides are run in turn, round by round; a ratio is the median over rounds. A side runs in a process of its own
+where a restart matters (suite, SSD), in one process where the page cache and the clock must be shared (local, cold).
+DuckDB keeps its defaults; each query has a fresh DuckDB, so that its own memory of remote files helps no side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from bench import lake_peers
+from bench.common import CACHE_DIR, ROOT, Figure, Json, arguments, drop_page_cache, emit, median_ratio, report, say
+from bench.common import versions as installed
+from tiercache.errors import UnavailableError
+from tiercache.testing.demo import origins, run, tpch, workload
+from tiercache.testing.demo.worker import Counters, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tiercache.testing.demo.report import Pass
+
+QUICK = ("Q1", "Q6", "Q14")
+MEMORY_BYTES = 2 << 30
+"""Holds the whole suite, so that the warm side is warm."""
+
+
+class Quiet:
+    """A watcher that says nothing."""
+
+    def note(self, text: str) -> None:
+        say(text)
+
+    def started(self, title: str, count: int) -> None:
+        del title, count
+
+    def query(self, title: str, event: object) -> None:
+        del title, event
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements share."""
+
+    store: origins.Store
+    tables: Path
+    work: Path
+    prefix: str
+    queries: list[tpch.Query]
+    rounds: int
+
+    @property
+    def direct(self) -> workload.Lake:
+        return workload.Lake(
+            f"s3://{self.prefix}", "s3", {**self.store.s3_options(), **workload.BEST_S3FS}, primed=True
+        )
+
+    @property
+    def local(self) -> workload.Lake:
+        return workload.Lake(str(self.tables))
+
+    def cached(self, directory: Path) -> workload.Lake:
+        options = {
+            "target_protocol": "s3",
+            "target_options": self.store.s3_options(),
+            "directory": str(directory),
+            "memory_bytes": MEMORY_BYTES,
+        }
+        return workload.Lake(f"tiercache://{self.prefix}", "tiercache", options)
+
+    def perform(self, lake: workload.Lake, passes: list[str], python: str = sys.executable) -> list[Pass]:
+        phase = Phase(lake, self.queries, passes, str(self.work / "results"), self.store.counters)
+        return run.perform(phase, self.work, Quiet(), python)
+
+    def empty(self, name: str) -> Path:
+        return origins.scratch(self.work / name)
+
+
+@dataclass
+class Measured:
+    """One query once: seconds, requests, bytes and the digest of its result."""
+
+    seconds: float
+    requests: int
+    received_bytes: int
+    digest: str
+
+
+def once(query: tpch.Query, lake: workload.Lake, fs: object, counters: Counters) -> Measured:
+    """Runs a query between two readings of the server's counters."""
+    before = counters.read()
+    ran = workload.run(query, lake, fs)
+    after = counters.read()
+    return Measured(ran.seconds, after[0] - before[0], after[1] - before[1], tpch.digest(ran.lines))
+
+
+@contextlib.contextmanager
+def opened(lake: workload.Lake) -> Iterator[object]:
+    """The lake's filesystem, closed afterwards."""
+    fs = workload.open_filesystem(lake)
+    try:
+        yield fs
+    finally:
+        if hasattr(fs, "close"):
+            fs.close()
+
+
+def cold_queries(setting: Setting) -> list[Figure]:
+    """Each query from an empty cache beside s3fs: worst query's requests and bytes, median of times over all."""
+    counters = Counters(setting.store.counters, None)
+    raw: dict[str, dict[str, Json]] = {}
+    gets, sizes, times = [], [], []
+    with opened(setting.direct) as direct_fs:
+        once(setting.queries[0], setting.direct, direct_fs, counters)  # both sides import and connect before the clock
+        for query in setting.queries:
+            theirs, ours = [], []
+            for _ in range(setting.rounds):
+                theirs.append(once(query, setting.direct, direct_fs, counters))
+                lake = setting.cached(setting.empty("cold"))
+                with opened(lake) as fs:
+                    ours.append(once(query, lake, fs, counters))
+            if len({one.digest for one in theirs + ours}) != 1:
+                raise SystemExit(f"{query.name}: results differ")
+            gets.append(median(o.requests / max(1, t.requests) for o, t in zip(ours, theirs)))
+            sizes.append(median(o.received_bytes / max(1, t.received_bytes) for o, t in zip(ours, theirs)))
+            times.append(median_ratio([o.seconds for o in ours], [t.seconds for t in theirs]))
+            raw[query.name] = {
+                "tiercache": [[o.seconds, o.requests, o.received_bytes] for o in ours],
+                "direct": [[t.seconds, t.requests, t.received_bytes] for t in theirs],
+            }
+            say(f"cold {query.name}: requests {gets[-1]:.2f}, bytes {sizes[-1]:.2f}, time {times[-1]:.2f} of direct")
+    shape = "rows of [seconds, requests, bytes]; origin: " + setting.store.said
+    all_of = {name: {q.name: v for q, v in zip(setting.queries, vs)} for name, vs in
+              {"requests": gets, "bytes": sizes, "time": times}.items()}  # fmt: skip
+    return [
+        Figure("gets_cold_over_direct", max(gets), 1.0, raw=raw, note=f"worst query; {shape}"),
+        Figure("bytes_cold_over_direct", max(sizes), 1.25, raw={"ratios": all_of["bytes"]}, note="worst query, as above"),
+        Figure("cold_over_direct", median(times), 1.0, raw={"ratios": all_of["time"]},
+               note=f"median of {len(times)} queries, worst {max(times):.2f}; as above"),
+    ]  # fmt: skip
+
+
+def _totals(one: Pass) -> list[Json]:
+    return [one.total_s, one.requests, one.received_bytes]
+
+
+def suite(setting: Setting) -> list[Figure]:
+    """All queries in sequence, from an empty cache, in new processes: the worst of requests, bytes and time."""
+    ours, theirs = [], []
+    for turn in range(setting.rounds):
+        theirs += setting.perform(setting.direct, [f"direct{turn}"])
+        ours += setting.perform(setting.cached(setting.empty("suite")), [f"cold{turn}"])
+        if ours[-1].digests != theirs[-1].digests:
+            raise SystemExit("the suite's results differ")
+        say(f"suite: {ours[-1].total_s:.2f} s, direct {theirs[-1].total_s:.2f} s")
+    parts = {
+        "time": median_ratio([o.total_s for o in ours], [t.total_s for t in theirs]),
+        "requests": median(o.requests / t.requests for o, t in zip(ours, theirs)),
+        "bytes": median(o.received_bytes / t.received_bytes for o, t in zip(ours, theirs)),
+    }
+    raw: dict[str, Json] = {
+        "tiercache": [_totals(o) for o in ours],
+        "direct": [_totals(t) for t in theirs],
+        "ratios": parts,
+    }
+    worst = max(parts, key=lambda name: parts[name])
+    note = f"worst of the three is {worst}; rows of [seconds, requests, bytes]; origin: {setting.store.said}"
+    return [Figure("suite_over_direct", parts[worst], 0.5, raw=raw, note=note)]
+
+
+def warm(setting: Setting) -> list[Figure]:
+    """The suite from memory beside DuckDB on local files, query by query in turn, in one process."""
+    counters = Counters(setting.store.counters, None)
+    lake = setting.cached(setting.empty("warm"))
+    totals: dict[str, list[float]] = {"tiercache": [], "local": []}
+    queries: dict[str, dict[str, list[float]]] = {q.name: {"tiercache": [], "local": []} for q in setting.queries}
+    requests = 0
+    with opened(lake) as fs:
+        for turn in range(-1, max(3, setting.rounds + 2)):
+            sums = {"tiercache": 0.0, "local": 0.0}
+            before = counters.read()[0]
+            for at, query in enumerate(setting.queries):
+                sides = [("tiercache", lake, fs), ("local", setting.local, None)]
+                for name, where, opened_fs in sides if (turn + at) % 2 else sides[::-1]:
+                    seconds = workload.run(query, where, opened_fs).seconds
+                    sums[name] += seconds
+                    if turn >= 0:
+                        queries[query.name][name].append(seconds)
+            if turn >= 0:
+                requests += counters.read()[0] - before
+                for name, seconds in sums.items():
+                    totals[name].append(seconds)
+    value = median_ratio(totals["tiercache"], totals["local"])
+    note = f"local files in the page cache; origin asked {requests} times meanwhile; origin: {setting.store.said}"
+    raw: dict[str, Json] = {**totals, "queries": queries}
+    return [Figure("warm_over_local", value, 1.10, raw=raw, note=note)]
+
+
+def from_ssd(setting: Setting) -> list[Figure]:
+    """The suite after a restart, from SSD, beside local files out of the page cache; a new process each."""
+    directory = setting.empty("ssd")
+    setting.perform(setting.cached(directory), ["fill"])
+    tables = sorted(setting.tables.glob("*.parquet"))
+    ours, theirs = [], []
+    for turn in range(setting.rounds):
+        drop_page_cache(tables)
+        theirs += setting.perform(setting.local, [f"local{turn}"])
+        drop_page_cache([path for path in directory.rglob("*") if path.is_file()])
+        ours += setting.perform(setting.cached(directory), [f"ssd{turn}"])
+        say(f"from SSD: {ours[-1].total_s:.2f} s ({ours[-1].requests} requests), local {theirs[-1].total_s:.2f} s")
+    value = median_ratio([o.total_s for o in ours], [t.total_s for t in theirs])
+    raw: dict[str, Json] = {
+        "tiercache": [_totals(o) for o in ours],
+        "local": [t.total_s for t in theirs],
+        "queries": {q.name: [o.seconds[q.name] for o in ours] for q in setting.queries},
+        "local_queries": {q.name: [t.seconds[q.name] for t in theirs] for q in setting.queries},
+    }
+    note = "page cache dropped before each pass, both sides; tiercache's rows are [seconds, requests, bytes]; origin: "
+    return [Figure("ssd_over_local", value, 1.25, raw=raw, note=note + setting.store.said)]
+
+
+def setting_from(store: origins.Store, tables: Path, work: Path, prefix: str, *, quick: bool, rounds: int) -> Setting:
+    """The setting of this run; --quick keeps three queries and one round."""
+    queries = tpch.queries(1.0)
+    if quick:
+        queries = [query for query in queries if query.name in QUICK]
+    return Setting(store, tables, work, prefix, queries, 1 if quick else rounds)
+
+
+GROUPS = {"cold": cold_queries, "suite": suite, "warm": warm, "ssd": from_ssd, "peers": lake_peers.peers}
+
+
+def main() -> None:
+    """Runs the groups asked for and prints the report."""
+    parser = arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("--s3", default="auto", choices=("auto", "own", "ceph"), help="auto: Ceph where it runs")
+    parser.add_argument("--delay-ms", type=float, default=30.0, help="first byte of every answer")
+    parser.add_argument("--mbps", type=float, default=100.0, help="of each connection; 0: unlimited")
+    parser.add_argument("--scale", type=float, default=1.0, help="TPC-H scale factor")
+    parser.add_argument("--rounds", type=int, default=3, help="of each side")
+    parser.add_argument("--only", nargs="*", choices=tuple(GROUPS), default=tuple(GROUPS), help="groups to run")
+    args = parser.parse_args()
+    scale = 0.1 if args.quick else args.scale
+    tables = tpch.make_tables(scale, CACHE_DIR, say)
+    figures: list[Figure] = []
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE_DIR, prefix="lake-")))
+        store = _store(stack, args.s3, args.delay_ms, args.mbps)
+        prefix = f"tpch-sf{scale:g}"
+        origins.fill(store, tables, prefix)
+        where = f"{origins.BUCKET}/{prefix}"
+        setting = setting_from(store, tables, work, where, quick=args.quick, rounds=args.rounds)
+        say(f"origin: {store.said}; data: TPC-H scale factor {scale:g}")
+        for name in args.only:
+            figures += GROUPS[name](setting)
+    extra: dict[str, Json] = {
+        "origin": store.said,
+        "data": f"TPC-H scale factor {scale:g}, tpchgen-cli defaults",
+        "versions": installed("duckdb", "s3fs", "fsspec", "pyarrow", "polars", "obstore"),
+        "direct": "s3fs, default_cache_type none, folder listed once before the clock",
+        "root": str(ROOT.name),
+    }
+    emit(report("lake", figures, extra=extra), as_json=args.json)
+
+
+def _store(stack: contextlib.ExitStack, kind: str, delay_ms: float, mbps: float) -> origins.Store:
+    """The origin asked for; `auto` is Ceph where it runs, else our own server."""
+    for one in ("ceph", "own") if kind == "auto" else (kind,):
+        try:
+            return stack.enter_context(origins.store(one, CACHE_DIR / "bucket", delay_ms=delay_ms, mbps=mbps))
+        except UnavailableError as error:
+            if one == kind or one == "own":
+                raise
+            say(f"no Ceph ({error}): our own server instead")
+    raise AssertionError
+
+
+if __name__ == "__main__":
+    main()
