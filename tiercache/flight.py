@@ -52,12 +52,12 @@ class Flights:
 
     def end(self, slot: int, future: asyncio.Future[None], fault: BaseException | None = None) -> None:
         """Ends a load: waiters look again (the parts are there, or they load themselves), or get the fault."""
+        if future.done():
+            return
         loads = self._under_way[slot]
         loads[:] = [load for load in loads if load[1] is not future]
         if not loads:
             del self._under_way[slot]
-        if future.done():
-            return
         if fault is None:
             future.set_result(None)
         else:

@@ -130,6 +130,13 @@ class Lease:
             same = copy_range_verified(source, target, range(start, stop), step, digests)
         return Outcome.HIT if same else Outcome.CORRUPT
 
+    def cut(self) -> None:
+        """Shortens the lease to the items before the first that is no HIT: a chain is usable as far as it is whole."""
+        for index, outcome in enumerate(self.outcomes):
+            if outcome is not Outcome.HIT:
+                del self.outcomes[index:]
+                return
+
     def release(self) -> None:
         """Ends the lease; bytes with living views stay until those are gone. Calling it again does nothing."""
         if self._locations is not None:

@@ -96,6 +96,9 @@ class Tier(Protocol):
 class Addressable(Protocol):
     """What a tier adds when its bytes can be read and filled in place: the extent allocator port."""
 
+    entry_bytes_max: int
+    """The largest entry that can ever be reserved."""
+
     def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
         """Locations of new extents (state PENDING, no part present), or FULL; thread-safe, never blocks for long."""
         ...

@@ -9,6 +9,7 @@ demotion.py, pins and room in tiers.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tiercache.model import Payload
     from tiercache.settings import Settings
     from tiercache.tier import Tier
+
+log = logging.getLogger(__name__)
 
 CLOSE_PATIENCE_S = 10.0
 PRESSURE_BATCH = 64
@@ -86,7 +89,9 @@ class Cache:
         tiers = self._open()
         wanted = np.asarray(parts, np.uint64)
         match, locations, present = tiers.index.hit_pages(key, np.asarray(ordinals, np.int32))
-        if ((present & wanted) != wanted).any():
+        if ((present & wanted) != wanted).any() or (
+            tiers.expiries and tiers.expired(tiers.index.facts(match.slots).expiry_s).any()
+        ):
             tiers.release(match)
             return None
         tiers.metrics.add("tiercache_hits_total", len(locations), tier="memory", kind="page")
@@ -98,7 +103,7 @@ class Cache:
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
         whole = (match.slots >= 0) & (facts.memory_parts == _all_parts(facts.size, facts.part_bytes))
-        if not (whole & ~self._expired(facts.expiry_s)).all():
+        if not (whole & ~tiers.expired(facts.expiry_s)).all():
             tiers.release(match)
             return None
         return Lease([Outcome.HIT] * len(names), facts.memory_location, tiers.memory, tiers.end_of(match))
@@ -108,7 +113,7 @@ class Cache:
         tiers = self._open()
         match = tiers.index.match_chain(digests)
         facts = tiers.index.facts(match.slots)
-        whole = facts.memory_parts == _all_parts(facts.size, facts.part_bytes)
+        whole = (facts.memory_parts == _all_parts(facts.size, facts.part_bytes)) & ~tiers.expired(facts.expiry_s)
         length = len(whole) if whole.all() else int(whole.argmin())
         locations = facts.memory_location[:length]
         return Lease([Outcome.HIT] * length, locations, tiers.memory, tiers.end_of(match))
@@ -131,7 +136,7 @@ class Cache:
         whole = (
             (slots >= 0)
             & (facts.memory_parts == _all_parts(facts.size, facts.part_bytes))
-            & ~self._expired(facts.expiry_s)
+            & ~tiers.expired(facts.expiry_s)
         )
         outcomes = [Outcome.MISS] * len(slots)
         chosen = np.flatnonzero(whole).tolist()
@@ -177,6 +182,8 @@ class Cache:
         self._check_sizes(sizes)
         steps = np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
         tiers.expiries |= bool(expiry_s)
+        tiers.purge(names)
+        self._recovery.revive(names)
         reservation = tiers.index.reserve(
             names, sizes.astype(np.uint32), steps, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s
         )
@@ -199,6 +206,9 @@ class Cache:
         self._check_sizes(sizes)
         steps = np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
         tiers.expiries |= bool(expiry_s)
+        names = [Name(digest) for digest in digests]
+        tiers.purge(names)
+        self._recovery.revive(names)
         reservation = tiers.index.reserve_chain(
             digests,
             sizes.astype(np.uint32),
@@ -210,7 +220,7 @@ class Cache:
             cost_s=cost_s,
             expiry_s=expiry_s,
         )
-        return self._fill(reservation, [Name(digest) for digest in digests], values)
+        return self._fill(reservation, names, values)
 
     def _fill(self, reservation: Reservation, names: Sequence[Name], values: Sequence[Buffer]) -> list[Outcome]:
         """Fills what a reservation made PENDING; whatever happens, nothing stays PENDING."""
@@ -236,15 +246,14 @@ class Cache:
                 copy(values[i], target)
                 parts = all_parts(size, step)
                 tiers.memory.commit([location], [parts], [part_digests(target, step, parts)])
-                one = slots[i : i + 1]
-                tiers.index.place(one, TierId.MEMORY, np.array([location], np.int64), np.array([parts], np.uint64))
+                tiers.place(slots[i : i + 1], TierId.MEMORY, [location], [parts])
                 unplaced.discard(int(slots[i]))
-            stored = slots[[i for i in fresh if outcomes[i] is Outcome.HIT]]
+            visible = np.unique(slots[[i for i, outcome in enumerate(outcomes) if outcome is Outcome.HIT]])
         finally:
             if unplaced:
                 tiers.index.abandon(np.array(sorted(unplaced), np.int64))
             tiers.release(reservation)
-        self._dirtied(stored)
+        self._dirtied(visible)
         return outcomes
 
     # -- on the loop ---------------------------------------------------------------------------------------------------
@@ -305,7 +314,7 @@ class Cache:
             outcomes = await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, store))
         if not durable:
             return outcomes
-        await self.flush()
+        await self._demotion.flush()
         match = self.tiers.index.match(durable)
         try:
             facts = self.tiers.index.facts(match.slots)
@@ -331,7 +340,9 @@ class Cache:
         await self._recovery.find([Name(digest) for digest in digests])
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
-        return await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
+        lease = await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
+        lease.cut()
+        return lease
 
     async def get_into(self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True) -> list[Outcome]:
         """Copies whole entries to the start of each target, from memory or the SSD: HIT, or why not."""
@@ -344,6 +355,7 @@ class Cache:
                 outcomes[i] = lease.outcomes[at]
                 if outcomes[i] is Outcome.HIT:
                     size = lease.buffer(at).length
+                    _check_room(i, size, targets[i].length)
                     outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
         return outcomes
 
@@ -356,6 +368,7 @@ class Cache:
         tiers.drain()
         await self._recovery.find([Name(run.key, ordinal) for ordinal in ordinals])
         tiers.expiries |= bool(run.expiry_s)
+        tiers.purge([Name(run.key, ordinal) for ordinal in ordinals])
         reservation = tiers.index.reserve_pages(
             run.key,
             np.asarray(ordinals, np.int32),
@@ -378,15 +391,17 @@ class Cache:
         locations = np.full(len(slots), -1, np.int64)
         try:
             facts = tiers.index.facts(slots)
-            found = np.flatnonzero((slots >= 0) & ~self._expired(facts.expiry_s))
-            filled = await self._filling.ensure(slots[found], wanted[found], load)
+            found = np.flatnonzero((slots >= 0) & ~tiers.expired(facts.expiry_s))
+            # A name may stand twice in a batch; a slot is filled once.
+            distinct, place = np.unique(slots[found], return_inverse=True)
+            need = np.zeros(len(distinct), np.uint64)
+            np.bitwise_or.at(need, place, wanted[found])
+            filled = await self._filling.ensure(distinct, need, load)
             locations[found] = tiers.index.facts(slots[found]).memory_location
-            for i, outcome in zip(found.tolist(), filled, strict=True):
-                outcomes[i] = outcome
+            for i, at in zip(found.tolist(), place.tolist(), strict=True):
+                outcomes[i] = filled[at]
         except BaseException:
-            tiers.release(pin)
-            if load is not None:
-                self._abandon_unfilled(slots)
+            tiers.release(pin)  # also gives up what was reserved here and not filled
             raise
         self._nudge()
         return Lease(outcomes, locations.tolist(), tiers.memory, tiers.end_of(pin))
@@ -399,6 +414,7 @@ class Cache:
         try:
             there = match.slots >= 0
             tiers.free(tiers.index.remove(match.slots[there]))
+            self._recovery.bury(names)
         finally:
             tiers.release(match)
         return [Outcome.HIT if found else Outcome.GONE for found in there.tolist()]
@@ -406,12 +422,7 @@ class Cache:
     async def flush(self) -> None:
         """Returns when what was visible before the call is durable on the SSD, as far as the SSD takes it."""
         self._open()
-        await self._flush()
-
-    async def _flush(self) -> None:
-        await self._demotion.drain()
-        if self.tiers.ssd is not None:
-            await self.tiers.ssd.flush()
+        await self._demotion.flush()
 
     async def close(self) -> None:
         """Writes what is queued, ends every task, closes the tiers. Idempotent."""
@@ -423,10 +434,16 @@ class Cache:
         self._recovery.stop()
         await self._tasks.close(CLOSE_PATIENCE_S)
         self.tiers.drain()
-        if self.tiers.ssd is not None:
-            await self._flush()
-            await self.tiers.ssd.close()
-        await self.tiers.memory.close()
+        ssd = self.tiers.ssd
+        try:
+            await self._demotion.flush()
+        except OSError as error:
+            log.warning("closing without the last entries on the SSD: %s", error)
+        try:
+            if ssd is not None:
+                await ssd.close()
+        finally:
+            await self.tiers.memory.close()
 
     def disown(self) -> None:
         """Makes this object refuse every call: it came into a forked child, and the cache belongs to the parent."""
@@ -461,16 +478,12 @@ class Cache:
             raise ConfigError(f"ttl_s must be positive, not {ttl_s}: leave it out for an entry that does not expire")
         return int(self.tiers.clock.wall() + ttl_s) + 1
 
-    def _expired(self, expiries_s: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
-        if not self.tiers.expiries:
-            return np.zeros(len(expiries_s), bool)
-        return (expiries_s != 0) & (expiries_s <= self.tiers.clock.wall())
-
     def _check_sizes(self, sizes: npt.NDArray[np.int64]) -> None:
-        capacity = self.tiers.memory.status().capacity_bytes
-        if len(sizes) and int(sizes.max()) > capacity:
+        most = self.tiers.memory.entry_bytes_max
+        if len(sizes) and int(sizes.max()) > most:
             raise CapacityError(
-                f"an entry of {int(sizes.max())} bytes can never fit into memory_bytes = {capacity}: raise memory_bytes"
+                f"an entry of {int(sizes.max())} bytes can never fit: memory takes at most {most} in one piece; "
+                "split the value, or raise memory_bytes"
             )
 
     def _check_durable(self, durable: bool) -> None:
@@ -496,18 +509,6 @@ class Cache:
         self._nudged = False
         self._demotion.wake()
         self._pressure.set()
-
-    def _abandon_unfilled(self, slots: npt.NDArray[np.int64]) -> None:
-        """Pages that were reserved but of which nothing is there and nothing is on the way are given up."""
-        index = self.tiers.index
-        state = index.facts(slots).state
-        idle = [
-            slot
-            for slot, now in zip(slots.tolist(), state.tolist(), strict=True)
-            if slot >= 0 and now == State.PENDING and not self._filling.flights.under_way(slot)
-        ]
-        if idle:
-            index.abandon(np.array(idle, np.int64))
 
     async def _relieve(self) -> None:
         """Keeps memory under its high mark, so that no reader has to evict."""
@@ -536,6 +537,11 @@ class Cache:
             if not freed:
                 return
             over -= freed
+
+
+def _check_room(item: int, entry_bytes: int, target_bytes: int) -> None:
+    if target_bytes < entry_bytes:
+        raise ConfigError(f"target {item} has {target_bytes} bytes, the entry {entry_bytes}: pass a larger buffer")
 
 
 def _all_parts(sizes: npt.NDArray[np.uint32], part_bytes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:

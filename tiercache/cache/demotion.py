@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.model import Kind, Outcome, Payload, TierId
+from tiercache.model import Form, Kind, Outcome, Payload, TierId
 from tiercache.placement import plan_reclaim
 from tiercache.tier import Reclaiming
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20
+FLUSH_BATCH = 64
 DELAY_S = 0.05
 """Pages that are still being filled get their other parts before they are written, so that they are written once."""
 RECLAIM_ROUNDS_MAX = 8
@@ -41,10 +43,10 @@ class Demotion:
         self._tiers = tiers
         self._dirty: dict[int, int] = {}  # slot -> bytes, in the order of marking
         self._bytes = 0
+        self._queue_lock = threading.Lock()  # for the two above; held for a dictionary operation or two
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self.filling: Filling | None = None
-        self.dropped = 0
 
     @property
     def queue_bytes(self) -> int:
@@ -56,25 +58,28 @@ class Demotion:
         if self._tiers.ssd is None or not len(slots):
             return
         sizes = self._tiers.index.facts(slots).size.tolist()
-        for slot, size in zip(slots.tolist(), sizes, strict=True):
-            if slot not in self._dirty:
-                self._dirty[slot] = size
-                self._bytes += size
-        while self._bytes > self._tiers.settings.queue_bytes and len(self._dirty) > 1:
-            self._drop_oldest()
+        dropped = 0
+        with self._queue_lock:
+            for slot, size in zip(slots.tolist(), sizes, strict=True):
+                if slot not in self._dirty:
+                    self._dirty[slot] = size
+                    self._bytes += size
+            while self._bytes > self._tiers.settings.queue_bytes and len(self._dirty) > 1:
+                self._pop_oldest()
+                dropped += 1
+        if dropped:
+            self._tiers.metrics.add("tiercache_demotions_dropped_total", dropped)
+
+    def _pop_oldest(self) -> tuple[int, int]:
+        """The slot that waits longest, and its bytes; the queue lock is held."""
+        slot = next(iter(self._dirty))
+        size = self._dirty.pop(slot)
+        self._bytes -= size
+        return slot, size
 
     def wake(self) -> None:
         """Lets the writer look at the queue; on the loop."""
         self._wake.set()
-
-    def _drop_oldest(self) -> None:
-        try:
-            slot = next(iter(self._dirty))
-            self._bytes -= self._dirty.pop(slot)
-        except (StopIteration, KeyError):  # another thread was faster
-            return
-        self.dropped += 1
-        self._tiers.metrics.add("tiercache_demotions_dropped_total", 1)
 
     async def run(self) -> None:
         """Writes for as long as the cache is open."""
@@ -94,26 +99,46 @@ class Demotion:
 
     async def drain(self) -> None:
         """Writes everything that is queued now."""
-        async with self._writing:
-            rounds = len(self._dirty)
-            while self._dirty and rounds > 0:
-                batch = self._take()
-                rounds -= len(batch)
-                await self.write(np.array(batch, np.int64))
+        for _ in range(len(self._dirty)):
+            batch = self._take()
+            if not batch:
+                return
+            await self.write(np.array(batch, np.int64))
 
     def _take(self) -> list[int]:
         batch: list[int] = []
         total = 0
-        while self._dirty and total < BATCH_BYTES:
-            slot = next(iter(self._dirty))
-            size = self._dirty.pop(slot)
-            self._bytes -= size
-            total += size
-            batch.append(slot)
+        with self._queue_lock:
+            while self._dirty and total < BATCH_BYTES:
+                slot, size = self._pop_oldest()
+                total += size
+                batch.append(slot)
         return batch
+
+    async def flush(self) -> None:
+        """Returns when everything that memory had before the call is durable, as far as the SSD takes it.
+
+        One lock is held from the first write to the end of the flush of the disk: whatever the index says is on the SSD
+        when this returns was there before the disk was flushed.
+        """
+        ssd, index = self._tiers.ssd, self._tiers.index
+        if ssd is None:
+            return
+        with self._queue_lock:
+            self._dirty.clear()
+            self._bytes = 0
+        async with self._writing:
+            unsaved = index.unsaved()
+            for start in range(0, len(unsaved), FLUSH_BATCH):
+                await self._write(unsaved[start : start + FLUSH_BATCH])
+            await ssd.flush()
 
     async def write(self, slots: npt.NDArray[np.int64]) -> None:
         """Copies the memory parts of these slots to the SSD, where they differ, if the SSD takes anything now."""
+        async with self._writing:
+            await self._write(slots)
+
+    async def _write(self, slots: npt.NDArray[np.int64]) -> None:
         tiers = self._tiers
         if not tiers.ssd_writable:
             return
@@ -154,16 +179,28 @@ class Demotion:
         tiers.metrics.add("tiercache_demotions_dropped_total", len(slots) - len(written))
         if not len(written):
             return
-        now = tiers.index.facts(slots[written])
-        placed = np.array([locations[i] for i in written], np.int64)
-        parts = np.array([payloads[i].parts for i in written], np.uint64)
-        tiers.index.place(slots[written], TierId.SSD, placed, parts)
-        ssd.free([old for old in now.ssd_location.tolist() if old >= 0])
+        self._settle_written(slots[written], [locations[i] for i in written], [payloads[i].parts for i in written])
+
+    def _settle_written(self, slots: npt.NDArray[np.int64], locations: list[int], parts: list[int]) -> None:
+        """New records: the first copy of a slot, or one that replaces an older record with fewer parts."""
+        tiers = self._tiers
+        assert tiers.ssd is not None
+        old = tiers.index.facts(slots).ssd_location
+        first = old < 0
+        if first.any():
+            at = np.flatnonzero(first).tolist()
+            tiers.place(slots[first], TierId.SSD, [locations[i] for i in at], [parts[i] for i in at])
+        if not first.all():
+            again = np.flatnonzero(~first)
+            new = np.array(locations, np.int64)[again]
+            moved = tiers.index.relocate(slots[again], TierId.SSD, old[again], new)
+            tiers.index.add_parts(slots[again][moved], TierId.SSD, np.array(parts, np.uint64)[again][moved])
+            tiers.ssd.free(old[again][moved].tolist() + new[~moved].tolist())
 
     def _payloads(self, slots: npt.NDArray[np.int64], facts: SlotFacts) -> list[Payload]:
         index = self._tiers.index
         stored = self._tiers.memory.payloads(facts.memory_location.tolist())
-        order = index.policies[TierId.MEMORY].order(slots)
+        order, forms = index.policies[TierId.MEMORY].order(slots), index.forms(slots)
         return [
             Payload(
                 name=name,
@@ -173,6 +210,7 @@ class Demotion:
                 digests=payload.digests,
                 kind=Kind(int(facts.kind[i])),
                 parent=parent,
+                form=Form(int(forms[i])),
                 scope=int(facts.scope[i]),
                 cost_s=float(facts.cost_s[i]),
                 expiry_s=int(facts.expiry_s[i]),
@@ -231,15 +269,16 @@ class Demotion:
     def _settle(self, slots: npt.NDArray[np.int64], moved: dict[int, int], kept: list[int]) -> None:
         """Points slots to where their payloads went, and forgets the copies that did not arrive."""
         index = self._tiers.index
-        now = index.facts(slots).ssd_location.tolist()
-        stays = set(kept)
-        pairs = [(slot, location) for slot, location in zip(slots.tolist(), now, strict=True) if location in stays]
-        found = [(slot, moved[location]) for slot, location in pairs if location in moved]
-        if found:
-            index.relocate(
-                np.array([s for s, _ in found], np.int64), TierId.SSD, np.array([p for _, p in found], np.int64)
-            )
-        if lost := [slot for slot, location in pairs if location not in moved]:
+        ssd = self._tiers.ssd
+        assert ssd is not None
+        old = np.array([location for location in kept if location in moved], np.int64)
+        by_location = dict(zip(index.facts(slots).ssd_location.tolist(), slots.tolist(), strict=True))
+        there = [location for location in old.tolist() if location in by_location]
+        rows = np.array([by_location[location] for location in there], np.int64)
+        new = np.array([moved[location] for location in there], np.int64)
+        taken = index.relocate(rows, TierId.SSD, np.array(there, np.int64), new)
+        ssd.free(new[~taken].tolist() + [moved[at] for at in old.tolist() if at not in by_location])
+        if lost := [by_location[at] for at in kept if at not in moved and at in by_location]:
             self._tiers.lose(np.array(lost, np.int64), TierId.SSD)
 
     def _threshold(self) -> int:

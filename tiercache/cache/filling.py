@@ -127,7 +127,8 @@ class Filling:
         if load is None:
             # What another task is loading may still come; what nobody loads and no tier has is a miss.
             lacking = np.array(
-                [i for i in lacking.tolist() if not self.flights.join(int(slots[i]), int(plan.origin[i])).mine], np.int64
+                [i for i in lacking.tolist() if not self.flights.join(int(slots[i]), int(plan.origin[i])).mine],
+                np.int64,
             )
         places = self._places(slots, facts.memory_location, lacking, outcomes)
         waits: list[asyncio.Future[None]] = []
@@ -194,7 +195,7 @@ class Filling:
         for share in shares:
             self._ssd_loads.add(share.future)
             share.future.add_done_callback(self._ssd_loads.discard)
-        pin = self._tiers.index.pin(slots)
+        pin = self._tiers.index.hold(slots)
         self._tasks.start(self._from_ssd(shares, wants, distrusted, self._tiers.end_of(pin)), "read from SSD")
 
     async def _from_ssd(
@@ -234,7 +235,7 @@ class Filling:
         gaps = [
             Gap(name.ordinal, share.parts, target) for name, share, target in zip(names, shares, targets, strict=True)
         ]
-        pin = self._tiers.index.pin(slots)
+        pin = self._tiers.index.hold(slots)
         self._tasks.start(
             self._from_origin(shares, gaps, part_bytes, load, self._tiers.end_of(pin)), "read from origin"
         )
@@ -274,12 +275,12 @@ class Filling:
         memory, index = self._tiers.memory, self._tiers.index
         buffer = memory.buffers([share.location])[0]
         memory.commit([share.location], [share.parts], [part_digests(buffer, part_bytes, share.parts)])
-        slots, parts = np.array([share.slot], np.int64), np.array([share.parts], np.uint64)
+        slots = np.array([share.slot], np.int64)
         if self._extents.get(share.slot) == share.location:
-            index.place(slots, TierId.MEMORY, np.array([share.location], np.int64), parts)
             del self._extents[share.slot]
-        else:
-            index.add_parts(slots, TierId.MEMORY, parts)
+            self._tiers.place(slots, TierId.MEMORY, [share.location], [share.parts])
+        elif int(index.facts(slots).memory_location[0]) == share.location:
+            index.add_parts(slots, TierId.MEMORY, np.array([share.parts], np.uint64))
 
     def _finish(self, shares: list[Share], fault: BaseException | None) -> None:
         """Ends the loads that have not landed, and gives back extents of which nothing came."""

@@ -7,16 +7,20 @@ that the first hit after a restart need not wait for the last row.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from tiercache.model import TierId
+from tiercache.model import Facts, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from tiercache.cache.tasks import Tasks
     from tiercache.cache.tiers import Tiers
-    from tiercache.model import Facts, Name
+    from tiercache.model import Name
 
 
 @runtime_checkable
@@ -34,6 +38,8 @@ class Recovery:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._stopped = False
+        self._buried: set[Name] = set()  # deleted while recovery runs: a later batch must not bring them back
+        self._waiting: list[Facts] = []
         self.done = True
         self.entries = 0
 
@@ -46,6 +52,16 @@ class Recovery:
         """Ends loading after the batch at hand."""
         self._stopped = True
 
+    def bury(self, names: Sequence[Name]) -> None:
+        """These were deleted: what the scan still says of them is old."""
+        if not self.done:
+            self._buried.update(names)
+
+    def revive(self, names: Sequence[Name]) -> None:
+        """These are being put again."""
+        if self._buried:
+            self._buried.difference_update(names)
+
     async def _run(self) -> None:
         ssd = self._tiers.ssd
         assert ssd is not None
@@ -57,19 +73,47 @@ class Recovery:
                 if facts is None:
                     break
                 await loop.run_in_executor(None, self._load, facts)
+            if not self._stopped:
+                await loop.run_in_executor(None, self._load_waiting)
         finally:
             self.done = True
+            self._buried.clear()
 
     def _load(self, facts: Facts) -> None:
+        """Takes one batch into the index. Blocks whose parents have not come yet wait for later batches."""
         tiers = self._tiers
-        if tiers.ssd is None:
+        if tiers.ssd is None or not len(facts.sizes):
             return
         if facts.expiries_s.any():
             tiers.expiries = True
-        refused = tiers.index.load(facts, TierId.SSD)
-        self.entries += len(facts.sizes) - len(refused)
-        if len(refused):
-            tiers.ssd.free([int(location) for location in refused])
+        loaded = tiers.index.load(facts, TierId.SSD)
+        self.entries += loaded.count
+        if len(loaded.waiting):
+            self._waiting.append(_rows(facts, loaded.waiting))
+        self._free(loaded.surplus)
+        if self._buried:
+            names = list(self._buried)
+            match = tiers.index.match(names)
+            tiers.free(tiers.index.remove(match.slots[match.slots >= 0]))
+            tiers.release(match)
+
+    def _free(self, surplus: npt.NDArray[np.int64]) -> None:
+        """Gives back what nothing points to: a row that was loaded twice is no surplus."""
+        if len(surplus) and self._tiers.ssd is not None:
+            unused = self._tiers.index.slots_at(TierId.SSD, surplus) < 0
+            self._tiers.ssd.free(surplus[unused].tolist())
+
+    def _load_waiting(self) -> None:
+        """All batches are in: blocks that still have no parent can never be matched, and go."""
+        before = -1
+        while self._waiting and len(self._waiting) != before:
+            waiting, self._waiting = self._waiting, []
+            before = len(waiting)
+            for facts in waiting:
+                self._load(facts)
+        for facts in self._waiting:
+            self._free(facts.locations)
+        self._waiting = []
 
     async def find(self, names: Sequence[Name]) -> None:
         """While recovery runs: sees to it that these names are in the index if the SSD has them."""
@@ -79,3 +123,8 @@ class Recovery:
         if lacking:
             facts = await asyncio.get_running_loop().run_in_executor(None, self._tiers.ssd.find, lacking)
             self._load(facts)
+
+
+def _rows(facts: Facts, rows: npt.NDArray[np.int64]) -> Facts:
+    """Some rows of facts."""
+    return Facts(**{column.name: getattr(facts, column.name)[rows] for column in fields(facts)})

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from tiercache.model import Outcome, TierId
 from tiercache.tier import Addressable, Health, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     from tiercache.clock import Clock
@@ -92,7 +93,14 @@ class Tiers:
         gone = self.index.unplace(slots, tier, forced=True)
         store = self.memory if tier is TierId.MEMORY else self.ssd
         if store is not None:
-            store.free([int(location) for location in gone.locations])
+            store.free([location for location in gone.locations.tolist() if location >= 0])
+
+    def place(self, slots: npt.NDArray[np.int64], tier: TierId, locations: list[int], parts: list[int]) -> None:
+        """Copies exist in a tier now; those that came too late (the slot is gone, or has one) are freed."""
+        store = self.memory if tier is TierId.MEMORY else self.ssd
+        unwanted = self.index.place(slots, tier, locations, np.array(parts, np.uint64))
+        if unwanted and store is not None:
+            store.free(unwanted)
 
     @property
     def ssd_readable(self) -> bool:
@@ -103,6 +111,23 @@ class Tiers:
     def ssd_writable(self) -> bool:
         """Whether the SSD takes new entries."""
         return self.ssd is not None and self.ssd.status().health is Health.HEALTHY
+
+    def purge(self, names: Sequence[Name]) -> None:
+        """Forgets those of `names` whose time is over, so that they can be put anew."""
+        if not self.expiries:
+            return
+        match = self.index.match(names)
+        try:
+            found = match.slots[match.slots >= 0]
+            self.free(self.index.remove(found[self.expired(self.index.facts(found).expiry_s)]))
+        finally:
+            self.release(match)
+
+    def expired(self, expiries_s: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        """Which of these moments have passed."""
+        if not self.expiries:
+            return np.zeros(len(expiries_s), bool)
+        return (expiries_s != 0) & (expiries_s <= self.clock.wall())
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +168,7 @@ class Tiers:
         facts = self.index.facts(slots)
         sizes = dict(zip(facts.memory_location.tolist(), facts.size.tolist(), strict=True))
         gone = self.index.unplace(slots, TierId.MEMORY)
-        locations = [int(location) for location in gone.locations]
+        locations = [location for location in gone.locations.tolist() if location >= 0]
         self.memory.free(locations)
         self.metrics.add("tiercache_evictions_total", len(locations), tier="memory")
         return sum(sizes.get(location, 0) for location in locations)
