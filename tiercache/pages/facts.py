@@ -56,6 +56,10 @@ class FileFacts:
         """A Pin or GONE if that is remembered, else None."""
         return self._stats.get(path)
 
+    def met(self, path: str) -> bool:
+        """Whether this file was looked at before, however long ago, and not forgotten."""
+        return isinstance(self._stats.last(path), Pin)
+
     def known_listing(self, path: str) -> list[Pin] | Outcome | None:
         """Children or GONE if that is remembered, else None."""
         return self._listings.get(path)

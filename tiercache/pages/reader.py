@@ -99,8 +99,8 @@ class PageReader:
 
     async def open(self, path: str) -> Pin | Outcome:
         """The version of a file to read now, or GONE. The first look at an unknown file brings its last bytes too: a
-        footer, or all of a small file, in the one request that brings the facts."""
-        if not self.settings.tail_bytes:
+        footer, or all of a small file, in the one request that brings the facts. Later looks ask for facts alone."""
+        if not self.settings.tail_bytes or self.facts.met(path):
             return (await self.facts.stat([path]))[0]
         return await self.facts.stat_by(path, lambda: self._look_at_tail(path))
 
@@ -168,6 +168,17 @@ class PageReader:
             return not self._copy_out(lease, enumerate(ordinals), (start, stop), target)[0]
         finally:
             lease.release()
+
+    def is_resident(self, pin: Pin, start: int, stop: int) -> bool:
+        """Whether all of [start, stop) is in memory now; any thread."""
+        run = pin.run or self.run_of(pin)
+        if run is None:
+            return False
+        ordinals, parts = geometry.cover(start, stop, self._page_bytes, self._part_bytes)
+        lease = self._cache.lease_resident(run.key, ordinals, parts)
+        if lease is not None:
+            lease.release()
+        return lease is not None
 
     async def read(self, pin: Pin, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of this version, cut at its end. Faults: ChangedError, UnavailableError, OriginError."""
@@ -399,7 +410,7 @@ def clip(start: int, stop: int, size: int) -> Range:
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Runs all of them; the first fault ends the others and is raised once they have ended: then none writes any more."""
+    """Runs all of them; the first fault ends the others and is raised when they have ended and none writes any more."""
     if len(coroutines) == 1:
         await coroutines[0]
         return

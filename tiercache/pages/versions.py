@@ -66,6 +66,11 @@ class Remembered(Generic[T]):
             return None
         return found[0]
 
+    def last(self, path: str) -> T | None:
+        """The value that was put last and not forgotten since, still believed or not."""
+        found = self._values.get(path)
+        return None if found is None else found[0]
+
     def put(self, path: str, value: T, ttl_s: float, epoch: int) -> None:
         """Remembers a value for `ttl_s`, unless anything was forgotten since `epoch` was read."""
         self.put_many([(path, value)], ttl_s, epoch)

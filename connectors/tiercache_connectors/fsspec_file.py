@@ -1,0 +1,289 @@
+"""Files of the filesystem: one that reads through the cache without buffering again, one that writes to the target."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import TYPE_CHECKING, Any
+
+from tiercache.buffers import Buffer
+from tiercache.pages.versions import Pin
+from tiercache_connectors.fsspec_facts import described
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tiercache_connectors.fsspec_fs import TierCacheFileSystem
+
+LINES_BYTES = 256 << 10
+"""How much is read at once to look for line ends."""
+
+
+class CachedFile(io.RawIOBase):
+    """A file opened for reading: every read is a range of one pinned version, answered in the caller's thread when it
+    is in memory.
+
+    Threads may share a handle. A thread that seeks and then reads gets the bytes that it sought, whatever others do in
+    between (DuckDB reads so); a thread that reads without having sought continues where the last read of any thread
+    ended (so thread pools read files).
+    """
+
+    mode = "rb"
+
+    def __init__(self, fs: TierCacheFileSystem, path: str, pin: Pin, block_size: int | None = None) -> None:
+        super().__init__()
+        self.fs, self.path, self.pin = fs, path, pin
+        self.name = self.full_name = path
+        self.size: int = pin.stat.size
+        self.blocksize = block_size or fs.blocksize
+        self._mount = fs.mount
+        self._ahead = self._mount.reader.watch()
+        self._position = 0
+        self._turn = 0
+        """Counts reads that continued the shared position: they make older seeks of other threads void."""
+        self._mine = threading.local()
+        self._lock = threading.Lock()
+
+    # -- position ------------------------------------------------------------------------------------------------------
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Moves this thread's position, and the shared one."""
+        self._check_open()
+        if whence == io.SEEK_CUR:
+            offset += self.tell()
+        elif whence == io.SEEK_END:
+            offset += self.size
+        elif whence != io.SEEK_SET:
+            raise ValueError(f"whence is 0, 1 or 2, not {whence}")
+        if offset < 0:
+            raise ValueError("Seek before start of file")
+        self._mine.mark = (offset, self._turn)
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        """Where the next read of this thread starts."""
+        self._check_open()
+        mark = getattr(self._mine, "mark", None)
+        return self._position if mark is None or mark[1] != self._turn else mark[0]
+
+    def _begin(self) -> int:
+        """Where a read of this thread starts: what it sought last, or else where the last read of any thread ended."""
+        self._check_open()
+        mine = self._mine
+        mark = getattr(mine, "mark", None)
+        if mark is not None:
+            mine.mark = None
+            if mark[1] == self._turn:
+                return mark[0]  # type: ignore[no-any-return]
+        self._turn += 1
+        return self._position
+
+    def _claim(self, length: int) -> tuple[int, int]:
+        """The range that a read of `length` (negative: to the end) is about; moves the position behind it."""
+        with self._lock:
+            start = self._begin()
+            stop = self.size if length < 0 else min(self.size, start + length)
+            self._position = max(start, stop)
+        return start, stop
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Up to `size` bytes; fewer only at the end of the file."""
+        start, stop = self._claim(-1 if size is None else size)
+        return self._range(start, stop) if start < stop else b""
+
+    def _range(self, start: int, stop: int) -> bytes:
+        mount = self._mount if self._mount.alive else self._remount()
+        value = mount.reader.read_resident(self.pin, start, stop)
+        if value is None:
+            value = mount.reader.read_blocking(self.pin, start, stop, mount.wait)
+        self._look_ahead(start, stop)
+        return value
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills a writable buffer; answers how many bytes it got."""
+        target = Buffer.of(buffer, writable=True)
+        start, stop = self._claim(target.length)
+        if start >= stop:
+            return 0
+        target = target.slice(0, stop - start)
+        mount = self._mount if self._mount.alive else self._remount()
+        if not mount.reader.read_resident_into(self.pin, start, stop, target):
+            mount.reader.read_into_blocking(self.pin, [(start, stop)], [target], mount.wait)
+        self._look_ahead(start, stop)
+        return stop - start
+
+    readinto1 = readinto
+    read1 = read
+
+    def readall(self) -> bytes:
+        """The rest of the file."""
+        return self.read(-1)
+
+    def _look_ahead(self, start: int, stop: int) -> None:
+        span = self._ahead.observe(start, stop, self.size)
+        if span is not None and not self._mount.reader.is_resident(self.pin, *span):
+            self._mount.loop.call_soon_threadsafe(self._mount.reader.prefetch, self.pin, *span)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """One line, with its end; at most `size` bytes of it."""
+        return self._until(b"\n", self.size if size is None or size < 0 else size, 1 << 13)
+
+    def readuntil(self, char: bytes = b"\n", blocks: int | None = None) -> bytes:
+        """Bytes up to and including `char`, or to the end."""
+        return self._until(char, self.size, blocks or LINES_BYTES)
+
+    def _until(self, end: bytes, limit: int, step: int) -> bytes:
+        start = self._begin()
+        found = b""
+        while len(found) < limit:
+            at = start + len(found)
+            piece = self._range(at, min(at + step, start + limit, self.size)) if at < self.size else b""
+            searched = max(0, len(found) + 1 - len(end))
+            found += piece
+            cut = found.find(end, searched)
+            if cut >= 0:
+                found = found[: cut + len(end)]
+                break
+            if not piece:
+                break
+            step = min(2 * step, LINES_BYTES)
+        self._position = start + len(found)
+        return found
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Lines; the position is right after each of them."""
+        block, at = b"", self._begin()
+        while True:
+            end = block.find(b"\n") + 1
+            if not end:
+                ahead = at + len(block)
+                more = self._range(ahead, min(ahead + LINES_BYTES, self.size)) if ahead < self.size else b""
+                block += more
+                if more:
+                    continue
+                end = len(block)
+            if not end:
+                return
+            line, block = block[:end], block[end:]
+            at += end
+            self._turn += 1
+            self._position = at
+            yield line
+
+    def __next__(self) -> bytes:
+        line = self.readline()
+        if not line:
+            raise StopIteration
+        return line
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The same as `info`."""
+        return self.info()
+
+    def info(self) -> dict[str, Any]:
+        """Facts of the version that is read."""
+        return described(self.pin)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file.")
+
+    def _remount(self) -> Any:
+        """After a fork, or when the filesystem was closed: the same version through a new mount."""
+        self._mount = self.fs.mount
+        return self._mount
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.fs, self.pin.stat, self.pin.version, self.blocksize, self.tell())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path}>"
+
+
+def _reopened(
+    fs: TierCacheFileSystem, path: str, stat: Any, version: str, block_size: int, position: int
+) -> CachedFile:
+    """A handle in another process: the same version, the same position."""
+    handle = CachedFile(fs, path, Pin(stat, version), block_size)
+    handle.seek(position)
+    return handle
+
+
+class WrittenFile(io.RawIOBase):
+    """A file opened for writing: the target's own, and what was known of the path is forgotten as it is written."""
+
+    def __init__(self, file: Any, path: str, mode: str, forget: Callable[[], None]) -> None:
+        super().__init__()
+        self._file, self.path, self.mode, self._forget = file, path, mode, forget
+        self.name = self.full_name = path
+        forget()
+
+    def write(self, data: Any, /) -> int:
+        """Hands bytes to the target's file."""
+        written = self._file.write(data)
+        return len(data) if written is None else int(written)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Bytes of a file opened for both."""
+        return self._file.read(-1 if size is None else size)  # type: ignore[no-any-return]
+
+    def readinto(self, buffer: Any, /) -> int:
+        """As `read`, into a buffer."""
+        return self._file.readinto(buffer)  # type: ignore[no-any-return]
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)  # type: ignore[no-any-return]
+
+    def tell(self) -> int:
+        return self._file.tell()  # type: ignore[no-any-return]
+
+    def truncate(self, size: int | None = None, /) -> int:
+        return self._file.truncate(size)  # type: ignore[no-any-return]
+
+    def flush(self) -> None:
+        if not self.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Completes the file at the target (or leaves that to the transaction)."""
+        if self.closed:
+            return
+        try:
+            self._file.close()
+        finally:
+            super().close()
+            self._forget()
+
+    def commit(self) -> None:
+        """Puts a file of a transaction in place."""
+        self._file.commit()
+        self._forget()
+
+    def discard(self) -> None:
+        """Throws a file of a transaction away."""
+        self._file.discard()
+        self._forget()
+
+    def readable(self) -> bool:
+        return "+" in self.mode
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def writable(self) -> bool:
+        return True

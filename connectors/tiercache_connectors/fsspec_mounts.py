@@ -1,0 +1,134 @@
+"""Mounts: what filesystem objects of one process share, one cache a directory and one reader a target.
+
+Filesystem objects come and go, are pickled and survive forks; the cache, the origin's connections and what is
+remembered of files must not follow them. They live here, are opened at first use, and a forked child leaves them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from tiercache import assemble
+from tiercache.errors import TierCacheError
+from tiercache.settings import load
+from tiercache.sync import io_loop, wait
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine, Mapping
+
+    from fsspec.spec import AbstractFileSystem
+
+    from tiercache.cache import Cache
+    from tiercache.origin import Origin
+    from tiercache.pages.reader import PageReader
+
+
+class Target:
+    """How to reach the filesystem that is cached: by protocol and options, or by an instance that was given."""
+
+    def __init__(
+        self, protocol: str | None, options: Mapping[str, Any] | None, instance: AbstractFileSystem | None
+    ) -> None:
+        if (protocol is None) == (instance is None):
+            raise ValueError('pass either target_protocol (such as "s3") or fs, a filesystem instance')
+        self.instance = instance
+        names: str | tuple[str, ...] = instance.protocol if instance is not None else protocol or ""
+        self.protocol = names if isinstance(names, str) else names[0]
+        self.options = dict(options or {}) if instance is None else dict(instance.storage_options)
+
+    @property
+    def token(self) -> str:
+        """The same for targets that are the same."""
+        if self.instance is not None:
+            return str(self.instance._fs_token)
+        return str(fsspec.utils.tokenize(self.protocol, self.options))
+
+    def filesystem(self) -> AbstractFileSystem:
+        """The target as a blocking fsspec filesystem that works in this process."""
+        given = self.instance
+        if given is None:
+            return fsspec.filesystem(self.protocol, **self.options)
+        if not given.async_impl or (not given.asynchronous and given._pid == os.getpid()):
+            return given
+        return type(given)(*given.storage_args, **{**given.storage_options, "asynchronous": False, "loop": None})
+
+
+class Mount:
+    """One target seen through one cache, in this process. `alive` becomes false when it was closed or forked away."""
+
+    def __init__(self, target: Target, settings: Mapping[str, Any]) -> None:
+        self.alive = True
+        self.target = target
+        self.loop: asyncio.AbstractEventLoop = io_loop()
+        self.cache: Cache = assemble.acquire(load(**settings))
+        self.origin: Origin = assemble.open_origin(target.protocol, target.options, filesystem=target.instance)
+        self.reader: PageReader = assemble.open_reader(self.cache, self.origin)
+        self._filesystem: AbstractFileSystem | None = None
+
+    @property
+    def filesystem(self) -> AbstractFileSystem:
+        """The target, for writes and for whatever only it can do; made at first use."""
+        if self._filesystem is None:
+            self._filesystem = self.target.filesystem()
+        return self._filesystem
+
+    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Runs a coroutine on the cache's loop, from a thread."""
+        return wait(work, self.loop)
+
+    def close(self) -> None:
+        """Ends background work and connections, and gives the cache back."""
+        if self.alive:
+            self.alive = False
+            self.wait(self.reader.close())
+            self.wait(self.origin.close())
+            assemble.release(self.cache)
+
+
+_mounts: dict[tuple[str, str], Mount] = {}
+_lock = threading.Lock()
+_left_behind: list[Mount] = []
+"""A parent's mounts in a forked child: kept, so that no destructor runs on what the parent still uses."""
+
+
+def mount(target: Target, settings: Mapping[str, Any]) -> Mount:
+    """The mount of this target with these settings, opened if this process has none."""
+    key = (target.token, repr(sorted(settings.items())))
+    with _lock:
+        found = _mounts.get(key)
+        if found is None or not found.alive:
+            found = _mounts[key] = Mount(target, settings)
+        return found
+
+
+def close_all() -> None:
+    """Closes every mount of this process."""
+    with _lock:
+        mounts = list(_mounts.values())
+        _mounts.clear()
+    for each in mounts:
+        try:
+            each.close()
+        except (TierCacheError, OSError, RuntimeError):
+            pass  # at the end of the process there is nobody left to tell, and caches forget safely
+
+
+def _after_fork() -> None:
+    """The child has the parent's objects but none of its threads: it starts anew."""
+    global _lock
+    _lock = threading.Lock()
+    for each in _mounts.values():
+        each.alive = False
+    _left_behind.extend(_mounts.values())
+    _mounts.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+# Thread pools stop taking work before ordinary exit functions run; the cache needs them to write what is queued.
+getattr(threading, "_register_atexit", atexit.register)(close_all)
