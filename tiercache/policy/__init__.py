@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from tiercache.policy.lru import LRU
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     Slots = npt.NDArray[np.int64]
     Names = npt.NDArray[np.uint64]
+    Order = npt.NDArray[np.uint32]
 
 
 class Columns(Protocol):
@@ -38,12 +41,14 @@ class Policy(Protocol):
         """Called once, before anything else; arrays per slot are allocated here."""
         ...
 
-    def insert(self, slots: Slots, names: Names | None) -> None:
-        """These slots are now in the tier, used just now. One call is one moment."""
+    def insert(self, slots: Slots, names: Names | None, order: Order | None = None) -> None:
+        """These slots are now in the tier, used just now; one call is one moment. With `order` (recovery) they were
+        there before this life, and are older than all used in it: see `order`."""
         ...
 
-    def touch(self, slots: Slots) -> None:
-        """These were used, in one moment. Slots that are not in this tier may be among them and must be ignored."""
+    def touch(self, slots: Slots | int) -> None:
+        """These were used, in one moment; one slot may come as an int. Slots that are not in this tier may be among
+        them and must be ignored; slots that were named as victims come back."""
         ...
 
     def remove(self, slots: Slots, names: Names | None) -> None:
@@ -59,6 +64,10 @@ class Policy(Protocol):
         """These were named as victims and could not go (pinned, or above something that stays): in use."""
         ...
 
-    def order(self, slots: Slots) -> npt.NDArray[np.uint32]:
-        """Something to persist: larger means later; `insert` in ascending order of it restores the order."""
+    def order(self, slots: Slots) -> Order:
+        """Something to persist: larger means later. Given back to `insert` it restores the order."""
         ...
+
+
+POLICIES: dict[str, type[Policy]] = {"lru": LRU}
+"""Policies by the name that settings use."""

@@ -1,0 +1,419 @@
+"""The life of entries: presence in tiers, pins, who may leave, and what is given back when.
+
+A slot is *in use* while it is pinned or has children. One that loses its name or its last copy while in use waits in
+state EVICTING until neither holds; its bytes stay where they are, for a reader may be looking at them. A pin on a
+block's slot holds all blocks above it, because each of them has a child.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tiercache.index.names import NameTable
+from tiercache.index.slots import DEAD_BIT, PAGE_BIT, TIERS, Slots
+from tiercache.model import Form, State, TierId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy.typing as npt
+
+    from tiercache.policy import Policy
+
+    I64 = npt.NDArray[np.int64]
+    U64 = npt.NDArray[np.uint64]
+
+PENDING, EVICTING, RESIDENT = int(State.PENDING), int(State.EVICTING), int(State.RESIDENT)
+REFUSALS_MAX = 65_536
+"""Victims a policy may name in vain in one call, before the answer is that all is in use."""
+
+
+class Freed(NamedTuple):
+    """Locations that nobody looks at any more: the caller gives them to the tiers' `free`. Indexed by TierId."""
+
+    memory: list[int]
+    ssd: list[int]
+
+
+class Unplaced(NamedTuple):
+    """What really left a tier, and where it was. Locations of -1: the bytes stay for another user, nothing to free yet."""
+
+    slots: npt.NDArray[np.int64]
+    locations: npt.NDArray[np.int64]
+
+
+class Pin:
+    """What a look-up or reservation holds: one slot, an array of distinct slots, or None when it was released."""
+
+    __slots__ = ("held", "reserved")
+
+    def __init__(self, held: int | I64 | None, reserved: bool = False) -> None:
+        self.held = held
+        self.reserved = reserved
+
+
+class Entries:
+    """Everything that happens to entries. Not thread-safe: Index holds its lock around every call."""
+
+    def __init__(self, slots_max: int, policies: Sequence[Policy]) -> None:
+        self.slots = Slots(slots_max)
+        self.names = NameTable(self.slots)
+        self.policies = list(policies)
+        for policy in self.policies:
+            policy.attach(self.slots)
+        self.holding = False
+        """Whether any slot was ever held back by its children: until then touches need not clear marks."""
+        self._ready: list[list[int]] = [[] for _ in range(TIERS)]
+        """Held slots whose children have gone: next in line."""
+        self._freed: list[list[int]] = [[] for _ in range(TIERS)]
+        self.limbo: dict[int, list[tuple[int, int]]] = {}
+        """Copies given up while their slot was in use: (tier, location), freed when it is not."""
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+    def touch(self, slots: I64 | int) -> None:
+        """Used just now."""
+        for policy in self.policies:
+            policy.touch(slots)
+        if self.holding:
+            self.slots.held[slots] = 0
+
+    def unpin(self, pin: Pin) -> bool:
+        """Undoes a pin; False if it was undone before."""
+        held, pin.held = pin.held, None
+        if held is None:
+            return False
+        slots = self.slots
+        if isinstance(held, int):
+            slots.pins[held] -= 1
+            if slots.evicting or self.limbo:
+                self.settle(held)
+            return True
+        slots.pin[held] -= 1
+        if pin.reserved:
+            unfilled = held[(slots.state.take(held) == PENDING) & (slots.pin.take(held) == 0)]
+            if len(unfilled):  # its filler has gone without a word
+                self.abandon(unfilled)
+        if slots.evicting or self.limbo:
+            for slot in held[slots.pin.take(held) == 0][::-1].tolist():
+                self.settle(slot)
+        return True
+
+    def let_go(self, slot: int) -> Freed | None:
+        """After the count of one slot went down by hand."""
+        if self.slots.evicting or self.limbo:
+            self.settle(slot)
+        return self.drain() if self._freed[0] or self._freed[1] else None
+
+    def drain(self) -> Freed | None:
+        """What may be freed since the last call."""
+        if not self._freed[0] and not self._freed[1]:
+            return None
+        freed = Freed(self._freed[0], self._freed[1])
+        self._freed = [[] for _ in range(TIERS)]
+        return freed
+
+    # -- presence -----------------------------------------------------------------------------------------------------
+    def place(
+        self, slots: I64, tier: TierId, locations: I64, parts: U64, order: npt.NDArray[np.uint32] | None = None
+    ) -> list[int]:
+        """See Index.place; with `order`, they were found in the tier and are as old as that says."""
+        columns, bit = self.slots, 1 << tier
+        where = columns.where.take(slots)
+        state = columns.state.take(slots)
+        nameless = (columns.form.take(slots) & DEAD_BIT) != 0
+        surplus = np.flatnonzero(((where & bit) != 0) | (state == State.ABSENT) | ((state == EVICTING) & ~nameless))
+        unwanted: list[int] = []
+        if len(surplus):
+            unwanted = locations[surplus].tolist()
+            fine = np.ones(len(slots), bool)
+            fine[surplus] = False
+            slots, locations, parts = slots[fine], locations[fine], parts[fine]
+        rows = columns.payload.take(slots)
+        columns.location[tier][rows] = locations
+        columns.parts[tier][rows] = parts
+        columns.where[slots] |= bit
+        if tier == TierId.MEMORY:
+            self._count_memory_kids(slots)
+        state = columns.state.take(slots)
+        pending = slots[state == PENDING]
+        if len(pending):
+            columns.change(pending, State.RESIDENT)
+        live = slots[state != EVICTING]
+        if len(live):
+            policy = self.policies[tier]
+            policy.insert(live, self.names.short_names(live) if policy.wants_names else None, order)
+        if self.holding:
+            for slot in slots[columns.held.take(slots) != 0].tolist():
+                self._queue_held(slot)
+        return unwanted
+
+    def _count_memory_kids(self, slots: I64) -> None:
+        """These have a copy in memory now: their parents hear of it."""
+        columns = self.slots
+        blocks = slots[(columns.form.take(slots) & 3) == Form.BLOCK]
+        if len(blocks):
+            parents = columns.parent.take(blocks)
+            np.add.at(columns.memory_kids, parents[parents > 0], 1)
+
+    def unplace(self, slots: Iterable[int], tier: TierId, *, forced: bool) -> Unplaced:
+        """See Index.unplace."""
+        columns, bit = self.slots, 1 << tier
+        going: list[int] = []
+        kept: list[int] = []
+        for slot in slots:
+            where = columns.wheres[slot]
+            if not where & bit or columns.forms[slot] & DEAD_BIT or columns.states[slot] == EVICTING:
+                continue
+            if not forced:
+                if columns.states[slot] != RESIDENT or columns.pins[slot]:
+                    kept.append(slot)
+                    continue
+                if self._guarded(slot, tier):
+                    columns.helds[slot] |= bit
+                    self.holding = True
+                    continue
+                if where == bit:
+                    self._orphan(slot)
+                if tier == TierId.MEMORY:
+                    self._leave_memory(slot)
+            columns.wheres[slot] = where & ~bit
+            going.append(slot)
+        gone = np.array(going, np.int64)
+        policy = self.policies[tier]
+        if going:
+            policy.remove(gone, self.names.short_names(gone) if policy.wants_names else None)
+            columns.held[gone] &= ~bit & 0xFF
+        if kept:
+            policy.keep(np.array(kept, np.int64))
+        if forced:
+            return Unplaced(gone, self._lose(going, tier))
+        return Unplaced(gone, self._leave(gone, tier))
+
+    def _guarded(self, slot: int, tier: TierId) -> bool:
+        """Whether children keep this copy: any child if it is the last, else one in memory if it is in memory."""
+        columns = self.slots
+        if columns.forms[slot] & 3 != Form.BLOCK:
+            return False
+        if tier == TierId.MEMORY and columns.memory_kid_counts[slot]:
+            return True
+        return columns.wheres[slot] == 1 << tier and columns.kid_counts[slot] > 0
+
+    def _orphan(self, slot: int) -> None:
+        """A block will go for good: its parent has a child less."""
+        columns = self.slots
+        if columns.forms[slot] & 3 == Form.BLOCK and (parent := columns.parents[slot]):
+            columns.kid_counts[parent] -= 1
+            columns.parents[slot] = 0
+            if columns.wheres[slot] & 1:
+                columns.memory_kid_counts[parent] -= 1
+            self._relieve(parent)
+
+    def _leave_memory(self, slot: int) -> None:
+        """A block's copy in memory goes: its parent may follow."""
+        columns = self.slots
+        if columns.forms[slot] & 3 == Form.BLOCK and (parent := columns.parents[slot]):
+            columns.memory_kid_counts[parent] -= 1
+            self._relieve(parent)
+
+    def _relieve(self, parent: int) -> None:
+        """A parent has a child less: if only that held it back, it is next in line; if it only waited for that, it goes."""
+        columns = self.slots
+        if columns.helds[parent]:
+            self._queue_held(parent)
+        if columns.states[parent] == EVICTING or parent in self.limbo:
+            self.settle(parent)
+
+    def _queue_held(self, slot: int) -> None:
+        """Puts a held slot next in line where nothing holds it any more."""
+        held = self.slots.helds[slot]
+        for tier in TierId:
+            if held & 1 << tier and not self._guarded(slot, tier):
+                self._ready[tier].append(slot)
+
+    def _leave(self, gone: I64, tier: TierId) -> I64:
+        """Takes the locations of copies that left in order, and buries slots that have none left."""
+        columns = self.slots
+        rows = columns.payload.take(gone)
+        locations = columns.location[tier].take(rows)
+        shared = columns.refs.take(rows) > 1
+        if shared.any():
+            locations[shared] = -1
+        columns.location[tier][rows[~shared]] = -1
+        columns.parts[tier][rows[~shared]] = 0
+        empty = gone[columns.where.take(gone) == 0]
+        for slot in empty.tolist():
+            self.names.unlink(slot)
+        if len(empty):
+            columns.change(empty, State.EVICTING)
+            self._bury(empty)
+        return locations
+
+    def _lose(self, going: list[int], tier: TierId) -> I64:
+        """Copies are bad or their tier is off: they go at once for look-ups, their space when nobody can be looking."""
+        columns = self.slots
+        locations = np.full(len(going), -1, np.int64)
+        for i, slot in enumerate(going):
+            row = columns.payloads[slot]
+            location = int(columns.location[tier][row])
+            columns.location[tier][row] = -1
+            columns.parts[tier][row] = 0
+            if columns.pins[slot] or columns.kid_counts[slot]:
+                self.limbo.setdefault(slot, []).append((tier, location))
+            else:
+                locations[i] = location
+            if tier == TierId.MEMORY:
+                self._leave_memory(slot)
+            if not columns.wheres[slot] and columns.states[slot] >= RESIDENT:
+                columns.change_one(slot, State.EVICTING)
+                self.settle(slot)
+        return locations
+
+    # -- leaving for good ---------------------------------------------------------------------------------------------
+    def kill(self, slots: Iterable[int]) -> None:
+        """Names vanish; what is not in use is buried at once, the rest when it no longer is."""
+        columns = self.slots
+        doomed = [s for s in dict.fromkeys(slots) if columns.states[s] and not columns.forms[s] & DEAD_BIT]
+        array = np.array(doomed, np.int64)
+        for tier, policy in enumerate(self.policies):
+            inside = array[(columns.where.take(array) & (1 << tier)) != 0]
+            inside = inside[columns.state.take(inside) != EVICTING]
+            if len(inside):
+                policy.remove(inside, self.names.short_names(inside) if policy.wants_names else None)
+        for slot in doomed:
+            self.names.unlink(slot)
+            columns.helds[slot] = 0
+            if columns.states[slot] != EVICTING:
+                columns.change_one(slot, State.EVICTING)
+        for slot in reversed(doomed):
+            if columns.states[slot] == EVICTING:
+                self.settle(slot)
+
+    def abandon(self, slots: I64) -> None:
+        """See Index.abandon: PENDING slots go; those with children stay as holes."""
+        columns = self.slots
+        for slot in slots.tolist()[::-1]:
+            if columns.states[slot] != PENDING:
+                continue
+            columns.change_one(slot, State.EVICTING)
+            if not columns.kid_counts[slot] and not columns.forms[slot] & DEAD_BIT:
+                self.names.unlink(slot)
+            self.settle(slot)
+
+    def settle(self, slot: int) -> None:
+        """If a slot is not in use any more, gives up what waited for that; and so upwards in its chain."""
+        columns = self.slots
+        if columns.pins[slot] or columns.kid_counts[slot]:
+            return
+        for tier, location in self.limbo.pop(slot, ()):
+            self._freed[tier].append(location)
+        if columns.states[slot] != EVICTING:
+            return
+        if not columns.forms[slot] & DEAD_BIT:
+            self.names.unlink(slot)
+        parent = columns.parents[slot] if columns.forms[slot] & 3 == Form.BLOCK else 0
+        self._detach(slot, parent)
+        self._bury(np.array([slot], np.int64))
+        if parent:
+            self._relieve(parent)
+
+    def _detach(self, slot: int, parent: int) -> None:
+        """Takes a block from its parent's counts."""
+        columns = self.slots
+        if parent:
+            columns.parents[slot] = 0
+            columns.kid_counts[parent] -= 1
+            if columns.wheres[slot] & 1:
+                columns.memory_kid_counts[parent] -= 1
+
+    def _bury(self, slots: I64) -> None:
+        """Recycles slots in state EVICTING that nothing refers to, and their payload rows with what those still hold."""
+        columns = self.slots
+        rows = columns.payload.take(slots).astype(np.int64)
+        np.subtract.at(columns.refs, rows, 1)
+        rows = rows[columns.refs.take(rows) == 0]
+        for tier in range(TIERS):
+            locations = columns.location[tier].take(rows)
+            self._freed[tier] += locations[locations >= 0].tolist()
+        columns.payload_rows.give(rows)
+        for slot in slots[(columns.form.take(slots) & PAGE_BIT) != 0].tolist():
+            self.names.forget(slot)
+        columns.change(slots, State.ABSENT)
+        columns.where[slots] = 0
+        columns.held[slots] = 0
+        columns.rows.give(slots)
+
+    # -- victims ------------------------------------------------------------------------------------------------------
+    def line_up(self, slot: int, tier: TierId) -> None:
+        """The next call of `victims` names this held slot first."""
+        self._ready[tier].append(slot)
+
+    def victims(self, tier: TierId, count: int) -> I64:
+        """See Index.victims."""
+        chosen = _Choice(self, tier, count)
+        ready, self._ready[tier] = self._ready[tier], []
+        for i, slot in enumerate(ready):
+            if len(chosen.slots) >= count:
+                self._ready[tier] += ready[i:]
+                break
+            if self.slots.helds[slot] & 1 << tier:
+                chosen.add(slot)
+        asked = 0
+        policy = self.policies[tier]
+        while len(chosen.slots) < count and asked < REFUSALS_MAX:
+            named = policy.victims(count - len(chosen.slots))
+            if not len(named):
+                break
+            asked += len(named)
+            for slot in named.tolist():
+                chosen.add(slot)
+        if chosen.refused:
+            policy.keep(np.array(chosen.refused, np.int64))
+        return np.array(chosen.slots, np.int64)
+
+
+class _Choice:
+    """Victims of one call, leaf before parent: a block may be named when all its children were named before it."""
+
+    __slots__ = ("_entries", "_fewer", "_limit", "_tier", "refused", "slots")
+
+    def __init__(self, entries: Entries, tier: TierId, limit: int) -> None:
+        self._entries, self._tier, self._limit = entries, tier, limit
+        self._fewer: dict[int, int] = {}
+        self.slots: list[int] = []
+        self.refused: list[int] = []
+
+    def add(self, slot: int) -> None:
+        """Takes a slot that the policy named, or refuses it, or holds it until its children go."""
+        entries, columns, bit = self._entries, self._entries.slots, 1 << self._tier
+        while True:
+            if columns.states[slot] != RESIDENT or columns.pins[slot] or not columns.wheres[slot] & bit:
+                columns.helds[slot] &= ~bit
+                self.refused.append(slot)
+                return
+            if len(self.slots) >= self._limit:
+                columns.helds[slot] |= bit
+                entries.holding = True
+                entries.line_up(slot, self._tier)
+                return
+            if columns.forms[slot] & 3 != Form.BLOCK:
+                self.slots.append(slot)
+                return
+            fewer = self._fewer.get(slot, 0)
+            last = columns.wheres[slot] == bit
+            if (last and columns.kid_counts[slot] > fewer) or (
+                self._tier == TierId.MEMORY and columns.memory_kid_counts[slot] > fewer
+            ):
+                columns.helds[slot] |= bit
+                entries.holding = True
+                return
+            columns.helds[slot] &= ~bit
+            self.slots.append(slot)
+            parent = columns.parents[slot]
+            if not parent:
+                return
+            self._fewer[parent] = self._fewer.get(parent, 0) + 1
+            if not columns.helds[parent] & bit or len(self.slots) >= self._limit:
+                return
+            slot = parent

@@ -1,0 +1,441 @@
+"""The index: look-ups that pin, reservations, and presence of entries in the local tiers, behind one lock.
+
+Every public method takes the lock once, for microseconds. Slots that a caller holds pinned keep their columns, so it
+may read those without the lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.index.check import check
+from tiercache.index.entries import Entries, Freed, Pin, Unplaced
+from tiercache.index.load import Loaded, load_chunks
+from tiercache.index.names import Query
+from tiercache.index.reserve import reserve_blocks, reserve_keys, reserve_pages
+from tiercache.index.slots import Shape, SlotFacts
+from tiercache.model import Name, State, TierId
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.model import Facts
+    from tiercache.policy import Policy
+
+    I64 = npt.NDArray[np.int64]
+    Mask = npt.NDArray[np.bool_]
+    Scalars = npt.ArrayLike
+
+PINS_MAX = 65_000
+"""Pins outstanding at a time, over all slots: so a 16-bit count cannot overflow, without a check at each slot."""
+RESIDENT = int(State.RESIDENT)
+_NONE: npt.NDArray[np.int64] = np.empty(0, np.int64)
+
+
+class Match(NamedTuple):
+    """Result of a look-up; what it found is pinned until `Index.release`.
+
+    `slots`: one per name asked, -1 = not there or not readable; chains: only the matched prefix. `pin` is None when
+    nothing was pinned.
+    """
+
+    slots: npt.NDArray[np.int64]
+    pin: Pin | None
+
+
+class Reservation(NamedTuple):
+    """Slots for names, pinned (also PENDING ones) until `Index.release`.
+
+    `slots`: -1 where the slot table is full (or, chains, the parent is not in the index). `fresh`: this call made the
+    slot PENDING and owns its filling; else somebody else fills it, or it is readable.
+    """
+
+    slots: npt.NDArray[np.int64]
+    fresh: npt.NDArray[np.bool_]
+    pin: Pin | None
+
+
+class Index:
+    """Which entries there are, where their copies lie, who uses them. `policies` are indexed by TierId, one for each
+    local tier that there is."""
+
+    def __init__(self, slots_max: int, policies: Sequence[Policy]) -> None:
+        self.lock = threading.Lock()
+        self.slots_max = slots_max
+        self._entries = entries = Entries(slots_max, policies)
+        self._slots, self._names = entries.slots, entries.names
+        self._pins = 0
+        self.state, self.pin = self._slots.state, self._slots.pin
+        self.depth, self.payload = self._slots.depth, self._slots.payload
+
+    # -- look-up ------------------------------------------------------------------------------------------------------
+    def match_chain(self, digests: Sequence[bytes] | bytes, width: int = 16) -> Match:
+        """The longest readable prefix of a chain; digests as a list, or joined.
+
+        A prefix that is all in memory is held there by one pin, of its last block, for a copy in memory stays while a
+        child has one. Where some blocks are on SSD only, that does not follow, and every block is pinned."""
+        query = Query(digests, width)
+        slots = self._slots
+        with self.lock:
+            rows = self._names.walk(query)
+            readable = slots.state.take(rows) >= RESIDENT
+            if not readable.all():
+                rows = rows[: int(readable.argmin())]
+            if not len(rows) or self._pins >= PINS_MAX:
+                return Match(_NONE, None)
+            if (slots.where.take(rows) & 1).all():
+                leaf = int(rows[-1])
+                slots.pins[leaf] += 1
+                pin = Pin(leaf)
+            else:
+                slots.pin[rows] += 1
+                pin = Pin(rows)
+            self._pins += 1
+            self._entries.touch(rows)
+        return Match(rows, pin)
+
+    def match_pages(self, key: bytes, ordinals: npt.NDArray[np.int32]) -> Match:
+        """Pages of one file version; ordinals are unique."""
+        wanted = ordinals.astype(np.int64)
+        with self.lock:
+            return self._match_pages(key, wanted)
+
+    def hit_pages(
+        self, key: bytes, ordinals: npt.NDArray[np.int32]
+    ) -> tuple[Match, npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        """match_pages, and where in memory the pages lie (-1: nowhere) with which parts, as of the same moment."""
+        wanted = ordinals.astype(np.int64)
+        slots = self._slots
+        with self.lock:
+            match = self._match_pages(key, wanted)
+            rows = slots.payload.take(match.slots, mode="clip")  # -1 becomes row 0: a location of 0, masked below
+            locations = slots.location[0].take(rows)
+            parts = slots.parts[0].take(rows)
+        missing = match.slots < 0
+        locations[missing] = -1
+        parts[missing] = 0
+        return match, locations, parts
+
+    def _match_pages(self, key: bytes, ordinals: I64) -> Match:
+        """match_pages under the lock."""
+        slots = self._slots
+        run = self._names.runs.find(key)
+        if not run or not len(ordinals) or self._pins >= PINS_MAX:
+            return Match(np.full(len(ordinals), -1, np.int64), None)
+        rows = self._names.guess_pages(run, ordinals)
+        readable = slots.state.take(rows) >= RESIDENT
+        if readable.all():
+            return Match(rows, self._hold(rows))
+        rows[~readable] = -1
+        found = rows[readable]
+        return Match(rows, self._hold(found) if len(found) else None)
+
+    def _hold(self, rows: I64) -> Pin:
+        """Pins distinct slots, and counts them as used."""
+        self._slots.pin[rows] += 1
+        self._pins += 1
+        self._entries.touch(rows)
+        return Pin(rows)
+
+    def match(self, names: Sequence[Name]) -> Match:
+        """Lone objects, single blocks, and pages of many files, in any order, also twice."""
+        find, states = self._names.find, self._slots.states
+        rows: list[int] = []
+        with self.lock:
+            for key, ordinal in names:
+                row = find(key, ordinal)
+                rows.append(row if states[row] >= RESIDENT else -1)
+            distinct = dict.fromkeys(rows)
+            distinct.pop(-1, None)
+            pin = None
+            if distinct and self._pins < PINS_MAX:
+                pin = self._hold(np.array(list(distinct), np.int64))
+        return Match(np.array(rows, np.int64) if pin else np.full(len(rows), -1, np.int64), pin)
+
+    def hit(self, key: bytes, ordinal: int = 0) -> int:
+        """The one-entry path: a pinned slot or -1, without any object. Undo with `release_slot`."""
+        with self.lock:
+            row = self._names.find(key, ordinal)
+            slots = self._slots
+            if slots.states[row] < RESIDENT or self._pins >= PINS_MAX:
+                return -1
+            slots.pins[row] += 1
+            self._pins += 1
+            self._entries.touch(row)
+            return row
+
+    def contains(self, names: Sequence[Name]) -> npt.NDArray[np.bool_]:
+        """Which names are readable. Pins and touches nothing."""
+        find, states = self._names.find, self._slots.states
+        with self.lock:
+            return np.array([states[find(key, ordinal)] >= RESIDENT for key, ordinal in names], bool)
+
+    def pages_of(self, key: bytes) -> I64:
+        """All slots of a file version, in whatever state."""
+        names, slots = self._names, self._slots
+        with self.lock:
+            run = names.runs.find(key)
+            if not run:
+                return _NONE
+            top = names.runs.tops[run]
+            if top <= slots.rows.top:
+                rows = names.find_pages(run, np.arange(top))
+                return rows[rows > 0]
+            mine = (slots.run[: slots.rows.top] == run) & (slots.form[: slots.rows.top] & 129 == 1)
+            return np.flatnonzero(mine & (slots.state[: slots.rows.top] > 0))
+
+    def release(self, *holds: Match | Reservation) -> Freed | None:
+        """Unpins. A second release is harmless. Fresh slots that were neither placed nor abandoned are abandoned when
+        their last pin goes. Answers locations that were waiting for this: the caller frees them."""
+        with self.lock:
+            for hold in holds:
+                if hold.pin is not None and self._entries.unpin(hold.pin):
+                    self._pins -= 1
+            return self._entries.drain()
+
+    def release_slot(self, slot: int) -> Freed | None:
+        """Undoes one `hit`."""
+        slots = self._slots
+        with self.lock:
+            slots.pins[slot] -= 1
+            self._pins -= 1
+            return self._entries.let_go(slot)
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+    def facts(self, slots: I64) -> SlotFacts:
+        """Facts of slots (all valid, pinned for a stable answer)."""
+        with self.lock:
+            return self._slots.facts(slots)
+
+    def names(self, slots: Sequence[int] | I64) -> list[Name]:
+        """Names of slots."""
+        with self.lock:
+            return [self._names.name(int(slot)) for slot in slots]
+
+    def parents(self, slots: Sequence[int] | I64) -> list[bytes]:
+        """Digest of the block before each; empty for what has none."""
+        above = self._slots.parents
+        with self.lock:
+            return [self._names.name(above[slot]).key if above[slot] else b"" for slot in slots]
+
+    def forms(self, slots: I64) -> npt.NDArray[np.uint8]:
+        """model.Form of each slot."""
+        return self._slots.form.take(slots) & 3
+
+    # -- reservation --------------------------------------------------------------------------------------------------
+    def reserve_chain(
+        self,
+        digests: Sequence[bytes] | bytes,
+        sizes: Scalars,
+        part_bytes: Scalars,
+        *,
+        width: int = 16,
+        parent: bytes | None = None,
+        kind: Scalars = 1,
+        scope: Scalars = 0,
+        cost_s: Scalars = 0.0,
+        expiry_s: Scalars = 0,
+    ) -> Reservation:
+        """Slots for blocks of a chain, from its start or below the block `parent`, which must be in the index.
+
+        Appending does not walk the chain. Blocks that hang elsewhere (below a removed block) are removed on the way.
+        """
+        query = Query(digests, width)
+        shape = Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s)
+        with self.lock:
+            above = self._names.find_key(parent) if parent else 0
+            if (parent and not above) or self._pins >= PINS_MAX:
+                return _full(query.count)
+            return self._reserved(*reserve_blocks(self._entries, query, above, shape))
+
+    def reserve_pages(
+        self,
+        key: bytes,
+        ordinals: npt.NDArray[np.int32],
+        sizes: Scalars,
+        part_bytes: Scalars,
+        *,
+        kind: Scalars = 0,
+        scope: Scalars = 0,
+        cost_s: Scalars = 0.0,
+        expiry_s: Scalars = 0,
+    ) -> Reservation:
+        """Slots for pages of one file version; ordinals are unique."""
+        shape = Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s)
+        wanted = ordinals.astype(np.int64)
+        with self.lock:
+            if self._pins >= PINS_MAX:
+                return _full(len(wanted))
+            return self._reserved(*reserve_pages(self._entries, key, wanted, shape))
+
+    def reserve(
+        self,
+        names: Sequence[Name],
+        sizes: Scalars,
+        part_bytes: Scalars,
+        *,
+        kind: Scalars = 2,
+        scope: Scalars = 0,
+        cost_s: Scalars = 0.0,
+        expiry_s: Scalars = 0,
+    ) -> Reservation:
+        """Slots for lone objects, also twice the same (then only the first is fresh)."""
+        shape = Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s)
+        with self.lock:
+            if self._pins >= PINS_MAX:
+                return _full(len(names))
+            return self._reserved(*reserve_keys(self._entries, [name.key for name in names], shape))
+
+    def _reserved(self, out: I64, fresh: Mask) -> Reservation:
+        """Pins what was reserved, once each, and touches what was there before."""
+        held = out[out > 0]
+        if not len(held):
+            return Reservation(out, fresh, None)
+        old = held[~fresh[out > 0]]
+        if len(set(held.tolist())) < len(held):
+            held = np.unique(held)
+        self._slots.pin[held] += 1
+        self._pins += 1
+        if len(old):
+            self._entries.touch(old)
+        return Reservation(out, fresh, Pin(held, reserved=True))
+
+    # -- presence -----------------------------------------------------------------------------------------------------
+    def place(self, slots: I64, tier: TierId, locations: npt.ArrayLike, parts: npt.ArrayLike) -> list[int]:
+        """Copies with these parts exist in a tier now; PENDING slots become readable. Answers locations that were not
+        wanted (the slot is gone, or has a copy there already): the caller frees them."""
+        slots = np.asarray(slots, np.int64)
+        where = np.array(np.broadcast_to(np.asarray(locations, np.int64), slots.shape))
+        which = np.array(np.broadcast_to(np.asarray(parts, np.uint64), slots.shape))
+        with self.lock:
+            return self._entries.place(slots, tier, where, which)
+
+    def add_parts(self, slots: I64, tier: TierId, parts: npt.ArrayLike) -> None:
+        """More parts of copies are present."""
+        with self.lock:
+            rows = self._slots.payload.take(slots)
+            np.bitwise_or.at(self._slots.parts[tier], rows, np.asarray(parts, np.uint64))
+
+    def begin_move(self, slots: I64) -> npt.NDArray[np.bool_]:
+        """RESIDENT to MOVING, and pinned: the mask of those for which that was so. They stay readable."""
+        columns = self._slots
+        with self.lock:
+            fit = columns.state.take(slots) == RESIDENT
+            if self._pins >= PINS_MAX:
+                fit[:] = False
+            moving = slots[fit]
+            columns.change(moving, State.MOVING)
+            columns.pin[moving] += 1
+            self._pins += len(moving)
+            return fit
+
+    def end_move(self, slots: I64) -> Freed | None:
+        """Undoes begin_move for those that it took. Answers what may be freed, if they were removed meanwhile."""
+        columns = self._slots
+        with self.lock:
+            still = slots[columns.state.take(slots) == State.MOVING]
+            columns.change(still, State.RESIDENT)
+            self._pins -= len(slots)
+            self._entries.unpin(Pin(np.asarray(slots, np.int64)))
+            return self._entries.drain()
+
+    def unplace(self, slots: I64 | Sequence[int], tier: TierId, *, forced: bool = False) -> Unplaced:
+        """Copies leave a tier, in the order given (leaf first). Refused, and left to the policy as in use: pinned or
+        MOVING slots, and copies that children still need. A slot without a copy is gone.
+
+        `forced` (corrupt bytes, a tier that went off): look-ups miss the copy at once, whatever order says; its
+        location is answered as -1 while the slot is in use, and comes out of a later `release`.
+        """
+        with self.lock:
+            order = slots.tolist() if isinstance(slots, np.ndarray) else list(slots)
+            return self._entries.unplace(order, tier, forced=forced)
+
+    def keep(self, slots: I64, tier: TierId) -> None:
+        """Victims that the caller could not do without, after all: the policy may name them again later."""
+        bit = 1 << tier
+        with self.lock:
+            inside = slots[(self._slots.where.take(slots) & bit != 0) & (self._slots.state.take(slots) >= RESIDENT)]
+            if len(inside):
+                self._entries.policies[tier].keep(inside)
+
+    def remove(self, slots: I64 | Sequence[int]) -> Freed:
+        """Deletes: names vanish from look-ups at once. Answers the locations that nobody looks at; those of slots in
+        use come out of a later `release`."""
+        with self.lock:
+            self._entries.kill(int(slot) for slot in slots)
+            return self._entries.drain() or Freed([], [])
+
+    def abandon(self, slots: I64) -> None:
+        """Fillers give up: PENDING slots go (when their last pin does)."""
+        with self.lock:
+            self._entries.abandon(np.asarray(slots, np.int64))
+
+    def victims(self, tier: TierId, count: int) -> I64:
+        """At most `count` slots that may leave a tier now, in order. The caller must `unplace` or `keep` each."""
+        with self.lock:
+            return self._entries.victims(tier, count)
+
+    def order(self, slots: I64, tier: TierId) -> npt.NDArray[np.uint32]:
+        """The tier's order of last use of slots, to be stored beside them (Payload.tick)."""
+        with self.lock:
+            return self._entries.policies[tier].order(slots)
+
+    def relocate(self, slots: I64, tier: TierId, old: I64, new: I64) -> npt.NDArray[np.bool_]:
+        """Copies moved inside their tier: the mask of slots that still were at the old location and are at the new."""
+        column = self._slots.location[tier]
+        with self.lock:
+            rows = self._slots.payload.take(slots)
+            same = (column.take(rows) == old) & (self._slots.where.take(slots) & (1 << tier) != 0)
+            column[rows[same]] = new[same]
+            return same
+
+    def slots_at(self, tier: TierId, locations: I64) -> I64:
+        """Which slots have their copy at these locations, -1 = none. Scans, without the lock: a slot that changes
+        meanwhile may be missed, so whoever acts on the answer names the location again (relocate does)."""
+        slots = self._slots
+        order = np.argsort(locations)
+        ordered = np.asarray(locations, np.int64)[order]
+        out = np.full(len(ordered), -1, np.int64)
+        step = 1 << 16
+        for low in range(1, slots.rows.top if len(ordered) else 1, step):
+            high = min(low + step, slots.rows.top)
+            here = slots.location[tier].take(slots.payload[low:high])
+            at = np.searchsorted(ordered, here)
+            np.minimum(at, len(ordered) - 1, out=at)
+            hit = np.flatnonzero((ordered[at] == here) & (slots.where[low:high] & (1 << tier) != 0))
+            out[order[at[hit]]] = hit + low
+        return out
+
+    # -- recovery and accounts ----------------------------------------------------------------------------------------
+    def load(self, facts: Facts, tier: TierId) -> Loaded:
+        """Bulk insert of what a tier found, newest first: of duplicates the first stays. See Loaded."""
+        return load_chunks(self._entries, self.lock, facts, tier)
+
+    def validate(self) -> None:
+        """Checks every invariant; AssertionError names the broken one."""
+        with self.lock:
+            check(self._entries)
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self._slots.rows.used
+
+    @property
+    def pins(self) -> int:
+        """Pins outstanding (each match, reservation, hit, and moving slot is one)."""
+        return self._pins
+
+    def memory_bytes(self) -> int:
+        """Bytes of columns and tables that were really used; policies apart."""
+        top = self._slots.rows.top
+        return self._slots.memory_bytes() + self._names.table.memory_bytes(top) + self._names.runs.memory_bytes()
+
+
+def _full(count: int) -> Reservation:
+    """Nothing could be reserved."""
+    return Reservation(np.full(count, -1, np.int64), np.zeros(count, bool), None)
