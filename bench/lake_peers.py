@@ -40,7 +40,7 @@ def peers(setting: Setting) -> list[Figure]:
             rows[name] = _twice(setting, name, lake)
         except UnavailableError as error:
             say(f"peer {name}: {error}")
-            rows[name] = {"skipped": str(error)}
+            rows[name] = {"failed": str(error)}
     rows["DuckDB 1.5.5 httpfs"] = _httpfs(setting)
     single = {name: _program(setting, name) for name in ("pyarrow", "polars")}
     note = f"DuckDB runs {', '.join(SAMPLE)}; first and second run of one process as [seconds, requests, bytes]; "
@@ -57,7 +57,7 @@ def _lakes(setting: Setting) -> dict[str, workload.Lake]:
     for name in ("blockcache", "filecache", "simplecache"):
         folder = setting.empty(name)
         options = {"target_protocol": "s3", "target_options": s3, "cache_storage": str(folder)}
-        caches[name] = workload.Lake(f"{name}://{prefix}", name, options)
+        caches[name] = workload.Lake(f"peer://{prefix}", name, options)
     return {
         "tiercache": setting.cached(setting.empty("peer")),
         "s3fs best": setting.direct,

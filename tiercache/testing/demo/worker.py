@@ -54,7 +54,7 @@ class Counters:
         self._fs = fs
         self._sent = 0
         self._received = 0
-        if url is None and fs is not None and not hasattr(fs, "stats"):
+        if url is None and fs is not None and not stats_of(fs):
             self._watch(fs)
 
     def read(self) -> tuple[int, int]:
@@ -64,8 +64,8 @@ class Counters:
                 facts = json.load(answer)
             facts = facts.get("stats", facts)  # the proxy's answer holds its settings too
             return int(facts["requests"]), int(facts["bytes_sent"])
-        if self._fs is not None and hasattr(self._fs, "stats"):
-            facts = self._fs.stats()
+        facts = stats_of(self._fs)
+        if facts:
             return int(total(facts, "origin_requests_total")), int(total(facts, "origin_bytes_total"))
         return self._sent, self._received
 
@@ -85,6 +85,12 @@ class Counters:
 
         events.register("before-send.s3", sent)
         events.register("after-call.s3", received)
+
+
+def stats_of(fs: Any | None) -> dict[str, Any]:
+    """The numbers of the cache behind a filesystem; empty when there is none."""
+    mount = getattr(fs, "mount", None)
+    return dict(mount.cache.stats()) if mount is not None else {}
 
 
 def total(stats: dict[str, Any], name: str, *, label: str = "") -> float:
@@ -110,7 +116,7 @@ def perform(phase: Phase) -> None:
     for name in phase.passes:
         folder = Path(phase.results) / name
         folder.mkdir(parents=True, exist_ok=True)
-        stats_before = fs.stats() if hasattr(fs, "stats") else {}
+        stats_before = stats_of(fs)
         for at, query in enumerate(phase.queries):
             ran = workload.run(query, phase.lake, fs)
             after = counters.read()
@@ -120,7 +126,7 @@ def perform(phase: Phase) -> None:
                 requests=after[0] - before[0], bytes=after[1] - before[1], digest=tpch.digest(ran.lines),
             )  # fmt: skip
             before = after
-        stats = fs.stats() if hasattr(fs, "stats") else {}
+        stats = stats_of(fs)
         say(event="pass", phase=name, tiers=_by_tier(stats_before, stats))
     if hasattr(fs, "close"):
         fs.close()
@@ -148,9 +154,10 @@ def _engine_errors() -> tuple[type[Exception], ...]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; 1 with one line on stderr when the phase could not be finished."""
     paths = sys.argv[1:] if arguments is None else arguments
+    faults: tuple[type[Exception], ...] = (TierCacheError, ImportError, OSError, *_engine_errors())
     try:
         perform(Phase.read(Path(paths[0])))
-    except (TierCacheError, ImportError, OSError, *_engine_errors()) as error:
+    except faults as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -55,9 +55,13 @@ def open_filesystem(lake: Lake) -> Any | None:
         return None
     import fsspec
 
+    from tiercache.testing.demo import peer
+
     fs = fsspec.filesystem(lake.protocol, skip_instance_cache=True, **lake.options)
     if lake.primed:
         fs.ls(lake.prefix, detail=True)
+    if lake.prefix.startswith(peer.MARK):
+        return peer.Peer(fs)
     return fs
 
 
