@@ -1,1 +1,1 @@
-"""TODO(docstring by the owner of this package)."""
+"""The SSD tier: aligned records in preallocated segment files, packed facts rows in RocksDB, space back by segment."""

@@ -1,0 +1,327 @@
+"""Disk: the directory at work: runs jobs within a deadline, opens new segments, commits, probes, minds its health."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from tiercache.errors import UnavailableError
+from tiercache.ssd import commit, recover
+from tiercache.ssd.health import Pulse, words
+from tiercache.ssd.meta import RowsError
+from tiercache.ssd.records import BLOCK_BYTES, location_of
+from tiercache.ssd.segments import WRITES, Life, Place, Segment
+from tiercache.ssd.transfer import Job, Scratch
+from tiercache.tier import Health
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tiercache.clock import Clock
+    from tiercache.ssd.fileio import FileIO
+
+ROLLS_MAX = 4
+"""A writer opens at most so many segments for one record; others may take the room before it."""
+GROWTH_PAUSE_S = 10.0
+"""After the disk had no room for another segment, this long passes before the next try."""
+
+
+class Disk:
+    """One open directory with its threads. Used on one event loop, like the tier that owns it."""
+
+    def __init__(
+        self,
+        io: FileIO,
+        directory: recover.Directory,
+        caps: recover.Caps,
+        *,
+        threads: int,
+        deadline_s: float,
+        clock: Clock,
+    ) -> None:
+        self.io = io
+        self.directory = directory
+        self.space = directory.space
+        self.caps = caps
+        self.pulse = Pulse(clock)
+        self.counters = directory.counters
+        self.orders: dict[bytes, bytes] = {}
+        self.rows_usage = io.usage(directory.rows_path)
+        self.growth = ""
+        self.committer = ThreadPoolExecutor(1, "tiercache-rows")
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._count = threads
+        self._threads = ThreadPoolExecutor(threads, "tiercache-ssd")
+        self._scratch = Scratch()
+        self._rolls: dict[int, asyncio.Future[bool]] = {}
+        self._commit_lock = asyncio.Lock()
+        self._late: set[Job] = set()
+        self._ended = 0
+        self._committed = 0
+        self._rows_broken = False
+        self._grow_at_s = 0.0
+
+    # -- jobs
+
+    async def run(self, jobs: Sequence[Job]) -> None:
+        """Runs jobs in the threads; after it returns, in whatever way, no job touches anything of the caller's, except
+        that a write which is `abandoned` and not `ended` may still read its sources."""
+        if not jobs:
+            return
+        loop = asyncio.get_running_loop()
+        before = self._ended
+        queue = deque(jobs)
+
+        def drain() -> None:
+            while queue:
+                try:
+                    job = queue.popleft()
+                except IndexError:
+                    return
+                job.run(self.io, self._scratch, self.directory.seed)
+                self._ended += 1
+
+        calls = [loop.run_in_executor(self._threads, drain) for _ in range(min(self._count, len(jobs)))]
+        late: set[asyncio.Future[None]] = set(calls)
+        try:
+            done, late = await asyncio.wait(calls, timeout=self._deadline_s)
+            for call in done:
+                call.result()
+        finally:
+            if late:
+                queue.clear()
+                for job in jobs:
+                    if not job.abandon():
+                        self._late.add(job)
+                for call in late:
+                    call.cancel()
+        self._late = {job for job in self._late if job.started and not job.ended}
+        if late:
+            self.counters["deadlines"] += 1
+            if self._ended == before:
+                self.pulse.hung(self._deadline_s)
+
+    def finish_write(self, job: Job) -> bool:
+        """Whether a write job did its work in time; its segment may be reused once it can write no more."""
+        if job.abandoned:
+            return False
+        self.writer_ended(job.segment)
+        if job.fault is not None:
+            self.counters["write_faults"] += 1
+            self.pulse.write_failed(job.fault)
+        return job.fault is None
+
+    def writer_ended(self, segment: Segment) -> None:
+        """A job can write to a segment no more."""
+        self.space.writers([segment], -1)
+
+    # -- room
+
+    async def reserve(self, stream: int, length: int, parts: int) -> Place | None:
+        """Room for a record, in a new segment if need be; None if there is none within the caps, or not in time."""
+        place = self.space.reserve(stream, length, parts)
+        if place is not None or length > self.space.segment_blocks:
+            return place
+        for _ in range(ROLLS_MAX):
+            # The roll goes on when its waiter gives up, so that a file is never half made and forgotten.
+            roll = self._rolls.get(stream)
+            if roll is None or roll.done():
+                roll = self._rolls[stream] = asyncio.ensure_future(self._roll(stream))
+            done, _ = await asyncio.wait([roll], timeout=self._deadline_s)
+            if not done:
+                self.pulse.hung(self._deadline_s)
+                return None
+            if not roll.result():
+                return None
+            place = self.space.reserve(stream, length, parts)
+            if place is not None:
+                return place
+        return None
+
+    async def _roll(self, stream: int) -> bool:
+        """Opens the next segment of a stream."""
+        if stream == WRITES and self._rows_are_many():
+            self.growth = "the rows take their whole share of the capacity"
+            return False
+        self.space.growing = self._clock.monotonic() >= self._grow_at_s
+        segment = self.space.next_segment(stream)
+        if segment is None:
+            return False
+        loop = asyncio.get_running_loop()
+        exists = segment.descriptor >= 0
+        try:
+            if not exists:
+                await loop.run_in_executor(self._threads, self._create, segment)
+            elif segment.life is not Life.FREE:
+                async with self._commit_lock:
+                    await self._in_committer(commit.empty, self.space, self.directory.rows, segment)
+        except RowsError as fault:
+            self.space.unclaim(segment, exists=exists)
+            self._rows_failed(fault)
+            return False
+        except OSError as fault:
+            self.space.unclaim(segment, exists=exists)
+            self._note_growth(fault)
+            return False
+        self.space.begin(stream, segment)
+        return True
+
+    def _in_committer(self, work: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().run_in_executor(self.committer, work, *arguments)
+
+    def _rows_are_many(self) -> bool:
+        return self.rows_usage[0] > self.caps.rows_bytes * 4 // 10
+
+    def _create(self, segment: Segment) -> None:
+        path = recover.segment_path(self.directory.path, segment.number)
+        size, floor = self.space.segment_bytes, self.caps.disk_free_floor_bytes
+        if floor and self.io.free_bytes(self.directory.path) < size + floor:
+            raise OSError(errno.ENOSPC, f"less than {floor} bytes would stay free on the disk")
+        descriptor = self.io.open(path, create=True)
+        try:
+            self.io.allocate(descriptor, size)
+            self.io.sync_directory(os.path.dirname(path))
+        except BaseException:
+            self.io.close(descriptor)
+            self.io.unlink(path)
+            raise
+        segment.descriptor = descriptor
+
+    def _note_growth(self, fault: OSError) -> None:
+        self.counters["growth_faults"] += 1
+        self.growth = f"no further segment: {words(fault)}"
+        self._grow_at_s = self._clock.monotonic() + GROWTH_PAUSE_S
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+            self.pulse.write_failed(fault)
+        if self.io.identity(self.directory.path) != self.directory.identity:
+            self.pulse.vanished()
+
+    async def empty(self, segment: Segment) -> None:
+        """Gives a segment back in which nothing lives; leaves it where something does, or where the rows refuse."""
+        async with self._commit_lock:
+            with self.space.lock:
+                busy = segment.live_count or segment.pending or segment.writers
+                if busy or segment.life is not Life.SEALED:
+                    return
+            try:
+                await self._in_committer(commit.empty, self.space, self.directory.rows, segment)
+            except RowsError as fault:
+                self._rows_failed(fault)
+
+    # -- durability
+
+    async def flush(self) -> None:
+        """Returns when everything before the call is durable; raises UnavailableError if that cannot be."""
+        if self.pulse.health is Health.OFF:
+            raise UnavailableError(f"the SSD tier is off: {self.pulse.reason}")
+        task = asyncio.ensure_future(self._commit_up_to(self.space.changes))
+        try:
+            done, _ = await asyncio.wait([task], timeout=self._deadline_s)
+        except asyncio.CancelledError:
+            task.add_done_callback(_forget)
+            raise
+        if not done:
+            task.add_done_callback(_forget)
+            self.pulse.hung(self._deadline_s)
+            raise UnavailableError(f"the disk did not sync within {self._deadline_s:g} s")
+        task.result()
+
+    async def _commit_up_to(self, wanted: int) -> None:
+        async with self._commit_lock:
+            if self._committed >= wanted and not self.orders:
+                return
+            batch = commit.take(self.space, self.orders)
+            try:
+                await self._in_committer(self._commit, batch)
+            except RowsError as fault:
+                commit.put_back(self.space, batch, self.orders)
+                self._rows_failed(fault)
+                raise UnavailableError(str(fault)) from fault
+            if batch.failed:
+                for due in batch.failed:
+                    base = location_of(due.segment.number, due.segment.generation, 0)
+                    self.space.bury([base | block for _, block in due.facts])
+                self.pulse.write_failed(OSError(errno.EIO, "a segment could not be synced"))
+                raise UnavailableError("a segment could not be synced: what was written there last is forgotten")
+            self._committed = max(self._committed, batch.changes)
+
+    def _commit(self, batch: commit.Batch) -> None:
+        commit.save(self.space, batch, self.io, self.directory.rows)
+        commit.merge_sealed(self.space, self.directory.rows)
+        self.rows_usage = self.io.usage(self.directory.rows_path)
+        if self.io.identity(self.directory.path) != self.directory.identity:
+            self.pulse.vanished()
+            raise RowsError(f"{self.directory.path} is not the directory that was opened")
+
+    def _rows_failed(self, fault: RowsError) -> None:
+        self.counters["rows_faults"] += 1
+        self._rows_broken = True
+        self.pulse.write_failed(fault)
+
+    # -- health
+
+    def consider_probe(self) -> None:
+        """Tries in the background whether an ailing disk is well again, if that is due."""
+        if self.pulse.health is not Health.HEALTHY and self.pulse.probe_due():
+            call = asyncio.get_running_loop().run_in_executor(self._threads, self._probe)
+            call.add_done_callback(_forget)
+
+    def _probe(self) -> None:
+        """Writes, syncs and reads a block in the directory, and opens the rows anew if they had failed."""
+        path = os.path.join(self.directory.path, "probe")
+        if self.io.identity(self.directory.path) != self.directory.identity:
+            return
+        block = mmap.mmap(-1, BLOCK_BYTES)
+        try:
+            descriptor = self.io.open(path, create=True)
+            try:
+                wrote = self.io.pwritev(descriptor, [block], 0)
+                self.io.fdatasync(descriptor)
+                read = self.io.preadv(descriptor, [block], 0)
+            finally:
+                self.io.close(descriptor)
+                self.io.unlink(path)
+            if wrote != len(block) or read != len(block):
+                return
+            if self._rows_broken:
+                self._reopen_rows()
+        except OSError:
+            return
+        self.pulse.recovered()
+
+    def _reopen_rows(self) -> None:
+        try:
+            self.directory.rows.close()
+        except RowsError:
+            self.counters["rows_faults"] += 1
+        self.directory.rows = self.io.open_rows(self.directory.rows_path, self.caps.rows_bytes)
+        self._rows_broken = False
+
+    def close(self) -> None:
+        """Gives everything back but what a hanging call still holds."""
+        hung = self._commit_lock.locked()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.committer.shutdown(wait=False, cancel_futures=True)
+        if not hung:
+            try:
+                self.directory.rows.close()
+            except RowsError:
+                self.counters["close_faults"] += 1
+        held = {job.segment for job in self._late if not job.ended}
+        for segment in self.space.segments.values():
+            if segment.descriptor >= 0 and segment not in held and not hung:
+                self.io.close(segment.descriptor)
+                segment.descriptor = -1
+        self.io.close(self.directory.lock)
+
+
+def _forget(call: asyncio.Future[None]) -> None:
+    """Takes the exception of a call that nobody waits for."""
+    if not call.cancelled():
+        call.exception()

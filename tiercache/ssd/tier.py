@@ -1,0 +1,310 @@
+"""SsdTier: the SSD as a place that keeps bytes; batches in, jobs for a few threads, answers out, within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.clock import SystemClock
+from tiercache.errors import ClosedError, UnavailableError
+from tiercache.model import Outcome
+from tiercache.ssd import recover
+from tiercache.ssd import rows as codec
+from tiercache.ssd.disk import Disk
+from tiercache.ssd.fileio import FileIO
+from tiercache.ssd.records import BLOCK_BYTES, GENERATION_MASK, fits, record_blocks, split_locations
+from tiercache.ssd.scan import Recovery
+from tiercache.ssd.segments import RECLAIMS, WRITES, Life, Place, Segment
+from tiercache.ssd.transfer import MoveItem, ReadItem, WriteItem, WriteJob, plan_moves, plan_reads, plan_writes
+from tiercache.tier import Health, TierStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+    from tiercache.buffers import Buffer
+    from tiercache.clock import Clock
+    from tiercache.model import Facts, Name, Payload
+    from tiercache.tier import Want
+
+COMMIT_BYTES = 256 << 20
+"""So much may be written before rows are saved without anybody asking: what a crash forgets at most."""
+MOVE_BYTES = 8 << 20
+"""Reclaim has about so much on its way at a time."""
+
+
+class SsdTier:
+    """Payloads in segment files of one directory, which this process owns while the tier is open.
+
+    `capacity_bytes` and `files_max` are hard: they cover segments (in full, from before they are created), rows and
+    small files. An entry larger than a segment does not fit (FULL). One batch of reads or writes takes at most
+    `deadline_s`; what is not done by then is BUSY, and a late answer of the disk reaches no caller's memory (see
+    transfer.py). Made in any thread, used on one event loop; `free`, `status`, `scan`, `room_bytes` are for any thread.
+
+    Raises LockedError, ProtocolError or ConfigError as recover.open_directory says, and UnavailableError if the
+    directory cannot be used.
+    """
+
+    name = "ssd"
+
+    def __init__(
+        self,
+        directory: str,
+        capacity_bytes: int,
+        *,
+        files_max: int = 10_000,
+        segment_bytes: int = 0,
+        threads: int = 4,
+        deadline_s: float = 10.0,
+        disk_free_floor_bytes: int = 0,
+        clock: Clock | None = None,
+        io: FileIO | None = None,
+    ) -> None:
+        io = io or FileIO()
+        caps = recover.Caps(capacity_bytes, files_max, segment_bytes, disk_free_floor_bytes)
+        try:
+            opened = recover.open_directory(io, os.path.abspath(directory), caps)
+            self._recovery = Recovery(opened)
+        except UnavailableError:
+            raise
+        except OSError as fault:
+            raise UnavailableError(f"the SSD tier cannot use {directory}: {fault}") from fault
+        self._disk = Disk(io, opened, caps, threads=threads, deadline_s=deadline_s, clock=clock or SystemClock())
+        self._space = opened.space
+        self._reclaim_lock = asyncio.Lock()
+        self._unsaved_bytes = 0
+        self._closed = False
+        self.counters = opened.counters
+        """What happened so far: reads, hits, writes, corrupt, faults, deadlines, reclaims, damage found at opening."""
+
+    # -- the Tier port
+
+    async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[int]:
+        """Stores payloads: their locations, or FULL (no room, or can never fit) or BUSY (the disk is not well)."""
+        disk = self._enter()
+        answers = [int(Outcome.BUSY)] * len(payloads)
+        if disk.pulse.health is not Health.HEALTHY:
+            return answers
+        items: list[WriteItem] = []
+        jobs: list[WriteJob] = []
+        completed = False
+        try:
+            for index, (payload, source) in enumerate(zip(payloads, sources, strict=True)):
+                place = await self._reserve(WRITES, payload)
+                if place is None:
+                    answers[index] = int(Outcome.FULL if disk.pulse.health is Health.HEALTHY else Outcome.BUSY)
+                else:
+                    items.append(WriteItem(index, payload, source, place))
+            jobs = plan_writes(items, disk.writer_ended)
+            self._space.writers([job.segment for job in jobs], 1)
+            await disk.run(jobs)
+            completed = True
+        finally:
+            good = {id(item) for job in jobs if disk.finish_write(job) and completed for item in job.items}
+            for item in items:
+                location = self._space.settle(item.place, item.payload if id(item) in good else None)
+                if id(item) in good:
+                    answers[item.index] = location
+                    self._unsaved_bytes += item.place.length * BLOCK_BYTES
+        self.counters["writes"] += len(good)
+        if self._unsaved_bytes >= COMMIT_BYTES:
+            await self._commit_quietly()
+        return answers
+
+    async def _reserve(self, stream: int, payload: Payload) -> Place | None:
+        if not fits(payload):
+            return None
+        length = record_blocks(payload.parts, payload.part_bytes, payload.size)
+        return await self._disk.reserve(stream, length, payload.parts)
+
+    async def _commit_quietly(self) -> None:
+        self._unsaved_bytes = 0
+        try:
+            await self._disk.flush()
+        except UnavailableError:
+            self.counters["commit_faults"] += 1
+
+    async def read(self, wants: Sequence[Want], targets: Sequence[Buffer]) -> list[Outcome]:
+        """Fills targets with verified parts: HIT, MISS, BUSY (deadline) or CORRUPT (and then gone for good)."""
+        disk = self._enter()
+        answers = [Outcome.MISS] * len(wants)
+        if disk.pulse.health is Health.OFF:
+            return answers
+        found: list[tuple[Segment, ReadItem]] = []
+        for index, (want, target) in enumerate(zip(wants, targets, strict=True)):
+            record = self._space.look(want.location)
+            if record is not None and not want.parts & ~record.parts:
+                assert target.length >= want.size, (target.length, want.size)
+                found.append((record.segment, ReadItem(index, want, target, record.block, record.parts)))
+        jobs = plan_reads(found)
+        await disk.run(jobs)
+        for job in jobs:
+            if job.fault is not None:
+                self.counters["read_faults"] += 1
+                disk.pulse.read_failed(job.fault)
+                for item in job.items():
+                    item.outcome = Outcome.MISS if item.outcome is Outcome.BUSY else item.outcome
+        for _, item in found:
+            answers[item.index] = self._judge(item)
+        self.counters["reads"] += len(wants)
+        return answers
+
+    def _judge(self, item: ReadItem) -> Outcome:
+        if item.outcome is Outcome.HIT:
+            self.counters["hits"] += 1
+            self._disk.pulse.read_ok()
+        elif item.outcome is Outcome.CORRUPT:
+            if not self._space.bury([item.want.location]):
+                return Outcome.MISS  # freed, and perhaps overwritten, while it was being read
+            self.counters["corrupt"] += 1
+        return item.outcome
+
+    def free(self, locations: Sequence[int]) -> None:
+        """Gives records up; the tombstones become durable with the next commit, the space comes back by segment."""
+        self._space.bury(locations)
+
+    def scan(self) -> Iterator[Facts]:
+        """What was found at opening and still lives; see Recovery."""
+        return self._recovery.scan()
+
+    async def find(self, names: Sequence[Name]) -> Facts:
+        """Facts of those of `names` that were found at opening; for look-ups before a scan is through."""
+        disk = self._enter()
+        return await asyncio.get_running_loop().run_in_executor(disk.committer, self._recovery.find, list(names))
+
+    async def flush(self) -> None:
+        """Returns when every write and free before the call is durable. Raises UnavailableError if that cannot be:
+        what could not be made durable is either tried again by the next flush, or forgotten by the tier."""
+        self._unsaved_bytes = 0
+        await self._enter().flush()
+
+    async def close(self) -> None:
+        """Flushes if the disk lets it, and gives everything back but what a hanging disk still holds."""
+        if self._closed:
+            return
+        self._unsaved_bytes = 0
+        try:
+            await self._enter().flush()
+        except (UnavailableError, ClosedError):
+            self.counters["commit_faults"] += 1
+        if self._close_once():
+            self._disk.close()
+
+    def _close_once(self) -> bool:
+        was, self._closed = self._closed, True
+        return not was
+
+    def status(self) -> TierStatus:
+        """Usage now. Used bytes are those of whole segment files, of the rows and of the small files."""
+        disk = self._disk
+        rows_bytes, rows_files = disk.rows_usage
+        files = self._space.file_count()
+        return TierStatus(
+            self.name,
+            disk.pulse.health,
+            disk.caps.capacity_bytes,
+            files * self._space.segment_bytes + rows_bytes + recover.OTHER_BYTES,
+            disk.caps.files_max,
+            files + rows_files + recover.OTHER_FILES,
+            disk.pulse.reason or disk.growth,
+        )
+
+    # -- what a log adds: the Reclaiming port
+
+    def victim(self) -> list[int]:
+        """Locations of what lives in the segment best emptied next; empty if there is none, or until rows are read."""
+        segment = self._space.victim()
+        return [] if segment is None else segment.live_locations()
+
+    def room_bytes(self) -> int:
+        """What can be written before a segment must be reclaimed, about: the ends of segments stay empty."""
+        space = self._space
+        with space.lock:
+            open_one = space.open[WRITES]
+            rest = 0 if open_one is None else space.segment_blocks - open_one.tail
+            return rest * BLOCK_BYTES + max(0, space.available() - 1) * space.segment_bytes
+
+    def live_bytes(self) -> int:
+        """Bytes of what lives, headers included."""
+        return self._space.live_bytes()
+
+    async def reclaim(self, keep: Sequence[int], drop: Sequence[int]) -> list[tuple[int, int]]:
+        """Rewrites `keep`, gives up `drop`, and frees their segments as far as nothing else lives there."""
+        self._enter()
+        async with self._reclaim_lock:
+            sources: dict[Segment, None] = {}
+            for location in (*keep, *drop):
+                record = self._space.look(location)
+                if record is not None:
+                    sources[record.segment] = None
+            moved: list[tuple[int, int]] = []
+            try:
+                if keep and self._disk.pulse.health is Health.HEALTHY:
+                    await self._move(keep, moved)
+                    await self._disk.flush()
+            except UnavailableError:
+                self._space.bury([new for _, new in moved])
+                moved = []
+            self._space.bury([*keep, *drop])
+            for segment in sources:
+                await self._disk.empty(segment)
+            self.counters["reclaims"] += 1
+            return moved
+
+    async def _move(self, keep: Sequence[int], moved: list[tuple[int, int]]) -> None:
+        """Rewrites records a few megabytes at a time; what cannot be read, or has no room, stays behind."""
+        moves: list[MoveItem] = []
+        pending = 0
+        for number, location in enumerate(keep):
+            found = self._space.look(location)
+            if found is not None:
+                length = found.length
+                place = await self._disk.reserve(RECLAIMS, length, found.parts)
+                if place is not None:
+                    moves.append(MoveItem(location, found.segment, found.segment.generation, found.block, place))
+                    pending += length * BLOCK_BYTES
+            if moves and (pending >= MOVE_BYTES or number == len(keep) - 1):
+                await self._run_moves(moves, moved)
+                moves, pending = [], 0
+
+    async def _run_moves(self, moves: list[MoveItem], moved: list[tuple[int, int]]) -> None:
+        disk = self._disk
+        jobs = plan_moves(moves, disk.writer_ended)
+        self._space.writers([job.segment for job in jobs], 1)
+        completed = False
+        try:
+            await disk.run(jobs)
+            completed = True
+        finally:
+            good = {id(move) for job in jobs if disk.finish_write(job) and completed for move in job.moves}
+            for move in moves:
+                payload = move.payload if id(move) in good else None
+                location = self._space.settle(move.place, payload)
+                if payload is not None:
+                    moved.append((move.location, location))
+
+    # -- order of use
+
+    def note_order(self, locations: npt.NDArray[np.int64], ticks: npt.NDArray[np.uint32]) -> None:
+        """Keeps the order of last use for the next opening; saved by the next flush or by close. Cheap enough to call
+        with everything that lives, at close and every few minutes."""
+        numbers, generations, blocks = split_locations(locations)
+        for number in np.unique(numbers).tolist():
+            segment = self._space.segments.get(number)
+            if segment is None or segment.life is Life.FREE:
+                continue
+            mine = np.flatnonzero((numbers == number) & (generations == segment.generation & GENERATION_MASK))
+            mine = mine[np.argsort(blocks[mine])]
+            key = codec.row_key(number, segment.generation, b"o")
+            body = np.stack([blocks[mine], ticks[mine]]).astype("<u4").tobytes()
+            self._disk.orders[key] = codec.seal(key, body)
+
+    def _enter(self) -> Disk:
+        if self._closed:
+            raise ClosedError("the SSD tier was closed")
+        self._disk.consider_probe()
+        return self._disk

@@ -1,0 +1,430 @@
+"""Jobs: what one thread does in one go, reading or writing records; planned here, run in the tier's threads.
+
+Reads never go straight into the caller's memory. A thread reads into a private buffer of its own, judges the bytes
+there, and copies what is right. So a read that outlives its deadline has no hold on the target: the batch takes the
+target away (`abandon`), and when the disk answers at last, the bytes stay in the thread's buffer. Copying costs little,
+since the bytes were just hashed and are in the cache.
+
+Writes go straight from the caller's memory. A write that outlives its deadline may still put those addresses' later
+content on the disk, into room that is dead already and is not used again before the thread came back. The job holds
+the sources' owners until then, so that their memory is not unmapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import struct
+import threading
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from tiercache.buffers import Buffer, copy
+from tiercache.model import Outcome, Payload
+from tiercache.ssd.records import BLOCK_BYTES, pack_header, pieces_of, read_header, runs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tiercache.ssd.fileio import FileIO
+    from tiercache.ssd.segments import Place, Segment
+    from tiercache.tier import Want
+
+SCRATCH_BYTES = 4 << 20
+"""Private memory of a thread: a read goes through it, a write takes header and tail blocks from it."""
+READ_BYTES = 1 << 20
+"""Neighbouring records are read in one call up to about this much."""
+WRITE_BYTES = 4 << 20
+GAP_BYTES = 64 << 10
+"""Parts with less than this between them are read in one call, the gap included."""
+VECTORS_MAX = 512
+HEADERS_MAX = 128
+
+_digest = xxhash.xxh3_64_intdigest
+_move = ctypes.memmove
+
+
+Pieces = tuple[tuple[int, int, int, int], ...]
+"""As records.pieces_of gives them."""
+
+
+class Memory:
+    """An aligned span of private memory."""
+
+    def __init__(self, length: int) -> None:
+        self.buffer = Buffer.of(mmap.mmap(-1, length), writable=True)
+        self.view = self.buffer.view()
+        self.address = self.buffer.address
+
+
+class Scratch(threading.local):
+    """Private memory of the running thread, kept from job to job."""
+
+    def __init__(self) -> None:
+        self.memory = Memory(SCRATCH_BYTES)
+
+    def room(self, length: int) -> Memory:
+        """At least `length` bytes: the thread's own, or more for this once."""
+        return self.memory if length <= SCRATCH_BYTES else Memory(length)
+
+
+@lru_cache(maxsize=1 << 14)
+def spans_of(wanted: int, parts: int, part_bytes: int, size: int) -> tuple[tuple[int, int, Pieces], ...]:
+    """The reads (start, stop, pieces) that bring the header and the wanted parts of a record, relative to its start, on
+    block boundaries."""
+    spans: list[tuple[int, int, Pieces]] = []
+    start, stop = 0, BLOCK_BYTES
+    pieces: list[tuple[int, int, int, int]] = []
+    for piece in pieces_of(wanted, parts, part_bytes, size):
+        low = BLOCK_BYTES + piece[3]
+        aligned, high = low // BLOCK_BYTES * BLOCK_BYTES, -(-(low + piece[2]) // BLOCK_BYTES) * BLOCK_BYTES
+        if aligned - stop > GAP_BYTES or high - start > SCRATCH_BYTES:
+            spans.append((start, stop, tuple(pieces)))
+            start, pieces = aligned, []
+        stop = max(stop, high)
+        pieces.append(piece)
+    spans.append((start, stop, tuple(pieces)))
+    return tuple(spans)
+
+
+class Job:
+    """One unit of work of a thread. `fault` is set when the system refused; `ended` when the thread came back."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.lock = threading.Lock()
+        self.fault: OSError | None = None
+        self.started = False
+        self.ended = False
+        self.abandoned = False
+
+    def run(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        """Does the work, unless it was abandoned before; never raises OSError."""
+        with self.lock:
+            self.started = not self.abandoned
+        if not self.started:
+            return
+        try:
+            self.work(io, scratch, seed)
+        except OSError as fault:
+            self.fault = fault
+        finally:
+            with self.lock:
+                self.ended = True
+                if self.abandoned:  # in the meantime, by the loop's thread
+                    self.release()
+
+    def abandon(self) -> bool:
+        """Nobody waits any more. After this returns the job touches no target. Answers whether it had ended in time."""
+        with self.lock:
+            done = self.ended
+            if not done and not self.abandoned:
+                self.abandoned = True
+                if not self.started:
+                    self.release()
+            return done
+
+    def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        """The work itself, in a thread."""
+        raise AssertionError("a job says what it does")
+
+    def release(self) -> None:
+        """Called once, with the lock held, when an abandoned job can do no more harm."""
+
+
+@dataclass(slots=True, eq=False)
+class ReadItem:
+    """One want inside a read job and how it went so far; `parts` are those that the record has."""
+
+    index: int
+    want: Want
+    target: Buffer
+    block: int
+    parts: int
+    outcome: Outcome = Outcome.BUSY
+    digests: bytes = b""
+
+
+@dataclass(slots=True)
+class Read:
+    """One call of preadv: file offset, length, and for each record touched its item, its start relative to the offset
+    (negative in the later reads of a large record), whether its header comes with it, and the pieces that come."""
+
+    offset: int
+    length: int
+    items: list[tuple[ReadItem, int, bool, Pieces]] = field(default_factory=list)
+
+
+class ReadJob(Job):
+    """Reads records of one segment, judges them and hands over what is right."""
+
+    def __init__(self, segment: Segment, reads: list[Read]) -> None:
+        super().__init__(segment)
+        self.reads = reads
+        self.generation = segment.generation
+
+    def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        for read in self.reads:
+            memory = scratch.room(read.length)
+            got = io.preadv(self.segment.descriptor, [memory.view[: read.length]], read.offset)
+            with self.lock:
+                if self.abandoned:
+                    return
+                for item, base, opening, pieces in read.items:
+                    if opening:
+                        self._judge_header(item, memory.view[base : min(got, base + BLOCK_BYTES)], seed)
+                    if item.outcome is Outcome.BUSY:
+                        self._judge(item, base + BLOCK_BYTES, pieces, memory, got)
+        with self.lock:
+            for read in self.reads:
+                for item, *_ in read.items:
+                    if item.outcome is Outcome.BUSY and not self.abandoned:
+                        item.outcome = Outcome.HIT
+
+    def items(self) -> list[ReadItem]:
+        """Every record that this job reads, once."""
+        return [item for read in self.reads for item, _, opening, _ in read.items if opening]
+
+    def _judge(self, item: ReadItem, base: int, pieces: Pieces, memory: Memory, got: int) -> None:
+        view, digests = memory.view, item.digests
+        for part, _, length, at in pieces:
+            start = base + at
+            expected = int.from_bytes(digests[8 * part : 8 * part + 8], "little")
+            if start + length > got or _digest(view[start : start + length]) != expected:
+                item.outcome = Outcome.CORRUPT
+                return
+        source, target = memory.address + base, item.target.address
+        for _, low, length, at in pieces:
+            _move(target + low, source + at, length)
+
+    def _judge_header(self, item: ReadItem, block: memoryview, seed: int) -> None:
+        header = read_header(block, seed) if len(block) == BLOCK_BYTES else None
+        want = item.want
+        if (
+            header is None
+            or header.segment != self.segment.number
+            or header.block != item.block
+            or header.generation != self.generation
+            or header.payload.name != want.name
+            or header.payload.size != want.size
+            or header.payload.part_bytes != want.part_bytes
+            or header.payload.parts != item.parts
+        ):
+            item.outcome = Outcome.CORRUPT
+        else:
+            item.digests = header.payload.digests
+
+
+def plan_reads(found: Sequence[tuple[Segment, ReadItem]]) -> list[ReadJob]:
+    """Jobs for records, neighbours in one read. Items with outcome other than BUSY must not be among them."""
+    jobs: list[ReadJob] = []
+    last: Read | None = None
+    where: Segment | None = None
+    for segment, item in sorted(found, key=lambda pair: (pair[0].number, pair[1].block)):
+        want = item.want
+        spans = spans_of(want.parts, item.parts, want.part_bytes, want.size)
+        start = item.block * BLOCK_BYTES
+        length = spans[0][1]
+        if last is not None and where is segment and len(spans) == 1:
+            skip = start - last.offset - last.length
+            if skip <= GAP_BYTES and start + length - last.offset <= READ_BYTES:
+                base = start - last.offset
+                last.length = max(last.length, base + length)
+                last.items.append((item, base, True, spans[0][2]))
+                continue
+        reads = [
+            Read(start + low, high - low, [(item, -low, number == 0, pieces)])
+            for number, (low, high, pieces) in enumerate(spans)
+        ]
+        jobs.append(ReadJob(segment, reads))
+        last, where = (reads[0] if len(reads) == 1 else None), segment
+    return jobs
+
+
+@dataclass(slots=True, eq=False)
+class WriteItem:
+    """One payload on its way to its place."""
+
+    index: int
+    payload: Payload
+    source: Buffer
+    place: Place
+
+
+class WriteJob(Job):
+    """Writes adjacent records of one segment with one gathered write."""
+
+    def __init__(self, segment: Segment, on_release: Callable[[Segment], None]) -> None:
+        super().__init__(segment)
+        self.items: list[WriteItem] = []
+        self.vectors = 0
+        self.blocks = 0
+        self._on_release = on_release
+
+    def takes(self, segment: Segment, item: WriteItem) -> bool:
+        """Whether this record can go in the same call."""
+        if not self.items:
+            return True
+        end = self.items[-1].place.block + self.items[-1].place.length
+        return (
+            segment is self.segment
+            and item.place.block == end
+            and (self.blocks + item.place.length) * BLOCK_BYTES <= WRITE_BYTES
+            and len(self.items) < HEADERS_MAX
+            and self.vectors + _vectors(item) <= VECTORS_MAX
+        )
+
+    def add(self, item: WriteItem) -> None:
+        """Takes a record in."""
+        self.items.append(item)
+        self.vectors += _vectors(item)
+        self.blocks += item.place.length
+
+    def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        vectors: list[memoryview] = []
+        used = 0
+        for item in self.items:
+            used = self._gather(item, vectors, scratch, used, seed, direct=io.direct)
+        offset = self.items[0].place.block * BLOCK_BYTES
+        written = io.pwritev(self.segment.descriptor, vectors, offset)
+        if written != self.blocks * BLOCK_BYTES:
+            raise OSError(errno.ENOSPC, f"only {written} bytes of {self.blocks * BLOCK_BYTES} were written")
+
+    def _gather(
+        self, item: WriteItem, vectors: list[memoryview], scratch: Scratch, used: int, seed: int, *, direct: bool
+    ) -> int:
+        payload, source = item.payload, item.source
+        place = (self.segment.number, self.segment.generation, item.place.block)
+        header = pack_header(payload, place, seed)
+        vectors.append(_block(scratch, used, header))
+        used += BLOCK_BYTES
+        for start, stop, _ in runs_of(payload.parts, payload.part_bytes, payload.size):
+            whole = (stop - start) // BLOCK_BYTES * BLOCK_BYTES
+            if whole:
+                run = source.slice(start, whole)
+                if direct and run.address % BLOCK_BYTES:
+                    run = _aligned(run)
+                vectors.append(run.view())
+            if start + whole < stop:
+                vectors.append(_block(scratch, used, source.view()[start + whole : stop]))
+                used += BLOCK_BYTES
+        return used
+
+    def release(self) -> None:
+        self._on_release(self.segment)
+
+
+def _vectors(item: WriteItem) -> int:
+    payload = item.payload
+    return 1 + 2 * len(runs_of(payload.parts, payload.part_bytes, payload.size))
+
+
+def _block(scratch: Scratch, at: int, content: bytes | memoryview) -> memoryview:
+    """A block of private memory with this content and zeros behind it, so that no old bytes reach the disk."""
+    block = scratch.memory.view[at : at + BLOCK_BYTES]
+    _fill(block, content)
+    return block
+
+
+def _fill(block: memoryview, content: bytes | memoryview) -> None:
+    length = len(content)
+    block[:length] = content
+    block[length:] = bytes(BLOCK_BYTES - length)
+
+
+def _aligned(run: Buffer) -> Buffer:
+    memory = Memory(run.length)
+    copy(run, memory.buffer)
+    return memory.buffer
+
+
+def plan_writes(items: Sequence[WriteItem], on_release: Callable[[Segment], None]) -> list[WriteJob]:
+    """Jobs for records that have their places, neighbours in one write."""
+    jobs: list[WriteJob] = []
+    for item in items:
+        if not jobs or not jobs[-1].takes(item.place.segment, item):
+            jobs.append(WriteJob(item.place.segment, on_release))
+        jobs[-1].add(item)
+    return jobs
+
+
+@dataclass(slots=True, eq=False)
+class MoveItem:
+    """One record that reclaim rewrites; `payload` is set once it was read and found right."""
+
+    location: int
+    source: Segment
+    generation: int
+    block: int
+    place: Place
+    payload: Payload | None = None
+
+
+class MoveJob(WriteJob):
+    """Reads records, judges them whole, and writes them again, headers made new, in one write."""
+
+    def __init__(self, segment: Segment, on_release: Callable[[Segment], None], moves: list[MoveItem]) -> None:
+        super().__init__(segment, on_release)
+        self.moves = moves
+
+    def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        first = self.moves[0].place.block
+        total = (self.moves[-1].place.block + self.moves[-1].place.length - first) * BLOCK_BYTES
+        memory = scratch.room(total)
+        good: list[tuple[MoveItem, Payload]] = []
+        for move in self.moves:
+            start = (move.place.block - first) * BLOCK_BYTES
+            view = memory.view[start : start + move.place.length * BLOCK_BYTES]
+            payload = self._read(io, move, view, seed)
+            if payload is None:
+                _fill(view[:BLOCK_BYTES], b"")
+                continue
+            place = (self.segment.number, self.segment.generation, move.place.block)
+            _fill(view[:BLOCK_BYTES], pack_header(payload, place, seed))
+            good.append((move, payload))
+        with self.lock:
+            if self.abandoned:
+                return
+        if io.pwritev(self.segment.descriptor, [memory.view[:total]], first * BLOCK_BYTES) != total:
+            raise OSError(errno.ENOSPC, "the disk took less than was given")
+        for move, payload in good:
+            move.payload = payload
+
+    @staticmethod
+    def _read(io: FileIO, move: MoveItem, view: memoryview, seed: int) -> Payload | None:
+        """The record in `view`, or None if it is not right in every part."""
+        got = io.preadv(move.source.descriptor, [view], move.block * BLOCK_BYTES)
+        header = read_header(view[:BLOCK_BYTES], seed) if got == len(view) else None
+        there = (move.source.number, move.generation, move.block)
+        if header is None or (header.segment, header.generation, header.block) != there:
+            return None
+        right = header.blocks == move.place.length and stored_payload(view, header.payload)
+        return header.payload if right else None
+
+
+def plan_moves(moves: Sequence[MoveItem], on_release: Callable[[Segment], None]) -> list[MoveJob]:
+    """Jobs for records that have their new places, neighbours together."""
+    jobs: list[MoveJob] = []
+    for move in moves:
+        last = jobs[-1].moves[-1].place if jobs else None
+        joins = last is not None and last.segment is move.place.segment and last.block + last.length == move.place.block
+        first = jobs[-1].moves[0].place.block if jobs else 0
+        if joins and (move.place.block + move.place.length - first) * BLOCK_BYTES <= READ_BYTES:
+            jobs[-1].moves.append(move)
+        else:
+            jobs.append(MoveJob(move.place.segment, on_release, [move]))
+    return jobs
+
+
+def stored_payload(view: memoryview, payload: Payload) -> bool:
+    """Whether every present part of a record lying in `view` (header block first) has its digest."""
+    digests = struct.unpack(f"<{len(payload.digests) >> 3}Q", payload.digests)
+    for part, _, length, at in pieces_of(payload.parts, payload.parts, payload.part_bytes, payload.size):
+        start = BLOCK_BYTES + at
+        if start + length > len(view) or _digest(view[start : start + length]) != digests[part]:
+            return False
+    return True
