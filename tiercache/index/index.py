@@ -168,6 +168,14 @@ class Index:
             self._entries.touch(row)
             return row
 
+    def hold(self, slots: I64) -> Match:
+        """Pins again what the caller already holds, for work that outlives the caller's own pin."""
+        rows = np.unique(slots)
+        with self.lock:
+            self._slots.pin[rows] += 1
+            self._pins += 1
+        return Match(rows, Pin(rows))
+
     def contains(self, names: Sequence[Name]) -> npt.NDArray[np.bool_]:
         """Which names are readable. Pins and touches nothing."""
         find, states = self._names.find, self._slots.states
@@ -224,7 +232,7 @@ class Index:
 
     def forms(self, slots: I64) -> npt.NDArray[np.uint8]:
         """model.Form of each slot."""
-        return self._slots.form.take(slots) & 3
+        return self._slots.form.take(slots) & np.uint8(3)
 
     # -- reservation --------------------------------------------------------------------------------------------------
     def reserve_chain(
@@ -324,7 +332,7 @@ class Index:
         """RESIDENT to MOVING, and pinned: the mask of those for which that was so. They stay readable."""
         columns = self._slots
         with self.lock:
-            fit = columns.state.take(slots) == RESIDENT
+            fit: Mask = columns.state.take(slots) == RESIDENT
             if self._pins >= PINS_MAX:
                 fit[:] = False
             moving = slots[fit]
@@ -389,7 +397,7 @@ class Index:
         column = self._slots.location[tier]
         with self.lock:
             rows = self._slots.payload.take(slots)
-            same = (column.take(rows) == old) & (self._slots.where.take(slots) & (1 << tier) != 0)
+            same: Mask = (column.take(rows) == old) & (self._slots.where.take(slots) & (1 << tier) != 0)
             column[rows[same]] = new[same]
             return same
 
@@ -411,6 +419,27 @@ class Index:
         return out
 
     # -- recovery and accounts ----------------------------------------------------------------------------------------
+    @property
+    def policies(self) -> list[Policy]:
+        """The policies, by TierId."""
+        return self._entries.policies
+
+    def unsaved(self) -> I64:
+        """Readable slots with parts in memory that the SSD lacks, oldest slot number first."""
+        slots = self._slots
+        with self.lock:
+            top = slots.rows.top
+            rows = slots.payload[:top]
+            lacking = slots.parts[TierId.MEMORY].take(rows) & ~slots.parts[TierId.SSD].take(rows)
+            here = (slots.where[:top] & (1 << TierId.MEMORY)) != 0
+            return np.flatnonzero(here & (lacking != 0) & (slots.state[:top] >= RESIDENT))
+
+    def sample(self, tier: TierId, count: int, rng: np.random.Generator) -> I64:
+        """At most `count` slots with a copy in a tier, drawn at random; fewer in a sparse index."""
+        slots = self._slots
+        some = rng.integers(1, max(2, slots.rows.top), count)
+        return np.unique(some[(slots.where.take(some) & (1 << tier)) != 0])
+
     def load(self, facts: Facts, tier: TierId) -> Loaded:
         """Bulk insert of what a tier found, newest first: of duplicates the first stays. See Loaded."""
         return load_chunks(self._entries, self.lock, facts, tier)
