@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
+
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.origin import Stat
@@ -210,7 +212,7 @@ def test_read_ahead_starts_late_doubles_and_is_bounded():
     assert ahead.observe(400, 500, size) == (600, 1000)
     asked = [ahead.observe(start, start + 100, size) for start in range(500, 9000, 100)]
     spans = [span for span in asked if span]
-    assert all(one[1] == two[0] for one, two in zip(spans, spans[1:], strict=False))
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(spans))
     assert max(stop - start for start, stop in spans) <= 1000
 
 

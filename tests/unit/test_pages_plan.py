@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tiercache.lease import PageRun
 from tiercache.model import all_parts
 from tiercache.pages import geometry
@@ -92,7 +95,7 @@ def test_requests_cover_every_gap_once_and_waste_little(size, maps, length_max, 
     assert sorted(seen) == sorted(wanted)
     asked = sum(request.stop - request.start for request in requests)
     assert (asked - len(wanted)) * WASTE_SHARE <= len(wanted)
-    assert all(one.stop <= two.start for one, two in zip(requests, requests[1:], strict=False))
+    assert all(one.stop <= two.start for one, two in itertools.pairwise(requests))
 
 
 def test_adjacent_gaps_of_neighbouring_pages_are_one_request():

@@ -1,4 +1,4 @@
-"""The page reader over a cache of the test's own (a dictionary of pages behind the reader's port) and origins that count."""
+"""The page reader over a cache of the test's own (pages in a dictionary behind the port) and origins that count."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
+
 from tiercache.buffers import Buffer, new_bytes, part_digests
 from tiercache.clock import SystemClock
 from tiercache.errors import ChangedError, OriginError, UnavailableError
 from tiercache.lease import Gap, Lease
 from tiercache.metrics import Metrics
 from tiercache.model import Name, Outcome, Payload
+from tiercache.pages.plan import plan_around
 from tiercache.pages.reader import PageReader
 from tiercache.settings import Settings
 from tiercache.testing.model import DictOrigin
@@ -242,7 +244,7 @@ def test_no_version_is_read_around_the_cache():
         assert await reader.read(pin, 10, 3 * PAGE) == DATA[10 : 3 * PAGE]
         assert reader.read_resident(pin, 10, 20) is None
         assert cache.pages == {}
-        assert sorted(origin.asked[1:])[0] == (10, 10 + -(-(3 * PAGE - 10) // 3))
+        assert origin.asked[1:] == plan_around(10, 3 * PAGE, PAGE)
 
     asyncio.run(main())
 
@@ -299,7 +301,7 @@ def test_an_overwritten_file_is_the_pinned_version_or_a_clear_error():
         assert await reader.read(pin, 0, PAGE) == DATA[:PAGE]
         origin.set("f", DATA[::-1])
         assert await reader.read(pin, 0, PAGE) == DATA[:PAGE]  # the pages that are here
-        with pytest.raises(ChangedError, match="f changed at its origin while version .* open it again"):
+        with pytest.raises(ChangedError, match=r"f changed at its origin while version .* open it again"):
             await reader.read(pin, 0, 2 * PAGE)
         again = await reader.open("f")
         assert again.version != pin.version
