@@ -96,7 +96,7 @@ class SsdTier:
             for index, (payload, source) in enumerate(zip(payloads, sources, strict=True)):
                 place = await self._reserve(WRITES, payload)
                 if place is None:
-                    answers[index] = int(Outcome.FULL if disk.pulse.health is Health.HEALTHY else Outcome.BUSY)
+                    answers[index] = self._refusal()
                 else:
                     items.append(WriteItem(index, payload, source, place))
             jobs = plan_writes(items, disk.writer_ended)
@@ -114,6 +114,9 @@ class SsdTier:
         if self._unsaved_bytes >= COMMIT_BYTES:
             await self._commit_quietly()
         return answers
+
+    def _refusal(self) -> int:
+        return int(Outcome.FULL if self._disk.pulse.health is Health.HEALTHY else Outcome.BUSY)
 
     async def _reserve(self, stream: int, payload: Payload) -> Place | None:
         if not fits(payload):

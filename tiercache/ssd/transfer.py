@@ -168,6 +168,7 @@ class ReadJob(Job):
         self.generation = segment.generation
 
     def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        """Read by read, into private memory first."""
         for read in self.reads:
             memory = scratch.room(read.length)
             got = io.preadv(self.segment.descriptor, [memory.view[: read.length]], read.offset)
@@ -285,6 +286,7 @@ class WriteJob(Job):
         self.blocks += item.place.length
 
     def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        """One gathered write."""
         vectors: list[memoryview] = []
         used = 0
         for item in self.items:
@@ -315,6 +317,7 @@ class WriteJob(Job):
         return used
 
     def release(self) -> None:
+        """The segment may be used again."""
         self._on_release(self.segment)
 
 
@@ -364,14 +367,20 @@ class MoveItem:
     payload: Payload | None = None
 
 
-class MoveJob(WriteJob):
+class MoveJob(Job):
     """Reads records, judges them whole, and writes them again, headers made new, in one write."""
 
     def __init__(self, segment: Segment, on_release: Callable[[Segment], None], moves: list[MoveItem]) -> None:
-        super().__init__(segment, on_release)
+        super().__init__(segment)
         self.moves = moves
+        self._on_release = on_release
+
+    def release(self) -> None:
+        """The new segment may be used again."""
+        self._on_release(self.segment)
 
     def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
+        """Reads one by one, and one write of all."""
         first = self.moves[0].place.block
         total = (self.moves[-1].place.block + self.moves[-1].place.length - first) * BLOCK_BYTES
         memory = scratch.room(total)
