@@ -44,6 +44,7 @@ class Demotion:
         self._dirty: dict[int, int] = {}  # slot -> bytes, in the order of marking
         self._bytes = 0
         self._queue_lock = threading.Lock()  # for the two above; held for a dictionary operation or two
+        self._rng = np.random.default_rng(0)  # a sample for a median: any seed is as good as another
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self.filling: Filling | None = None
@@ -284,5 +285,5 @@ class Demotion:
     def _threshold(self) -> int:
         """Order of use of the median of what is on the SSD, from a sample: used since then is worth rewriting."""
         index = self._tiers.index
-        sample = index.sample(TierId.SSD, SAMPLE)
+        sample = index.sample(TierId.SSD, SAMPLE, self._rng)
         return int(np.median(index.policies[TierId.SSD].order(sample))) if len(sample) else 0

@@ -24,17 +24,16 @@ class Tasks:
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Runs `work` as a task of this group."""
-        task = asyncio.get_running_loop().create_task(self._supervise(work, name), name=name)
+        task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
 
-    async def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        try:
-            await work
-        except Exception:  # one of the three places that may catch broadly: a background fault must not vanish
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
             self.faults += 1
-            log.exception("background task %s of the cache failed; the cache goes on", name)
+            log.error("background task %s of the cache failed; the cache goes on", task.get_name(), exc_info=fault)
 
     async def close(self, patience_s: float) -> None:
         """Waits for what still runs, cancels what outlasts `patience_s`."""
