@@ -235,9 +235,8 @@ def test_no_version_is_read_around_the_cache():
     async def main():
         origin, cache = Nameless(), DictCache()
         origin.set("f", DATA)
-        chosen = Settings(
-            "/nowhere", 4 << 20, 0, page_bytes=PAGE, request_bytes_max=PAGE, queue_bytes=0, merge_gap_bytes=0
-        )
+        few = {"request_bytes_max": PAGE, "queue_bytes": 0, "merge_gap_bytes": 0, "tail_bytes": 0}
+        chosen = Settings("/nowhere", 4 << 20, 0, page_bytes=PAGE, **few)
         reader = PageReader(cache, origin, settings=chosen, clock=SystemClock(), metrics=Metrics())
         pin = await reader.open("f")
         assert pin.version == ""
