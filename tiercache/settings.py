@@ -363,7 +363,7 @@ def _text(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------- deciding
 
 
-def load(machine: Machine | None = None, **arguments: object) -> Settings:
+def load(machine: Machine | None = None, /, **arguments: object) -> Settings:
     """Settings of this machine: TOML file, then environment, then `arguments`; defaults for what nobody set.
 
     The file is the one that TIERCACHE_CONFIG names (an empty name is none), else ./tiercache.toml, else
