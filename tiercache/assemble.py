@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import asyncio
 
     from tiercache.clock import Clock
+    from tiercache.origin import Origin
+    from tiercache.pages.reader import PageReader
     from tiercache.tier import Tier
 
 log = logging.getLogger(__name__)
@@ -109,6 +111,13 @@ def release(cache: Cache) -> None:
         else:
             return
     wait(cache.close(), shared.loop)
+
+
+def open_reader(cache: Cache, origin: Origin) -> PageReader:
+    """Files of an origin as pages of a cache, with the cache's settings."""
+    from tiercache.pages.reader import PageReader  # noqa: PLC0415  # a cache of lone objects alone does without
+
+    return PageReader(cache, origin, settings=cache.settings, clock=cache.tiers.clock, metrics=cache.metrics)
 
 
 def open_cache(directory: str | os.PathLike[str] | None = None, **settings: object) -> BlockingCache:

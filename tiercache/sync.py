@@ -122,17 +122,27 @@ class BlockingCache:
     def get(self, names: Sequence[Called], *, verify: bool | None = None) -> list[bytes | Outcome]:
         """The values as bytes, or why there is none."""
         where = [as_name(name) for name in names]
-        found: list[bytes | Outcome] = []
-        with self.lease(where) as lease:
-            for i, outcome in enumerate(lease.outcomes):
-                if outcome is not Outcome.HIT:
-                    found.append(outcome)
-                    continue
-                size = lease.buffer(i).length
-                data, target = new_bytes(size)
-                copied = lease.copy_into(i, 0, size, target, verify=self._verify(verify))
-                found.append(data if copied is Outcome.HIT else copied)
+        found: list[bytes | Outcome] = [Outcome.FULL] * len(where)
+        rest = list(range(len(where)))
+        while rest:
+            with self.lease([where[i] for i in rest]) as lease:
+                for at, i in enumerate(rest):
+                    found[i] = self._copied(lease, at, self._verify(verify))
+            again = [i for i in rest if found[i] is Outcome.FULL]
+            if len(again) == len(rest):
+                break
+            rest = again  # more than memory holds at a time: in steps
         return found
+
+    @staticmethod
+    def _copied(lease: Lease, at: int, verify: bool) -> bytes | Outcome:
+        outcome = lease.outcomes[at]
+        if outcome is not Outcome.HIT:
+            return outcome
+        size = lease.buffer(at).length
+        data, target = new_bytes(size)
+        outcome = lease.copy_into(at, 0, size, target, verify=verify)
+        return data if outcome is Outcome.HIT else outcome
 
     def get_into(
         self, names: Sequence[Called], targets: Sequence[object], *, verify: bool | None = None

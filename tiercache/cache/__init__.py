@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_PATIENCE_S = 10.0
-PRESSURE_BATCH = 64
+PRESSURE_BATCH = 8
+"""Victims named at a time: what waits for its demotion cannot be evicted by a reader in need, so let it be few."""
 INLINE_BYTES_MAX = 4 << 20
 """A put of more than this copies in a worker thread, so that the loop is never held for longer than some 0.5 ms."""
 
@@ -348,15 +349,18 @@ class Cache:
         """Copies whole entries to the start of each target, from memory or the SSD: HIT, or why not."""
         outcomes = self.get_into_resident(names, targets, verify=verify)
         rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
-        if not rest:
-            return outcomes
-        with await self.lease([names[i] for i in rest]) as lease:
-            for at, i in enumerate(rest):
-                outcomes[i] = lease.outcomes[at]
-                if outcomes[i] is Outcome.HIT:
-                    size = lease.buffer(at).length
-                    _check_room(i, size, targets[i].length)
-                    outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
+        while rest:
+            with await self.lease([names[i] for i in rest]) as lease:
+                for at, i in enumerate(rest):
+                    outcomes[i] = lease.outcomes[at]
+                    if outcomes[i] is Outcome.HIT:
+                        size = lease.buffer(at).length
+                        _check_room(i, size, targets[i].length)
+                        outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
+            again = [i for i in rest if outcomes[i] is Outcome.FULL]
+            if len(again) == len(rest):
+                break
+            rest = again  # more than memory holds at a time: in steps
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Findable(Protocol):
     """What a tier adds whose facts can be asked for by name before `scan` has ended."""
 
-    def find(self, names: Sequence[Name]) -> Facts:
-        """Facts of those names the tier has; for blocks, of their ancestors too, parents first. Blocking, brief."""
+    async def find(self, names: Sequence[Name]) -> Facts:
+        """Facts of those names the tier has; for blocks, of their ancestors too, parents first."""
         ...
 
 
@@ -87,7 +87,7 @@ class Recovery:
         if facts.expiries_s.any():
             tiers.expiries = True
         loaded = tiers.index.load(facts, TierId.SSD)
-        self.entries += loaded.count
+        self.entries += loaded.taken
         if len(loaded.waiting):
             self._waiting.append(_rows(facts, loaded.waiting))
         self._free(loaded.surplus)
@@ -121,7 +121,7 @@ class Recovery:
             return
         lacking = [name for name, there in zip(names, self._tiers.index.contains(names), strict=True) if not there]
         if lacking:
-            facts = await asyncio.get_running_loop().run_in_executor(None, self._tiers.ssd.find, lacking)
+            facts = await self._tiers.ssd.find(lacking)
             self._load(facts)
 
 
