@@ -256,6 +256,12 @@ def _whole_size(digits: str, unit: str) -> int | None:
     return int(digits) * _UNITS[unit] if unit in _UNITS and "." not in digits else None
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of a size as people write it ("10 GiB", "4096"), or None when it is none."""
+    size = _parsed_text(Kind.SIZE, text.strip().lower())
+    return int(size) if size is not None else None
+
+
 def format_size(size: float) -> str:
     """A size for people: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -11,10 +11,12 @@ import typer
 from rich.markup import escape
 
 from tiercache import __version__
+from tiercache.cli import contents, files, output
 from tiercache.cli import doctor as doctors
-from tiercache.cli import output
-from tiercache.cli.show import Show
-from tiercache.settings import config_path, format_size, load, read_machine
+from tiercache.cli import warm as warming
+from tiercache.cli.show import Show, WarmShow
+from tiercache.errors import ConfigError
+from tiercache.settings import config_path, format_size, load, parse_size, read_machine
 
 app = typer.Typer(
     name="tiercache",
@@ -26,6 +28,11 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Directory = Annotated[str | None, typer.Option("--directory", "-d", help="The cache; default: as the settings say.")]
+
+Options = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--option", metavar="NAME=VALUE", help="For the origin's filesystem: endpoint_url=http://host"),
+]
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 """The parser's own faults: click's ClickException, of which newer versions of typer carry a copy."""
@@ -102,6 +109,100 @@ def config(directory: Directory = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def stat(directory: Directory = None, as_json: Json = False) -> None:
+    """Show how much the cache on SSD holds, against its caps, and how well it is."""
+    settings = load(directory=directory)
+    facts = contents.with_tier(settings, contents.stat)
+    if as_json:
+        output.print_json({"directory": settings.directory, **facts})
+        return
+    why = f" ({facts['reason']})" if facts["reason"] else ""
+    lines = {
+        "directory": settings.directory,
+        "health": facts["health"] + why,
+        "holds": f"{format_size(facts['held_bytes'])} in {facts['entries']:,} entries",
+        "disk": f"{format_size(facts['used_bytes'])} of {format_size(facts['capacity_bytes'])} in "
+        f"{facts['used_files']:,} of {facts['capacity_files']:,} files",
+    }
+    names = {"page": "files", "block": "blocks", "lone": "objects"}
+    for form, one in facts["forms"].items():
+        lines[names[form]] = f"{one['keys']:,}, {format_size(one['held_bytes'])} in {one['entries']:,} entries"
+    for name, text in lines.items():
+        output.console().print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def ls(
+    urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Files or folders.")] = None,
+    options: Options = None,
+    limit: Annotated[int, typer.Option(help="Rows at most; the largest first.", min=1)] = 50,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """List what the cache on SSD holds: by key, or, with URLs, how much of each file is there."""
+    settings = load(directory=directory)
+    held = contents.with_tier(settings, contents.scan)
+    if urls:
+        found = files.named(settings, urls, files.parse_options(options or []))
+        rows = contents.beside(held, [(one.path, one.size_bytes, one.key) for one in found])
+    else:
+        rows = [row.facts() for row in held]
+    if as_json:
+        output.print_json({"directory": settings.directory, "rows": rows})
+        return
+    output.print_rows(rows[:limit])
+    rest = f"; {len(rows) - limit:,} more (--limit)" if len(rows) > limit else ""
+    output.console(errors=True).print(f"{len(rows):,} rows{rest}", markup=False)
+
+
+@app.command()
+def evict(
+    urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Files or folders to forget.")] = None,
+    options: Options = None,
+    down_to: Annotated[str | None, typer.Option(help="The least recently used, until 10GiB, say, is left.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Forget everything.")] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Give space back: named files (as they are at their origin now), the least recently used, or everything."""
+    if (bool(urls) + bool(down_to) + everything) != 1:
+        raise ConfigError("evict: say what: URLs, --down-to SIZE, or --all")
+    settings = load(directory=directory)
+    keys, left = None, 0
+    if urls:
+        found = files.named(settings, urls, files.parse_options(options or []))
+        keys = frozenset(one.key for one in found if one.key)
+    elif down_to:
+        size = parse_size(down_to)
+        if size is None:
+            raise ConfigError(f"--down-to {down_to}: give a size such as 10GiB")
+        left = size
+    facts = contents.with_tier(settings, lambda tier: contents.evict(tier, keys=keys, down_to=left))
+    if as_json:
+        output.print_json({"directory": settings.directory, **facts})
+        return
+    gone, stays = format_size(facts["evicted_bytes"]), format_size(facts["held_bytes"])
+    output.console().print(f"gave back {gone} in {facts['evicted_entries']:,} entries; {stays} stay")
+
+
+@app.command()
+def warm(
+    urls: Annotated[list[str], typer.Argument(metavar="URL...", help="Files or folders, such as s3://bucket/tables.")],
+    options: Options = None,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Bring files into the cache ahead of their readers; a run that was stopped goes on where it was."""
+    with WarmShow() as show:
+        done = warming.warm(load(directory=directory), urls, files.parse_options(options or []), show)
+    if as_json:
+        output.print_json(done.facts())
+        return
+    fetched = f"{format_size(done.fetched_bytes)} fetched in {done.origin_requests:,} requests"
+    output.console().print(f"{done.files:,} files, {format_size(done.size_bytes)}; {fetched}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     *,
     url: Annotated[str, typer.Option(help="Your own Parquet instead, such as s3://bucket/tables.")] = "",
@@ -110,7 +211,7 @@ def demo(
     scale: Annotated[float | None, typer.Option(help="TPC-H scale factor; 1, or 0.01 with moto.", min=0.001)] = None,
     delay_ms: Annotated[float, typer.Option(help="Time to the first byte of each answer.", min=0)] = 30.0,
     mbps: Annotated[float, typer.Option(help="Megabytes a second of each connection; 0: unlimited.", min=0)] = 100.0,
-    files: Annotated[int, typer.Option(help="With --url: read at most so many files.", min=1)] = 8,
+    files_max: Annotated[int, typer.Option("--files", help="With --url: read at most so many files.", min=1)] = 8,
     directory: Annotated[str | None, typer.Option("--directory", "-d", help="Where tables and cache go.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the cache and all results there.")] = False,
     as_json: Json = False,
@@ -120,7 +221,7 @@ def demo(
 
     work = Path(directory) if directory else default_work()
     factor = scale if scale is not None else (0.01 if s3 == "moto" else 1.0)
-    plan = demos.Plan(work, s3, url, endpoint, factor, delay_ms, mbps, files, keep=keep)
+    plan = demos.Plan(work, s3, url, endpoint, factor, delay_ms, mbps, files_max, keep=keep)
     with Show() as show:
         report = demos.run(plan, show)
     if as_json:

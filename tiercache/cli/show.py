@@ -1,10 +1,18 @@
-"""The demo on a terminal: a bar while a pass runs and one line when it ends; without a terminal only the lines."""
+"""Progress on a terminal: bars while work goes on, one line when a part of it ends; elsewhere only those lines."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from tiercache.cli import output
 
@@ -48,3 +56,33 @@ class Show:
         if not self._left:
             self._bar.remove_task(self._task)
             self.note(f"{title:<20} {self._seconds:7.2f} s")
+
+
+class WarmShow:
+    """How far a warm-up is (see warm.Progress). A context manager."""
+
+    def __init__(self) -> None:
+        self._console = output.console(errors=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        more = (TransferSpeedColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, *more, console=self._console, disable=not self._console.is_terminal)
+        self._task: Any = None
+
+    def __enter__(self) -> WarmShow:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def planned(self, files: int, size_bytes: int) -> None:
+        """The bar's length."""
+        self._task = self._bar.add_task(f"{files} files", total=size_bytes)
+
+    def advanced(self, size_bytes: int) -> None:
+        """One step."""
+        self._bar.update(self._task, advance=size_bytes)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,106 @@
+"""Files that a user names by URL: which there are at their origin, and which keys their pages have in a cache."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tiercache import assemble
+from tiercache.clock import SystemClock
+from tiercache.errors import ConfigError, UnavailableError
+from tiercache.keys import page_key
+from tiercache.metrics import Metrics
+from tiercache.model import Outcome
+from tiercache.pages.facts import FileFacts
+from tiercache.pages.geometry import part_bytes_of
+from tiercache.sync import io_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping, Sequence
+
+    from tiercache.pages.versions import Pin
+    from tiercache.settings import Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One file: its path at the origin, its size, and the key of its pages (None: no version that can be trusted)."""
+
+    path: str
+    size_bytes: int
+    key: bytes | None
+
+
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine on the process's I/O loop for as long as it takes: each of its steps has a deadline."""
+    future = asyncio.run_coroutine_threadsafe(work, io_loop())
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.cancel()
+        raise
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """(protocol, path) of PROTOCOL://PATH; a plain path is a local file."""
+    protocol, mark, path = url.partition("://")
+    if not mark:
+        return "file", str(Path(url).absolute())
+    if not protocol or not path:
+        raise ConfigError(f"{url}: give PROTOCOL://PATH, such as s3://bucket/tables")
+    return protocol, path.rstrip("/")
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options of the origin's filesystem from NAME=VALUE words, as in `-o endpoint_url=http://host:9000`."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, mark, value = pair.partition("=")
+        if not mark or not name:
+            raise ConfigError(f"-o {pair}: give NAME=VALUE, such as -o endpoint_url=http://localhost:9000")
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+async def below(facts: FileFacts, path: str) -> list[Pin]:
+    """The file at a path, or every file below it, in order; UnavailableError when there is neither."""
+    found = await facts.children(path)
+    if isinstance(found, Outcome) or not found or [pin.stat.path.rstrip("/") for pin in found] == [path]:
+        pin = (await facts.stat([path]))[0]
+        if isinstance(pin, Outcome):
+            raise UnavailableError(f"{path}: there is no such file or folder")
+        return [] if pin.stat.is_directory else [pin]
+    files: list[Pin] = []
+    for child in sorted(found, key=lambda pin: pin.stat.path):
+        if not child.stat.is_directory:
+            files.append(child)
+        elif child.stat.path.rstrip("/") != path:
+            files += await below(facts, child.stat.path.rstrip("/"))
+    return files
+
+
+def named(settings: Settings, urls: Sequence[str], options: Mapping[str, Any]) -> list[Named]:
+    """Every file under the URLs as its origin has it now, keyed as a cache with these settings keys it."""
+
+    async def look(protocol: str, path: str) -> list[Named]:
+        origin = assemble.open_origin(protocol, dict(options))
+        facts = FileFacts(origin, patience=settings, clock=SystemClock(), metrics=Metrics())
+        shape = settings.page_bytes, part_bytes_of(settings.page_bytes)
+        try:
+            return [
+                Named(
+                    pin.stat.path,
+                    pin.stat.size,
+                    page_key(origin.identity, pin.stat.path, pin.version, *shape) if pin.version else None,
+                )
+                for pin in await below(facts, path)
+            ]
+        finally:
+            await facts.close()
+            await origin.close()
+
+    return [one for url in urls for one in finish(look(*split_url(url)))]

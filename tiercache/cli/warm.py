@@ -1,0 +1,137 @@
+"""Filling a cache ahead of its readers: files are read through it, window by window, and made durable as they go.
+
+What is there already is not fetched again, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tiercache import assemble
+from tiercache.cli.files import below, finish, split_url
+from tiercache.errors import UnavailableError
+from tiercache.settings import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tiercache.cache import Cache
+    from tiercache.origin import Origin
+    from tiercache.pages.reader import PageReader
+    from tiercache.pages.versions import Pin
+    from tiercache.settings import Settings
+
+WINDOW_BYTES = 16 << 20
+"""So much of one file is asked for at once."""
+WINDOWS = 2
+"""Windows under way at once, over all files: memory stays at this many times the window."""
+
+
+class Progress(Protocol):
+    """Whoever shows how far it is."""
+
+    def planned(self, files: int, size_bytes: int) -> None:
+        """All files are known."""
+        ...
+
+    def advanced(self, size_bytes: int) -> None:
+        """So many more bytes are in the cache."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        ...
+
+
+@dataclass(slots=True)
+class Warmed:
+    """What a run did. `fetched_bytes` came from the origin; the rest was there already."""
+
+    files: int = 0
+    size_bytes: int = 0
+    fetched_bytes: int = 0
+    origin_requests: int = 0
+    skipped: int = 0
+    """Files without a version that can be trusted: they are always read at their origin."""
+
+    def facts(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def warm(settings: Settings, urls: Sequence[str], options: Mapping[str, Any], progress: Progress) -> Warmed:
+    """Brings every file under the URLs into the cache. Faults: UnavailableError (origin, or another owner), ..."""
+    cache = assemble.acquire(settings)
+    try:
+        if settings.ssd_bytes and cache.tiers.ssd is None:
+            raise UnavailableError(f"{settings.directory} cannot be used now (see above): there is nothing to warm")
+        return finish(_warm_all(cache, urls, options, progress))
+    finally:
+        assemble.release(cache)
+
+
+async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any], progress: Progress) -> Warmed:
+    done = Warmed()
+    opened: list[tuple[Origin, PageReader]] = []
+    try:
+        work: list[tuple[PageReader, Pin]] = []
+        for url in urls:
+            protocol, path = split_url(url)
+            origin = assemble.open_origin(protocol, dict(options))
+            reader = assemble.open_reader(cache, origin)
+            opened.append((origin, reader))
+            work += [(reader, pin) for pin in await below(reader.facts, path)]
+        kept = [(reader, pin) for reader, pin in work if reader.run_of(pin) is not None]
+        done.skipped = len(work) - len(kept)
+        if done.skipped:
+            progress.note(f"{done.skipped} files have no version that can be trusted yet and stay at their origin")
+        done.files, done.size_bytes = len(kept), sum(pin.stat.size for _, pin in kept)
+        room = cache.settings.ssd_bytes or cache.settings.memory_bytes
+        if done.size_bytes > room:
+            progress.note(f"{format_size(done.size_bytes)} are more than the cache holds ({format_size(room)})")
+        progress.planned(done.files, done.size_bytes)
+        before = _origin_counts(cache)
+        await _read_windows(cache, kept, progress)
+        after = _origin_counts(cache)
+        done.origin_requests, done.fetched_bytes = after[0] - before[0], after[1] - before[1]
+        return done
+    finally:
+        for origin, reader in opened:
+            await reader.close()
+            await origin.close()
+
+
+async def _read_windows(cache: Cache, kept: Sequence[tuple[PageReader, Pin]], progress: Progress) -> None:
+    """Reads all windows, a few at a time, and makes what is there durable before more than a queue of it waits."""
+    windows = [
+        (reader, pin, start, min(start + WINDOW_BYTES, pin.stat.size))
+        for reader, pin in kept
+        for start in range(0, pin.stat.size, WINDOW_BYTES)
+    ]
+    limit = max(WINDOW_BYTES, min(cache.settings.queue_bytes, cache.settings.memory_bytes // 4))
+    unsaved = 0
+    for at in range(0, len(windows), WINDOWS):
+        batch = windows[at : at + WINDOWS]
+        async with asyncio.TaskGroup() as group:
+            for reader, pin, start, stop in batch:
+                group.create_task(_read(reader, pin, start, stop))
+        size = sum(stop - start for _, _, start, stop in batch)
+        unsaved += size
+        if unsaved >= limit and cache.tiers.ssd is not None:
+            await cache.flush()
+            unsaved = 0
+        progress.advanced(size)
+    if cache.tiers.ssd is not None:
+        await cache.flush()
+
+
+async def _read(reader: PageReader, pin: Pin, start: int, stop: int) -> None:
+    await reader.read(pin, start, stop)
+
+
+def _origin_counts(cache: Cache) -> tuple[int, int]:
+    numbers = cache.metrics.snapshot()
+    requests = sum(value for name, value in numbers.items() if name.startswith("tiercache_origin_requests_total"))
+    return int(requests), int(numbers["tiercache_origin_bytes_total"])
