@@ -38,7 +38,7 @@ class Freed(NamedTuple):
 
 
 class Unplaced(NamedTuple):
-    """What really left a tier, and where it was. Locations of -1: the bytes stay for another user, nothing to free yet."""
+    """What really left a tier, and where it was; a location of -1: somebody still uses the bytes, free nothing yet."""
 
     slots: npt.NDArray[np.int64]
     locations: npt.NDArray[np.int64]
@@ -218,7 +218,7 @@ class Entries:
             self._relieve(parent)
 
     def _relieve(self, parent: int) -> None:
-        """A parent has a child less: if only that held it back, it is next in line; if it only waited for that, it goes."""
+        """A parent has a child less: if only that held it back, it is next in line; if it waited to go, it goes."""
         columns = self.slots
         if columns.helds[parent]:
             self._queue_held(parent)
@@ -328,7 +328,7 @@ class Entries:
                 columns.memory_kid_counts[parent] -= 1
 
     def _bury(self, slots: I64) -> None:
-        """Recycles slots in state EVICTING that nothing refers to, and their payload rows with what those still hold."""
+        """Recycles slots in state EVICTING that nothing refers to, and payload rows with what those still hold."""
         columns = self.slots
         rows = columns.payload.take(slots).astype(np.int64)
         np.subtract.at(columns.refs, rows, 1)

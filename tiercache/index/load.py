@@ -1,4 +1,4 @@
-"""Bulk insert of what a tier found when it was opened: vectorised, a few thousand rows a lock hold, serving meanwhile."""
+"""Bulk insert of what a tier found when it was opened: vectorised, in chunks, so that look-ups go on meanwhile."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ CHUNK = 8192
 class Loaded(NamedTuple):
     """What became of the rows of one load.
 
-    `taken` rows are in the index now. `surplus`: locations of duplicates, of what has a copy in this tier already, and of
-    what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in the index: load them
-    again when more was loaded; in the end the caller frees their locations.
+    `taken` rows are in the index now. `surplus`: locations of duplicates, of what has a copy in this tier already, and
+    of what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in the index:
+    load them again when more was loaded; in the end the caller frees their locations.
     """
 
     taken: int
@@ -123,7 +123,7 @@ class _Loader:
                 some = level[self.facts.widths[level] == width]
                 if len(some):
                     waiting.append(self._take_level(some, width))
-        return np.concatenate(waiting) if waiting else np.empty(0, np.int64)
+        return np.concatenate(waiting)
 
     def _take_level(self, rows: I64, width: int) -> I64:
         """Blocks of one depth and width."""
@@ -134,7 +134,8 @@ class _Loader:
             parents[below] = names.find_keys(self.parents[rows[below], : width // 8])
         depth = np.where(parents > 0, columns.depth.take(parents) + 1, 0)
         fine = ((parents > 0) == (facts.parent_widths[rows] > 0)) & (depth == facts.ordinals[rows])
-        waiting, rows, parents = rows[~fine], rows[fine], parents[fine]
+        waiting: I64 = rows[~fine]
+        rows, parents = rows[fine], parents[fine]
         if not len(rows):
             return waiting
         words = self.keys[rows, : width // 8]
@@ -153,14 +154,14 @@ class _Loader:
         return waiting
 
     def _new(self, rows: I64, known: I64, identity: U64) -> I64:
-        """Which of the rows get a new slot: not known yet, the first of its identity, while there are slots. What is known
-        without a copy in this tier gets this one, if it is readable; all else is surplus."""
+        """Which of the rows get a new slot: not known yet, the first of their identity, while there are slots. What is
+        known, readable and without a copy in this tier gets this one; all else is surplus."""
         columns = self.entries.slots
         wanted = known == 0
         first = np.zeros(len(rows), bool)
         first[np.unique(identity, return_index=True)[1]] = True
         wanted &= first
-        new = np.flatnonzero(wanted)[: columns.rows.room]
+        new: I64 = np.flatnonzero(wanted)[: columns.rows.room]
         taken = np.zeros(len(rows), bool)
         taken[new] = True
         old = np.flatnonzero((known > 0) & first)

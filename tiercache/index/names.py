@@ -115,7 +115,7 @@ class NameTable:
         slots = self.slots
 
         def equal(rows: I64, at: I64 | slice) -> Mask:
-            same = slots.depth.take(rows) == ordinals[at]
+            same: Mask = slots.depth.take(rows) == ordinals[at]
             same &= slots.run.take(rows) == (runs if isinstance(runs, int) else runs[at])
             same &= (slots.form.take(rows) & (PAGE_BIT | DEAD_BIT)) == PAGE_BIT
             return same
@@ -265,6 +265,7 @@ class NameTable:
         """Names pages of one run, or of one run each."""
         slots = self.slots
         slots.run[new] = runs
+        slots.page_top = max(slots.page_top, int(new.max()) + 1)
         slots.depth[new] = ordinals
         if isinstance(runs, int):
             self.runs.counts[runs] += len(new)

@@ -41,7 +41,8 @@ def folds(words: U64) -> U64:
 
 def same_rows(a: U64, b: U64) -> npt.NDArray[np.bool_]:
     """Which rows of two (n, 2) arrays are equal."""
-    return (a == b).view(np.uint16).reshape(-1) == 0x0101
+    same: npt.NDArray[np.bool_] = (a == b).view(np.uint16).reshape(-1) == 0x0101
+    return same
 
 
 class PageRuns:

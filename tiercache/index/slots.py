@@ -27,13 +27,13 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.MOVING: frozenset({State.RESIDENT, State.EVICTING}),
     State.EVICTING: frozenset({State.ABSENT, State.PENDING}),
 }
-"""What may follow what. EVICTING to PENDING: a hole in a chain (its bytes are lost, its children are not) is filled anew."""
+"""What may follow what. EVICTING to PENDING: a hole (its bytes are lost, but it is in use) is filled anew."""
 
 _ALLOWED = np.array([[new in TRANSITIONS[old] for old in State] for new in State])
 _ALLOWED_ONE = _ALLOWED.tolist()
 
 PAGE_BIT, WIDE_BIT, DEAD_BIT = 1, 4, 128
-"""Bits of the `form` column beside model.Form (of which only PAGE is odd): key of 32 bytes; name no longer in the index."""
+"""Bits of the `form` column: of model.Form only PAGE is odd; key of 32 bytes; name no longer in the index."""
 
 TIERS = 2
 
@@ -80,7 +80,7 @@ class Shape:
 
 
 class Slots:
-    """Columns of slots (1 to slots_max) and of payload rows. A policy reads `capacity`, `depth`, `size`, `cost_s`, `kind`."""
+    """Columns of slots (1 to slots_max) and of payload rows; to policies, policy.Columns."""
 
     def __init__(self, slots_max: int) -> None:
         rows = slots_max + 1
@@ -128,7 +128,8 @@ class Slots:
         self.ident_bytes, self.tail_bytes = self.words.cast("B"), self.tails.cast("B")
         self.evicting = 0
         """Slots in state EVICTING: while there are none, a release need not look."""
-        self.wide_top = self.block_top = self.key_top = 0
+        self.page_top = self.key_top = self.wide_top = self.block_top = 0
+        """Slots below were pages (so wrote `run`), had keys, wide keys, were blocks (so wrote parent and children)."""
 
     def change(self, slots: I64, new: State) -> None:
         """Every change of state of many slots."""
@@ -192,11 +193,6 @@ class Slots:
     def memory_bytes(self) -> int:
         """Bytes of all columns up to the highest slot that wrote them."""
         top, rows = self.rows.top, self.payload_rows.top
-        always: tuple[npt.NDArray[np.generic], ...] = (
-            self.state, self.form, self.pin, self.where, self.held, self.depth, self.payload,
-            self.size, self.cost_s, self.expiry_s, self.scope, self.kind,
-        )  # fmt: skip
-        total = sum(column.itemsize for column in always) * top
-        total += sum(column.itemsize for column in (self.refs, self.part_bytes, *self.location, *self.parts)) * rows
-        total += 4 * top + 16 * self.key_top + 16 * self.wide_top + 12 * self.block_top
+        total = 29 * top + 40 * rows  # state to payload, size to kind; refs, part_bytes, two locations and part maps
+        total += 4 * self.page_top + 16 * self.key_top + 16 * self.wide_top + 12 * self.block_top
         return total + self.rows.memory_bytes() + self.payload_rows.memory_bytes()

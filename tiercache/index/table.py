@@ -1,8 +1,8 @@
 """Packed hash table and free list over row numbers: what finds a row by its key without an object a row.
 
-Chained hashing (Knuth, TAOCP 3, 6.4): `head` has one int32 a bucket, `next` one a row. Chosen over open addressing because
-a removal is one unlink (no tombstones, no rehash, so no pause), and because a vectorised look-up needs as many rounds as
-the longest chain of the batch (5 or so at load 1) and not as the longest probe (20 and more at load 0.5).
+Chained hashing (Knuth, TAOCP 3, 6.4): `head` has one int32 a bucket, `next` one a row. Chosen over open addressing
+because a removal is one unlink (no tombstones, no rehash, so no pause), and because a vectorised look-up needs as many
+rounds as the longest chain of the batch (5 or so at load 1) and not as the longest probe (20 and more at load 0.5).
 Row 0 is never a row: 0 means none everywhere, so that columns may start as zero pages that cost address space only.
 """
 
@@ -103,7 +103,7 @@ class RowTable:
         self.heads[bucket] = row
 
     def add_many(self, rows: I64, buckets: I64) -> None:
-        """Links rows. A bucket takes one of the batch a round: who finds itself at the head after the scatter has won."""
+        """Links rows. A bucket takes one of them a round: who is at the head after the scatter has won."""
         head, nxt = self.head, self.next
         while len(rows):
             before = head.take(buckets)
@@ -130,7 +130,7 @@ class RowTable:
         nexts[row] = 0
 
     def find(self, buckets: I64, equal: Callable[[I64, I64 | slice], Mask]) -> I64:
-        """The row of each key, 0 = none. `equal(rows, at)` says which rows hold the keys numbered `at`; never for row 0."""
+        """The row of each key, 0 = none. `equal(rows, at)`: which rows hold the keys numbered `at`; never row 0."""
         rows = self.head.take(buckets).astype(np.int64)
         same = equal(rows, slice(None))
         if same.all():
@@ -139,11 +139,11 @@ class RowTable:
         now = rows[at]
         rows[at] = 0
         while True:
-            now = self.next.take(now)
-            alive = np.flatnonzero(now)
+            after = self.next.take(now)
+            alive = np.flatnonzero(after)
             if not len(alive):
                 return rows
-            at, now = at[alive], now[alive].astype(np.int64)
+            at, now = at[alive], after[alive].astype(np.int64)
             same = equal(now, at)
             rows[at[same]] = now[same]
             left = ~same

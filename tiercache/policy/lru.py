@@ -1,9 +1,9 @@
 """Exact least-recently-used order in 4 bytes a slot.
 
-Every call is one moment, one tick; within a moment the deeper block is the older one (leaf first). Victims: one vectorised
-pass picks every slot older than some tick, sorts those, and queues them. Whatever that tick is, the queue is the true
-order: a slot used since then has another tick and is skipped, a new slot is newer than all. So the tick may come from a
-sample, and exactness costs one pass for some percent of the slots.
+Every call is one moment, one tick; within a moment the deeper block is the older one (leaf first). Victims: one
+vectorised pass picks every slot older than some tick, sorts those, and queues them. Whatever that tick is, the queue is
+the true order: a slot used since then has another tick and is skipped, a new slot is newer than all. So the tick may
+come from a sample, and exactness costs one pass for some percent of the slots.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class LRU:
     def __init__(self, *, ticks_max: int = (1 << 32) - 1) -> None:
         self._ticks_max = ticks_max
         self._birth = self._now = min(BIRTH, ticks_max // 2)
-        self._top = self._count = self._next = 0
+        self.count = 0
+        """Slots in the tier."""
+        self._top = self._next = 0
         self._queue: Slots = np.empty(0, np.int64)
         self._queue_ticks: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
@@ -66,7 +68,7 @@ class LRU:
         if not len(slots):
             return
         self._top = max(self._top, int(slots.max()) + 1)
-        self._count += len(slots)
+        self.count += len(slots)
         if order is None:
             self.tick[slots] = self._moment()
             return
@@ -106,7 +108,7 @@ class LRU:
     def remove(self, slots: Slots, names: Names | None = None) -> None:
         """See Policy."""
         self.tick[slots] = ABSENT
-        self._count -= len(slots)
+        self.count -= len(slots)
 
     def victims(self, count: int) -> Slots:
         """See Policy."""
@@ -114,7 +116,7 @@ class LRU:
             while self._next < len(self._queue):
                 low, high = self._next, self._next + count
                 self._next = high
-                slots = self._queue[low:high]
+                slots: Slots = self._queue[low:high]
                 slots = slots[self.tick[slots] == self._queue_ticks[low:high]]
                 if len(slots):
                     self.tick[slots] = NAMED
@@ -128,10 +130,10 @@ class LRU:
         ticks = self.tick[: self._top]
         some = ticks if self._top <= 16 * SAMPLE else ticks[:: self._top // SAMPLE]
         some = np.sort(some[some >= FIRST])
-        share = max(SHARE, 4 * count / max(1, self._count))
+        share = max(SHARE, 4 * count / max(1, self.count))
         limit = some[min(len(some) - 1, int(len(some) * share))] if len(some) else np.uint32(self._ticks_max)
         slots = np.flatnonzero((ticks >= FIRST) & (ticks <= limit))
-        if not len(slots) and self._count:
+        if not len(slots) and self.count:
             slots = np.flatnonzero(ticks >= FIRST)
         found = ticks[slots]
         order = np.lexsort((-self._depth[slots], found))
