@@ -50,7 +50,7 @@ class Caps:
     capacity_bytes: int
     files_max: int
     segment_bytes: int = 0
-    """A wish, 0 for a good size; made smaller until eight fit, or larger where there would be too many."""
+    """A wish, 0 for a good size; made smaller until four fit, or larger where there would be too many."""
     disk_free_floor_bytes: int = 0
 
     @property
@@ -67,7 +67,7 @@ class Caps:
         """Size of the segments of a new directory. Raises ConfigError if the caps leave no room for three of 1 MiB."""
         wish = self.segment_bytes or 256 << 20
         size = 1 << 20
-        while size < wish and self.segments_max(2 * size) >= (8 if self.segment_bytes else 64):
+        while size < wish and self.segments_max(2 * size) >= (4 if self.segment_bytes else 64):
             size *= 2
         while self.capacity_bytes // size > SEGMENTS_MANY and 2 * size < SEGMENT_BYTES_MAX:
             size *= 2

@@ -318,6 +318,11 @@ class Space:
         with self.lock:
             return len(self.segments) + len(self.taken)
 
+    def used_count(self) -> int:
+        """Segments that hold something, or are about to."""
+        with self.lock:
+            return sum(s.life is not Life.FREE for s in self.segments.values()) + len(self.taken)
+
     def writers(self, segments: Sequence[Segment], step: int) -> None:
         """Counts jobs that may write to segments, up before they are handed over, down when they ended."""
         with self.lock:

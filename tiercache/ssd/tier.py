@@ -202,19 +202,24 @@ class SsdTier:
         return not was
 
     def status(self) -> TierStatus:
-        """Usage now. Used bytes are those of whole segment files, of the rows and of the small files."""
+        """Usage now. Used bytes are whole segments that hold something, the rows and the small files; used files are
+        all that exist. Empty segment files are kept for reuse, and are within the caps like all others."""
         disk = self._disk
         rows_bytes, rows_files = disk.rows_usage
-        files = self._space.file_count()
         return TierStatus(
             self.name,
-            disk.pulse.health,
+            Health.OFF if self._closed else disk.pulse.health,
             disk.caps.capacity_bytes,
-            files * self._space.segment_bytes + rows_bytes + recover.OTHER_BYTES,
+            self._space.used_count() * self._space.segment_bytes + rows_bytes + recover.OTHER_BYTES,
             disk.caps.files_max,
-            files + rows_files + recover.OTHER_FILES,
-            disk.pulse.reason or disk.growth,
+            self._space.file_count() + rows_files + recover.OTHER_FILES,
+            "closed" if self._closed else disk.pulse.reason or disk.growth,
         )
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of this directory's segments: what one reclaim can bring, and the largest record."""
+        return self._space.segment_bytes
 
     # -- what a log adds: the Reclaiming port
 

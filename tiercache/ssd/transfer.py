@@ -204,6 +204,36 @@ class ReadJob(Job):
 
     def _judge_header(self, item: ReadItem, block: memoryview, seed: int) -> None:
         header = read_header(block, seed) if len(block) == BLOCK_BYTES else None
+        there = (self.segment.number, self.generation, item.block)
+        if header is None or (header.segment, header.generation, header.block) != there:
+            item.outcome = Outcome.CORRUPT
+            return
+        payload, want = header.payload, item.want
+        if (payload.name, payload.size, payload.part_bytes) != (want.name, want.size, want.part_bytes):
+            item.outcome = Outcome.MISS  # the record is right and the question is not
+        elif payload.parts != item.parts:
+            item.outcome = Outcome.CORRUPT
+        else:
+            item.digests = payload.digests
+
+    def items(self) -> list[ReadItem]:
+        """Every record that this job reads, once."""
+        return [item for read in self.reads for item, _, opening, _ in read.items if opening]
+
+    def _judge(self, item: ReadItem, base: int, pieces: Pieces, memory: Memory, got: int) -> None:
+        view, digests = memory.view, item.digests
+        for part, _, length, at in pieces:
+            start = base + at
+            expected = int.from_bytes(digests[8 * part : 8 * part + 8], "little")
+            if start + length > got or _digest(view[start : start + length]) != expected:
+                item.outcome = Outcome.CORRUPT
+                return
+        source, target = memory.address + base, item.target.address
+        for _, low, length, at in pieces:
+            _move(target + low, source + at, length)
+
+    def _judge_header(self, item: ReadItem, block: memoryview, seed: int) -> None:
+        header = read_header(block, seed) if len(block) == BLOCK_BYTES else None
         want = item.want
         if (
             header is None

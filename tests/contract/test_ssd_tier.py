@@ -1,0 +1,85 @@
+"""The SSD tier keeps the contracts of Tier and Reclaiming, with O_DIRECT, buffered, and where O_DIRECT is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from tiercache.ssd.fileio import FileIO
+from tiercache.ssd.records import BLOCK_BYTES, split_location
+from tiercache.ssd.recover import segment_path
+from tiercache.ssd.tier import SsdTier
+from tiercache.testing.tiers import MIB, ReclaimingTests
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tiercache.tier import Tier
+
+
+class SsdTests(ReclaimingTests):
+    """A directory of its own for every test; segments hold one of the largest entries each."""
+
+    capacity_bytes = 64 * MIB
+    survives = True
+
+    def file_io(self) -> FileIO:
+        """How the tier reaches the disk."""
+        return FileIO()
+
+    async def open_tier(self, home: Path, capacity_bytes: int) -> SsdTier:
+        """In one folder each time."""
+        self.home = str(home / "ssd")
+        return SsdTier(self.home, capacity_bytes, segment_bytes=8 * MIB, io=self.file_io())
+
+    async def make_room(self, tier: Tier) -> None:
+        """Until a third of the capacity can be written: a first reclaim only moves what lives to the spare segment."""
+        assert isinstance(tier, SsdTier)
+        for _ in range(16):
+            if tier.room_bytes() > self.capacity_bytes // 3:
+                return
+            await tier.reclaim(tier.victim(), [])
+            self.check_caps(tier)
+
+    async def damage(self, tier: Tier, location: int, offset: int) -> None:
+        """Through the file, as a bad sector would; everything is present, so bytes lie straight behind the header."""
+        assert isinstance(tier, SsdTier)
+        number, _, block = split_location(location)
+        with open(segment_path(self.home, number), "r+b", buffering=0) as file:
+            file.seek((block + 1) * BLOCK_BYTES + offset)
+            (byte,) = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+            os.fsync(file.fileno())
+
+
+class TestSsdTierDirect(SsdTests):
+    """With O_DIRECT where the file system of the temporary folder has it."""
+
+
+class TestSsdTierBuffered(SsdTests):
+    """Through the page cache."""
+
+    def file_io(self) -> FileIO:
+        """Told so."""
+        return FileIO(direct=False)
+
+
+class RefusingIO(FileIO):
+    """A file system that opens files with O_DIRECT and then refuses to write to them."""
+
+    def pwritev(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """EINVAL, as some network and overlay file systems say."""
+        if self.direct:
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+        return super().pwritev(descriptor, buffers, offset)
+
+
+class TestSsdTierWhereDirectIsRefused(SsdTests):
+    """Falls back by itself at opening."""
+
+    def file_io(self) -> FileIO:
+        """Refuses."""
+        return RefusingIO()
