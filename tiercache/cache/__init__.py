@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 CLOSE_PATIENCE_S = 10.0
 PRESSURE_BATCH = 8
 """Victims named at a time: what waits for its demotion cannot be evicted by a reader in need, so let it be few."""
+FEW = 8
+"""Pages up to which a look-up one by one is faster than arrays (bench/memory.py)."""
 INLINE_BYTES_MAX = 4 << 20
 """A put of more than this copies in a worker thread, so that the loop is never held for longer than some 0.5 ms."""
 
@@ -88,6 +90,13 @@ class Cache:
     def lease_resident(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
         """A lease on pages of one file version, or None unless every wanted part (a map a page) is in memory now."""
         tiers = self._open()
+        if len(ordinals) <= FEW and not tiers.expiries:
+            few = tiers.index.hit_few(key, ordinals, parts)
+            if few is None:
+                return None
+            slots, places = few
+            tiers.metrics.add("tiercache_hits_total", len(slots), tier="memory", kind="page")
+            return Lease([Outcome.HIT] * len(slots), places, tiers.memory, tiers.end_of_few(slots))
         wanted = np.asarray(parts, np.uint64)
         match, locations, present = tiers.index.hit_pages(key, np.asarray(ordinals, np.int32))
         if ((present & wanted) != wanted).any() or (

@@ -51,7 +51,7 @@ class Tiers:
         self.settings, self.clock, self.metrics = settings, clock, metrics
         self.expiries = False
         """Whether any entry ever had an expiry: until then no look-up checks for it."""
-        self._dropped: deque[Match | Reservation] = deque()
+        self._dropped: deque[Match | Reservation | list[int]] = deque()
 
     # -- pins and space ------------------------------------------------------------------------------------------------
 
@@ -66,6 +66,17 @@ class Tiers:
 
         return end
 
+    def end_of_few(self, slots: list[int]) -> End:
+        """The end of a lease on slots from `hit_few`."""
+
+        def end(safely: bool) -> None:
+            if not safely:
+                self._dropped.append(slots)
+            elif (freed := self.index.release_few(slots)) is not None:
+                self.free(freed)
+
+        return end
+
     def release(self, *pins: Match | Reservation) -> None:
         """Gives pins back, and the space of what was deleted under them."""
         self.free(self.index.release(*pins))
@@ -77,7 +88,10 @@ class Tiers:
                 pin = self._dropped.popleft()
             except IndexError:
                 return
-            self.release(pin)
+            if isinstance(pin, list):
+                self.free(self.index.release_few(pin))
+            else:
+                self.release(pin)
 
     def free(self, freed: Freed | None) -> None:
         """Frees locations, tier by tier."""

@@ -176,6 +176,47 @@ class Index:
             self._pins += 1
         return Match(rows, Pin(rows))
 
+    def hit_few(
+        self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]
+    ) -> tuple[list[int], list[int]] | None:
+        """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and where in memory they lie; None
+        unless all of these parts are there. Undo with `release_few`."""
+        slots, names = self._slots, self._names
+        states, payloads = slots.states, slots.payloads
+        rows: list[int] = []
+        locations: list[int] = []
+        with self.lock:
+            run = names.runs.find(key)
+            if not run or self._pins >= PINS_MAX:
+                return None
+            for ordinal, wanted in zip(ordinals, parts, strict=True):
+                row = names.find_page(run, ordinal)
+                payload = payloads[row]
+                if states[row] < RESIDENT or slots.memory_parts[payload] & wanted != wanted:
+                    return None
+                rows.append(row)
+                locations.append(slots.memory_locations[payload])
+            pins, touch = slots.pins, self._entries.touch
+            for row in rows:
+                pins[row] += 1
+                touch(row)
+            self._pins += len(rows)
+        return rows, locations
+
+    def release_few(self, slots: Sequence[int]) -> Freed | None:
+        """Undoes one `hit_few`."""
+        pins, let_go = self._slots.pins, self._entries.let_go
+        freed: Freed | None = None
+        with self.lock:
+            self._pins -= len(slots)
+            for slot in slots:
+                pins[slot] -= 1
+            for slot in slots:
+                more = let_go(slot)
+                if more is not None:
+                    freed = more if freed is None else Freed(freed.memory + more.memory, freed.ssd + more.ssd)
+        return freed
+
     def contains(self, names: Sequence[Name]) -> npt.NDArray[np.bool_]:
         """Which names are readable. Pins and touches nothing."""
         find, states = self._names.find, self._slots.states

@@ -119,6 +119,7 @@ class Slots:
         self.part_bytes = np.zeros(rows, np.uint32)
         self.location = [np.zeros(rows, np.int64) for _ in range(TIERS)]
         self.parts = [np.zeros(rows, np.uint64) for _ in range(TIERS)]
+        self.memory_locations, self.memory_parts = memoryview(self.location[0]), memoryview(self.parts[0])
         self.states, self.forms, self.pins = self.state.data, self.form.data, self.pin.data
         self.wheres, self.helds = self.where.data, self.held.data
         self.depths, self.payloads, self.runs = self.depth.data, self.payload.data, self.run.data
