@@ -1,16 +1,18 @@
-"""The SSD tier keeps the contracts of Tier and Reclaiming, with O_DIRECT, buffered, and where O_DIRECT is refused."""
+"""The SSD tier keeps the contracts of Tier and Reclaiming, with O_DIRECT and buffered; and falls back by itself."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from typing import TYPE_CHECKING
 
+from tiercache.model import Outcome
 from tiercache.ssd.fileio import FileIO
 from tiercache.ssd.records import BLOCK_BYTES, split_location
 from tiercache.ssd.recover import segment_path
 from tiercache.ssd.tier import SsdTier
-from tiercache.testing.tiers import MIB, ReclaimingTests
+from tiercache.testing.tiers import MIB, ReclaimingTests, fetch, item, store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,9 +79,16 @@ class RefusingIO(FileIO):
         return super().pwritev(descriptor, buffers, offset)
 
 
-class TestSsdTierWhereDirectIsRefused(SsdTests):
-    """Falls back by itself at opening."""
+def test_falls_back_where_direct_is_refused(tmp_path: Path) -> None:
+    """By itself, at opening; and then keeps its word."""
 
-    def file_io(self) -> FileIO:
-        """Refuses."""
-        return RefusingIO()
+    async def check() -> None:
+        refusing = RefusingIO()
+        tier = SsdTier(str(tmp_path), 16 * MIB, io=refusing)
+        assert not refusing.direct
+        one = item(1)
+        (location,) = await store(tier, [one])
+        assert await fetch(tier, [one.want(location)]) == [(Outcome.HIT, one.data)]
+        await tier.close()
+
+    asyncio.run(check())

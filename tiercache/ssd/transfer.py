@@ -216,39 +216,6 @@ class ReadJob(Job):
         else:
             item.digests = payload.digests
 
-    def items(self) -> list[ReadItem]:
-        """Every record that this job reads, once."""
-        return [item for read in self.reads for item, _, opening, _ in read.items if opening]
-
-    def _judge(self, item: ReadItem, base: int, pieces: Pieces, memory: Memory, got: int) -> None:
-        view, digests = memory.view, item.digests
-        for part, _, length, at in pieces:
-            start = base + at
-            expected = int.from_bytes(digests[8 * part : 8 * part + 8], "little")
-            if start + length > got or _digest(view[start : start + length]) != expected:
-                item.outcome = Outcome.CORRUPT
-                return
-        source, target = memory.address + base, item.target.address
-        for _, low, length, at in pieces:
-            _move(target + low, source + at, length)
-
-    def _judge_header(self, item: ReadItem, block: memoryview, seed: int) -> None:
-        header = read_header(block, seed) if len(block) == BLOCK_BYTES else None
-        want = item.want
-        if (
-            header is None
-            or header.segment != self.segment.number
-            or header.block != item.block
-            or header.generation != self.generation
-            or header.payload.name != want.name
-            or header.payload.size != want.size
-            or header.payload.part_bytes != want.part_bytes
-            or header.payload.parts != item.parts
-        ):
-            item.outcome = Outcome.CORRUPT
-        else:
-            item.digests = header.payload.digests
-
 
 def plan_reads(found: Sequence[tuple[Segment, ReadItem]]) -> list[ReadJob]:
     """Jobs for records, neighbours in one read. Items with outcome other than BUSY must not be among them."""
