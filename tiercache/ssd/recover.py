@@ -37,6 +37,8 @@ OTHER_FILES = 5
 OTHER_BYTES = 5 * BLOCK_BYTES
 """The lock, the format file and its next version, the probe, the rows' directory."""
 SEGMENTS_LEAST = 3
+ROOMY_BYTES = 8 << 20
+"""Segments are at least so large where that leaves four of them: large entries should fit."""
 SEGMENTS_MANY = 512
 """More segments than this bring nothing, and cost descriptors: larger ones are made instead."""
 _TITLE = "tiercache ssd directory"
@@ -67,7 +69,7 @@ class Caps:
         """Size of the segments of a new directory. Raises ConfigError if the caps leave no room for three of 1 MiB."""
         wish = self.segment_bytes or 256 << 20
         size = 1 << 20
-        while size < wish and self.segments_max(2 * size) >= (4 if self.segment_bytes else 64):
+        while size < wish and self.segments_max(2 * size) >= (4 if self.segment_bytes or size < ROOMY_BYTES else 64):
             size *= 2
         while self.capacity_bytes // size > SEGMENTS_MANY and 2 * size < SEGMENT_BYTES_MAX:
             size *= 2
