@@ -231,6 +231,7 @@ class WrittenFile(io.RawIOBase):
         super().__init__()
         self._file, self.path, self.mode, self._forget = file, path, mode, forget
         self.name = self.full_name = path
+        self._done = False
         forget()
 
     def write(self, data: Any, /) -> int:
@@ -256,13 +257,14 @@ class WrittenFile(io.RawIOBase):
         return self._file.truncate(size)  # type: ignore[no-any-return]
 
     def flush(self) -> None:
-        if not self.closed:
+        if not self._done:
             self._file.flush()
 
     def close(self) -> None:
         """Completes the file at the target (or leaves that to the transaction)."""
-        if self.closed:
+        if self._done:
             return
+        self._done = True  # closing flushes once more, and by then the target's file is closed
         try:
             self._file.close()
         finally:
