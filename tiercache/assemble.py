@@ -20,6 +20,7 @@ from tiercache.sync import BlockingCache, io_loop, wait
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Mapping
 
     from tiercache.clock import Clock
     from tiercache.origin import Origin
@@ -113,9 +114,27 @@ def release(cache: Cache) -> None:
     wait(cache.close(), shared.loop)
 
 
+def open_origin(
+    protocol: str,
+    options: Mapping[str, object] | None = None,
+    *,
+    filesystem: object = None,
+    settings: Settings | None = None,
+    metrics: Metrics | None = None,
+) -> Origin:
+    """Where the files of a protocol ("s3", "https", "file", ...) are read from; `options` are those of its fsspec
+    filesystem, `filesystem` is one that exists already. Raises ConfigError for what cannot be opened."""
+    from tiercache.remote.opening import Patience, open_origin  # brings HTTP and object store clients
+
+    patience = Patience()
+    if settings is not None:
+        patience = Patience(settings.origin_deadline_s, settings.origin_attempts, settings.origin_concurrency)
+    return open_origin(protocol, options, filesystem=filesystem, patience=patience, metrics=metrics)
+
+
 def open_reader(cache: Cache, origin: Origin) -> PageReader:
     """Files of an origin as pages of a cache, with the cache's settings."""
-    from tiercache.pages.reader import PageReader  # noqa: PLC0415  # a cache of lone objects alone does without
+    from tiercache.pages.reader import PageReader  # a cache of lone objects alone does without
 
     return PageReader(cache, origin, settings=cache.settings, clock=cache.tiers.clock, metrics=cache.metrics)
 
