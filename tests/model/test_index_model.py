@@ -139,9 +139,7 @@ class IndexMachine(RuleBasedStateMachine):
         width = len(names[0].key)
         skip = min(len(known), len(path) - 1) if append else 0
         parent = names[skip - 1].key if skip else None
-        reservation = self.index.reserve_chain(
-            [n.key for n in names[skip:]], 100, 64, width=width, parent=parent
-        )
+        reservation = self.index.reserve_chain([n.key for n in names[skip:]], 100, 64, width=width, parent=parent)
         for name in names[len(known) :]:
             if name in self.named:
                 self.dead(self.named[name])

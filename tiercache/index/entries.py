@@ -7,11 +7,12 @@ block's slot holds all blocks above it, because each of them has a child.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tiercache.index.names import NameTable
+from tiercache.index.pins import Freed, Pin, Unplaced
 from tiercache.index.slots import DEAD_BIT, PAGE_BIT, TIERS, Slots
 from tiercache.model import Form, State, TierId
 
@@ -28,30 +29,6 @@ if TYPE_CHECKING:
 PENDING, EVICTING, RESIDENT = int(State.PENDING), int(State.EVICTING), int(State.RESIDENT)
 REFUSALS_MAX = 65_536
 """Victims a policy may name in vain in one call, before the answer is that all is in use."""
-
-
-class Freed(NamedTuple):
-    """Locations that nobody looks at any more: the caller gives them to the tiers' `free`. Indexed by TierId."""
-
-    memory: list[int]
-    ssd: list[int]
-
-
-class Unplaced(NamedTuple):
-    """What really left a tier, and where it was; a location of -1: somebody still uses the bytes, free nothing yet."""
-
-    slots: npt.NDArray[np.int64]
-    locations: npt.NDArray[np.int64]
-
-
-class Pin:
-    """What a look-up or reservation holds: one slot, an array of distinct slots, or None when it was released."""
-
-    __slots__ = ("held", "reserved")
-
-    def __init__(self, held: int | I64 | None, reserved: bool = False) -> None:
-        self.held = held
-        self.reserved = reserved
 
 
 class Entries:
@@ -100,11 +77,35 @@ class Entries:
                 self.settle(slot)
         return True
 
-    def let_go(self, slot: int) -> Freed | None:
-        """After the count of one slot went down by hand."""
-        if self.slots.evicting or self.limbo:
-            self.settle(slot)
+    def let_go(self, slots: Sequence[int]) -> Freed | None:
+        """Undoes pins of single slots."""
+        columns = self.slots
+        for slot in slots:
+            columns.pins[slot] -= 1
+        if columns.evicting or self.limbo:
+            for slot in slots:
+                self.settle(slot)
         return self.drain() if self._freed[0] or self._freed[1] else None
+
+    def hit_few(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> tuple[list[int], list[int]] | None:
+        """See Index.hit_few."""
+        columns, names = self.slots, self.names
+        rows: list[int] = []
+        locations: list[int] = []
+        run = names.runs.find(key)
+        if not run:
+            return None
+        for ordinal, wanted in zip(ordinals, parts, strict=True):
+            row = names.find_page(run, ordinal)
+            payload = columns.payloads[row]
+            if columns.states[row] < RESIDENT or columns.memory_parts[payload] & wanted != wanted:
+                return None
+            rows.append(row)
+            locations.append(columns.memory_locations[payload])
+        for row in rows:
+            columns.pins[row] += 1
+            self.touch(row)
+        return rows, locations
 
     def drain(self) -> Freed | None:
         """What may be freed since the last call."""
@@ -342,6 +343,7 @@ class Entries:
         columns.change(slots, State.ABSENT)
         columns.where[slots] = 0
         columns.held[slots] = 0
+        columns.payload[slots] = 0
         columns.rows.give(slots)
 
     # -- victims ------------------------------------------------------------------------------------------------------

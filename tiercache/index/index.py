@@ -7,15 +7,16 @@ may read those without the lock.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from tiercache.index.check import check
-from tiercache.index.entries import Entries, Freed, Pin, Unplaced
+from tiercache.index.entries import Entries
 from tiercache.index.load import Loaded, load_chunks
 from tiercache.index.names import Query
+from tiercache.index.pins import PINS_MAX, Freed, Match, Pin, Reservation, Unplaced
 from tiercache.index.reserve import reserve_blocks, reserve_keys, reserve_pages
 from tiercache.index.slots import Shape, SlotFacts
 from tiercache.model import Name, State, TierId
@@ -30,33 +31,8 @@ if TYPE_CHECKING:
     Mask = npt.NDArray[np.bool_]
     Scalars = npt.ArrayLike
 
-PINS_MAX = 65_000
-"""Pins outstanding at a time, over all slots: so a 16-bit count cannot overflow, without a check at each slot."""
 RESIDENT = int(State.RESIDENT)
 _NONE: npt.NDArray[np.int64] = np.empty(0, np.int64)
-
-
-class Match(NamedTuple):
-    """Result of a look-up; what it found is pinned until `Index.release`.
-
-    `slots`: one per name asked, -1 = not there or not readable; chains: only the matched prefix. `pin` is None when
-    nothing was pinned.
-    """
-
-    slots: npt.NDArray[np.int64]
-    pin: Pin | None
-
-
-class Reservation(NamedTuple):
-    """Slots for names, pinned (also PENDING ones) until `Index.release`.
-
-    `slots`: -1 where the slot table is full (or, chains, the parent is not in the index). `fresh`: this call made the
-    slot PENDING and owns its filling; else somebody else fills it, or it is readable.
-    """
-
-    slots: npt.NDArray[np.int64]
-    fresh: npt.NDArray[np.bool_]
-    pin: Pin | None
 
 
 class Index:
@@ -112,13 +88,8 @@ class Index:
         slots = self._slots
         with self.lock:
             match = self._match_pages(key, wanted)
-            rows = slots.payload.take(match.slots, mode="clip")  # -1 becomes row 0: a location of 0, masked below
-            locations = slots.location[0].take(rows)
-            parts = slots.parts[0].take(rows)
-        missing = match.slots < 0
-        locations[missing] = -1
-        parts[missing] = 0
-        return match, locations, parts
+            rows = slots.payload.take(match.slots, mode="clip")  # -1 becomes row 0, which lies nowhere
+            return match, slots.location[0].take(rows), slots.parts[0].take(rows)
 
     def _match_pages(self, key: bytes, ordinals: I64) -> Match:
         """match_pages under the lock."""
@@ -176,46 +147,22 @@ class Index:
             self._pins += 1
         return Match(rows, Pin(rows))
 
-    def hit_few(
-        self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]
-    ) -> tuple[list[int], list[int]] | None:
-        """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and where in memory they lie; None
+    def hit_few(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> tuple[list[int], list[int]] | None:
+        """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and their places in memory; None
         unless all of these parts are there. Undo with `release_few`."""
-        slots, names = self._slots, self._names
-        states, payloads = slots.states, slots.payloads
-        rows: list[int] = []
-        locations: list[int] = []
         with self.lock:
-            run = names.runs.find(key)
-            if not run or self._pins >= PINS_MAX:
+            if self._pins + len(ordinals) > PINS_MAX:
                 return None
-            for ordinal, wanted in zip(ordinals, parts, strict=True):
-                row = names.find_page(run, ordinal)
-                payload = payloads[row]
-                if states[row] < RESIDENT or slots.memory_parts[payload] & wanted != wanted:
-                    return None
-                rows.append(row)
-                locations.append(slots.memory_locations[payload])
-            pins, touch = slots.pins, self._entries.touch
-            for row in rows:
-                pins[row] += 1
-                touch(row)
-            self._pins += len(rows)
-        return rows, locations
+            found = self._entries.hit_few(key, ordinals, parts)
+            if found is not None:
+                self._pins += len(ordinals)
+            return found
 
     def release_few(self, slots: Sequence[int]) -> Freed | None:
         """Undoes one `hit_few`."""
-        pins, let_go = self._slots.pins, self._entries.let_go
-        freed: Freed | None = None
         with self.lock:
             self._pins -= len(slots)
-            for slot in slots:
-                pins[slot] -= 1
-            for slot in slots:
-                more = let_go(slot)
-                if more is not None:
-                    freed = more if freed is None else Freed(freed.memory + more.memory, freed.ssd + more.ssd)
-        return freed
+            return self._entries.let_go(slots)
 
     def contains(self, names: Sequence[Name]) -> npt.NDArray[np.bool_]:
         """Which names are readable. Pins and touches nothing."""
@@ -248,15 +195,13 @@ class Index:
 
     def release_slot(self, slot: int) -> Freed | None:
         """Undoes one `hit`."""
-        slots = self._slots
         with self.lock:
-            slots.pins[slot] -= 1
             self._pins -= 1
-            return self._entries.let_go(slot)
+            return self._entries.let_go((slot,))
 
     # -- facts --------------------------------------------------------------------------------------------------------
     def facts(self, slots: I64) -> SlotFacts:
-        """Facts of slots (all valid, pinned for a stable answer)."""
+        """Facts of slots, pinned for a stable answer; of -1: ABSENT, nowhere, zeros."""
         with self.lock:
             return self._slots.facts(slots)
 

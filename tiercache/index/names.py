@@ -90,7 +90,7 @@ class NameTable:
         else:
             raise ConfigError(f"a key has 16 or 32 bytes, not {len(key)}")
         slots, table = self.slots, self.table
-        row = table.heads[(fold(words) * MIX & WORD) >> table.shift]
+        row = table.heads[table.bucket(fold(words))]
         while row:
             if (
                 slots.words[row * 2] == words[0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.errors import ConfigError
 from tiercache.index.table import MIX, RowStack, RowTable
 
 if TYPE_CHECKING:
@@ -59,17 +60,23 @@ class PageRuns:
         self.top = np.zeros(runs_max + 1, np.int32)
         """One more than the highest ordinal there ever was."""
         self.counts, self.tops, self.widths = self.count.data, self.top.data, self.width.data
+        self._last_key, self._last = b"", 0
+        """The run found last: readers stay with a file for a while."""
         self._bytes = self.key.reshape(-1).data.cast("B")
 
     def find(self, key: bytes) -> int:
         """The run of a file version, 0 = none."""
+        if key == self._last_key:
+            return self._last
         width = len(key)
-        words = NARROW.unpack(key) if width == 16 else WIDE.unpack(key)
+        if width not in (16, 32):
+            raise ConfigError(f"a key has 16 or 32 bytes, not {width}")
         table = self.table
-        row = table.heads[(fold(words) * MIX & 0xFFFFFFFFFFFFFFFF) >> table.shift]
+        row = table.heads[table.bucket(fold(NARROW.unpack(key) if width == 16 else WIDE.unpack(key)))]
         while row:
             at = row * 32
             if self._bytes[at : at + width] == key and self.widths[row] == width:
+                self._last_key, self._last = key, row
                 return row
             row = table.nexts[row]
         return 0
@@ -113,6 +120,7 @@ class PageRuns:
 
     def drop(self, row: int) -> None:
         """Forgets a run without slots."""
+        self._last_key, self._last = b"", 0
         self.table.discard(row, self.bucket_of(row))
         self.widths[row] = 0
         self.rows.give(np.array([row]))

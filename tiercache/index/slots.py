@@ -112,14 +112,16 @@ class Slots:
         self.expiry_s = np.zeros(rows, np.uint32)
         self.scope = np.zeros(rows, np.uint16)
         self.kind = np.zeros(rows, np.uint8)
-        self.form[0] = 255  # so that row 0 equals no key
+        self.form[0] = 255  # so that slot 0 equals no key
         # Payload rows: as many as slots, for now each has one slot.
         self.payload_rows = RowStack(slots_max)
         self.refs = np.zeros(rows, np.int32)
         self.part_bytes = np.zeros(rows, np.uint32)
         self.location = [np.zeros(rows, np.int64) for _ in range(TIERS)]
         self.parts = [np.zeros(rows, np.uint64) for _ in range(TIERS)]
-        self.memory_locations, self.memory_parts = memoryview(self.location[0]), memoryview(self.parts[0])
+        for column in self.location:  # payload row 0, that of slots not in use, lies nowhere
+            column[0] = -1
+        self.memory_locations, self.memory_parts = self.location[0].data, self.parts[0].data
         self.states, self.forms, self.pins = self.state.data, self.form.data, self.pin.data
         self.wheres, self.helds = self.where.data, self.held.data
         self.depths, self.payloads, self.runs = self.depth.data, self.payload.data, self.run.data
@@ -175,7 +177,8 @@ class Slots:
         self.part_bytes[self.payload.take(slots)] = shape.part_bytes
 
     def facts(self, slots: I64) -> SlotFacts:
-        """Gathers."""
+        """Gathers; of -1: those of slot 0, which is ABSENT and lies nowhere."""
+        slots = np.maximum(slots, 0)
         rows = self.payload.take(slots).astype(np.int64)
         return SlotFacts(
             state=self.state.take(slots),
