@@ -134,7 +134,7 @@ class TierTests(ABC):
             tier = await self.open_tier(tmp_path, self.capacity_bytes)
             rng = random.Random(7)
             odd = [0, 1, -1, -5, (1 << 62) + 12_345, (1 << 63) - 1, *(rng.getrandbits(62) for _ in range(200))]
-            one = item(1)
+            one = item(1, 5000)
             tier.free(odd)
             assert {outcome for outcome, _ in await fetch(tier, [one.want(at) for at in odd])} == {Outcome.MISS}
             (location,) = await store(tier, [one])

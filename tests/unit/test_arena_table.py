@@ -1,0 +1,157 @@
+"""The extent table: what a second mapping of a segment finds, whole or damaged, alive or left by a killed process."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tiercache.buffers import Buffer, verify_parts
+from tiercache.cpu import layout
+from tiercache.cpu.tier import MemoryTier
+from tiercache.errors import ProtocolError
+from tiercache.model import PART_BYTES, Name
+from tiercache.testing.tiers import MIB, SHAPES, Item, item, store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
+
+
+@pytest.fixture
+def tier() -> Iterator[MemoryTier]:
+    tier = MemoryTier(24 * MIB, client=7)
+    yield tier
+    asyncio.run(tier.close())
+
+
+def mapped(tier: MemoryTier, segment: int = 0) -> mmap.mmap:
+    """The segment, mapped a second time."""
+    descriptor = tier.arena.segments[segment].fd
+    assert descriptor is not None
+    return mmap.mmap(descriptor, 0)
+
+
+def test_formats_are_packed_alike() -> None:
+    """NumPy's rows and the struct that writes them agree in every field."""
+    values = (b"k" * 32, b"p" * 32, *range(3, 14), 0.5, *range(15, 22))
+    row = np.frombuffer(layout.ROW_FIELDS.pack(*values) + bytes(128), layout.ROW)[0]
+    assert layout.ROW.names is not None
+    found = [row[name].tobytes() if i < 2 else row[name].item() for i, name in enumerate(layout.ROW.names[:-1])]
+    assert found == list(values)
+    assert layout.SHAPE.unpack(row.tobytes()[layout.SHAPE_AT : layout.SHAPE_AT + layout.SHAPE.size]) == (
+        3, 4, 5, 6, 7, 8, 9,
+    )  # fmt: skip
+    at = {name: layout.ROW.fields[name][1] for name in layout.ROW.names if layout.ROW.fields}
+    assert (at["parts"], at["generation"], at["next"]) == (layout.PARTS_AT, layout.GENERATION_AT, layout.NEXT_AT)
+    assert (at["width"], at["state"], at["digests"]) == (layout.WIDTH_AT, layout.STATE_AT, layout.DIGESTS_AT)
+
+
+def test_a_second_mapping_finds_every_present_extent(tier: MemoryTier) -> None:
+    items = [item(seed, size, part_bytes) for seed, (size, part_bytes) in enumerate(SHAPES)]
+    items.append(item(99, MIB, parts=0b1000_0000_0010_0000))
+    locations = asyncio.run(store(tier, items))
+    tier.reserve([Name(bytes(16), 5)], [100], [4096])  # pending: not for anybody else
+    tier.free(locations[2:4])
+    kept = {locations[i]: one for i, one in enumerate(items) if i not in (2, 3)}
+    memory = mapped(tier)
+    found = list(layout.read_table(memory))
+    assert [f.payload for f in found] == [one.payload for one in sorted(kept.values(), key=lambda o: o.payload.tick)]
+    assert {0 << 52 | f.row << 32 | f.generation for f in found} == set(kept)
+    assert all(f.client == 7 for f in found)
+    for one in found:
+        span = Buffer.of(memory).slice(one.offset, one.payload.size)
+        assert verify_parts(span, one.payload.part_bytes, one.payload.parts, one.payload.digests)
+
+
+def test_foreign_memory_is_no_segment(tier: MemoryTier) -> None:
+    asyncio.run(store(tier, [item(1)]))
+    good = bytearray(bytes(mapped(tier))[: 4 * MIB])
+    for at, value in ((0, b"NOT"), (8, b"\2"), (12, b"\0\0"), (16, b"\1"), (24, b"\7"), (28, b"\xff\xff\xff\0")):
+        bad = bytearray(good)
+        bad[at : at + len(value)] = value
+        with pytest.raises(ProtocolError):
+            list(layout.read_table(memoryview(bad)))
+    for short in (b"", bytes(100), bytes(4096)):
+        with pytest.raises(ProtocolError):
+            list(layout.read_table(memoryview(short)))
+
+
+def test_damaged_rows_are_left_out() -> None:
+    """Any bytes in the table: no exception, no extent outside the segment, none over another, none of odd shape."""
+    tier = MemoryTier(MIB)
+    asyncio.run(store(tier, [item(seed, 20_000 + seed, 4096) for seed in range(12)]))
+    memory = mapped(tier)
+    whole = bytes(memory)
+    at = tier.arena.segments[0].row_at(0)
+    asyncio.run(tier.close())
+    rng = random.Random(4)
+    for _ in range(300):
+        bad = bytearray(whole)
+        for _ in range(rng.randrange(1, 30)):
+            bad[at + rng.randrange(16 * layout.ROW_BYTES)] = rng.choice((0, 1, 2, 3, 255, rng.randrange(256)))
+        end = 4096
+        for found in layout.read_table(memoryview(bad)):
+            assert end <= found.offset and found.offset + found.length <= MIB and found.payload.size <= found.length
+            assert len(found.payload.name.key) in (16, 32) and found.payload.parts
+            end = found.offset + found.length
+
+
+CHURN = """
+import asyncio, random, sys
+from tiercache.cpu.tier import MemoryTier
+from tiercache.testing.tiers import item, store
+
+async def main():
+    tier = MemoryTier(8 << 20)
+    items = [item(seed, 150_000 + seed * 7, 4096 if seed % 3 else 65_536, None if seed % 2 else 0b11) for seed in range(40)]
+    held = []
+    rng = random.Random(int(sys.argv[1]))
+    print(tier.arena.segments[0].fd if tier.arena.segments else 0, flush=True) if held else None
+    turn = 0
+    while True:
+        held += [at for at in await store(tier, rng.sample(items, 3)) if at >= 0]
+        if turn == 0:
+            print(tier.arena.segments[0].fd, flush=True)
+        if turn > 20:
+            print(turn, flush=True)
+        rng.shuffle(held)
+        while len(held) > 15:
+            tier.free([held.pop()])
+        turn += 1
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_owner_leaves_only_whole_extents() -> None:
+    """Processes are killed while they write and free; what their tables show has the bytes that its digests name."""
+    expected: dict[Name, Item] = {}
+    for seed in range(40):
+        one = item(seed, 150_000 + seed * 7, 4096 if seed % 3 else 65_536, None if seed % 2 else 0b11)
+        expected[one.payload.name] = one
+    for kill in range(4):
+        with subprocess.Popen([sys.executable, "-c", CHURN, str(kill)], stdout=subprocess.PIPE, text=True) as owner:
+            assert owner.stdout is not None
+            descriptor = int(owner.stdout.readline())
+            with open(f"/proc/{owner.pid}/fd/{descriptor}", "r+b") as file:
+                memory = mmap.mmap(file.fileno(), 0)
+            for _ in range(1 + kill * 37):
+                owner.stdout.readline()
+            owner.kill()
+        found = list(layout.read_table(memory))
+        assert found
+        for one in found:
+            assert one.payload == expected[one.payload.name].payload
+            span = Buffer.of(memory).slice(one.offset, one.payload.size)
+            assert verify_parts(span, one.payload.part_bytes, one.payload.parts, one.payload.digests)
+        assert all(one.payload.part_bytes in (4096, PART_BYTES) for one in found)
