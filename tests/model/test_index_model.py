@@ -275,7 +275,7 @@ class IndexMachine(RuleBasedStateMachine):
         fit = list(self.slots)
         if fit:
             slots = data.draw(st.lists(st.sampled_from(fit), unique=True, max_size=4))
-            gone, refused = self.unplace(np.array(slots, np.int64), tier, forced=forced)
+            _, refused = self.unplace(np.array(slots, np.int64), tier, forced=forced)
             if forced:
                 assert all(tier not in r.copies or r.state == "dead" for r in refused)
 
