@@ -124,7 +124,8 @@ def open_origin(
 ) -> Origin:
     """Where the files of a protocol ("s3", "https", "file", ...) are read from; `options` are those of its fsspec
     filesystem, `filesystem` is one that exists already. Raises ConfigError for what cannot be opened."""
-    from tiercache.remote.opening import Patience, open_origin  # brings HTTP and object store clients
+    from tiercache.remote.opening import open_origin  # brings HTTP and object store clients
+    from tiercache.remote.retry import Patience
 
     patience = Patience()
     if settings is not None:

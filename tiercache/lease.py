@@ -11,14 +11,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from tiercache.buffers import copy, copy_range_verified, copy_verified, exported
 from tiercache.errors import ClosedError
 from tiercache.model import Outcome, all_parts
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from tiercache.buffers import Buffer
     from tiercache.model import Payload
 
@@ -67,6 +67,7 @@ class Extents(Protocol):
         ...
 
 
+Locations = Sequence[int] | npt.NDArray[np.int64]
 End = Callable[[bool], None]
 """Gives the pins of a lease back. False: this may be inside a garbage collection, so take no lock, only make a note."""
 
@@ -80,10 +81,10 @@ class Lease:
 
     __slots__ = ("__weakref__", "_end", "_extents", "_holders", "_locations", "outcomes")
 
-    def __init__(self, outcomes: list[Outcome], locations: Sequence[int], extents: Extents, end: End) -> None:
+    def __init__(self, outcomes: list[Outcome], locations: Locations, extents: Extents, end: End) -> None:
         """`locations[i]` is read only where `outcomes[i]` is HIT. `end` is called exactly once."""
         self.outcomes = outcomes
-        self._locations: Sequence[int] | None = locations
+        self._locations: Locations | None = locations
         self._extents = extents
         self._end = end
         # A stack with one token for the lease (True) under one for each exported array (False). Popping is atomic, and
@@ -110,7 +111,7 @@ class Lease:
 
     def view(self, index: int) -> memoryview:
         """A read-only memoryview over item `index`; as `array`."""
-        return memoryview(self.array(index))
+        return self.array(index).data
 
     def copy_into(self, index: int, start: int, stop: int, target: Buffer, *, verify: bool = True) -> Outcome:
         """Copies bytes [start, stop) of item `index` to the start of `target`: HIT, or CORRUPT when a digest differs.

@@ -27,7 +27,7 @@ class Health(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
-    """One reading of a tier. `used_bytes <= capacity_bytes` and `used_files <= capacity_files` hold at every instant."""
+    """One reading of a tier. Used is at most capacity, in bytes and files, at every instant."""
 
     name: str
     health: Health
@@ -96,15 +96,17 @@ class Tier(Protocol):
 class Addressable(Protocol):
     """What a tier adds when its bytes can be read and filled in place: the extent allocator port."""
 
-    entry_bytes_max: int
-    """The largest entry that can ever be reserved."""
+    @property
+    def entry_bytes_max(self) -> int:
+        """The largest entry that can ever be reserved."""
+        ...
 
     def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
         """Locations of new extents (state PENDING, no part present), or FULL; thread-safe, never blocks for long."""
         ...
 
     def buffers(self, locations: Sequence[int]) -> list[Buffer]:
-        """The extents in place, `size` bytes each; alignment ALIGN_BYTES, and memory up to the next boundary is theirs."""
+        """The extents in place, `size` bytes each, aligned to ALIGN_BYTES; memory up to the next boundary is theirs."""
         ...
 
     def commit(self, locations: Sequence[int], parts: Sequence[int], digests: Sequence[bytes]) -> None:

@@ -226,7 +226,7 @@ class Demotion:
 
     async def make_room(self, wanted_bytes: int) -> bool:
         """Reclaims segments until about `wanted_bytes` came free; False when nothing could be reclaimed."""
-        ssd = self._tiers.ssd
+        ssd: object = self._tiers.ssd
         if not isinstance(ssd, Reclaiming):
             return False
         freed = 0

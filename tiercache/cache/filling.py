@@ -120,7 +120,7 @@ class Filling:
             readable = np.where(np.isin(slots, list(distrusted)), np.uint64(0), readable)
         plan = plan_read(wanted, facts.memory_parts, readable)
         lacking = np.flatnonzero(plan.ssd | plan.origin)
-        for i in np.flatnonzero((plan.ssd | plan.origin) == 0):
+        for i in np.flatnonzero((plan.ssd | plan.origin) == 0).tolist():
             outcomes[i] = Outcome.HIT
         if not len(lacking):
             return []

@@ -117,11 +117,12 @@ class Recovery:
 
     async def find(self, names: Sequence[Name]) -> None:
         """While recovery runs: sees to it that these names are in the index if the SSD has them."""
-        if self.done or not isinstance(self._tiers.ssd, Findable):
+        ssd: object = self._tiers.ssd
+        if self.done or not isinstance(ssd, Findable):
             return
         lacking = [name for name, there in zip(names, self._tiers.index.contains(names), strict=True) if not there]
         if lacking:
-            facts = await self._tiers.ssd.find(lacking)
+            facts = await ssd.find(lacking)
             self._load(facts)
 
 

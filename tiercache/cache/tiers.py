@@ -141,7 +141,8 @@ class Tiers:
         """Which of these moments have passed."""
         if not self.expiries:
             return np.zeros(len(expiries_s), bool)
-        return (expiries_s != 0) & (expiries_s <= self.clock.wall())
+        over: npt.NDArray[np.bool_] = (expiries_s != 0) & (expiries_s <= self.clock.wall())
+        return over
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
