@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from tiercache.buffers import Buffer
     from tiercache.model import Facts, Name, Outcome, Payload
 
@@ -134,4 +137,13 @@ class Reclaiming(Protocol):
         gone. Old locations stay readable until the answer. Facts rows move with their payloads, durably enough that
         a crash at any moment leaves every payload readable at one of the two places, or forgotten, never wrong.
         """
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What a tier adds that keeps the order of last use for its next opening (Facts.ticks)."""
+
+    def note_order(self, locations: npt.NDArray[np.int64], ticks: npt.NDArray[np.uint32]) -> None:
+        """Takes the order of everything that lives; durable with the next flush. Must not block."""
         ...

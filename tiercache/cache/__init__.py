@@ -449,7 +449,7 @@ class Cache:
         self.tiers.drain()
         ssd = self.tiers.ssd
         try:
-            await self._demotion.flush()
+            await self._demotion.flush(last=True)
         except OSError as error:
             log.warning("closing without the last entries on the SSD: %s", error)
         try:

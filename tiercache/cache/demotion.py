@@ -15,7 +15,7 @@ import numpy as np
 
 from tiercache.model import Form, Kind, Outcome, Payload, TierId
 from tiercache.placement import plan_reclaim
-from tiercache.tier import Reclaiming
+from tiercache.tier import Reclaiming, Remembering
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -30,6 +30,8 @@ BATCH_BYTES = 16 << 20
 FLUSH_BATCH = 64
 DELAY_S = 0.05
 """Pages that are still being filled get their other parts before they are written, so that they are written once."""
+ORDER_PAUSE_S = 120.0
+"""The order of use is handed to the SSD tier at closing, and with a flush after this long."""
 RECLAIM_ROUNDS_MAX = 8
 SAMPLE = 1024
 KEEP_SHARE = 0.5
@@ -45,6 +47,7 @@ class Demotion:
         self._bytes = 0
         self._queue_lock = threading.Lock()  # for the two above; held for a dictionary operation or two
         self._rng = np.random.default_rng(0)  # a sample for a median: any seed is as good as another
+        self._ordered_at_s = tiers.clock.monotonic()
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self.filling: Filling | None = None
@@ -116,11 +119,11 @@ class Demotion:
                 batch.append(slot)
         return batch
 
-    async def flush(self) -> None:
+    async def flush(self, *, last: bool = False) -> None:
         """Returns when everything that memory had before the call is durable, as far as the SSD takes it.
 
         One lock is held from the first write to the end of the flush of the disk: whatever the index says is on the SSD
-        when this returns was there before the disk was flushed.
+        when this returns was there before the disk was flushed. `last`: nothing comes after it.
         """
         ssd, index = self._tiers.ssd, self._tiers.index
         if ssd is None:
@@ -132,7 +135,19 @@ class Demotion:
             unsaved = index.unsaved()
             for start in range(0, len(unsaved), FLUSH_BATCH):
                 await self._write(unsaved[start : start + FLUSH_BATCH])
+            now = self._tiers.clock.monotonic()
+            if last or now - self._ordered_at_s > ORDER_PAUSE_S:
+                self._ordered_at_s = now
+                self._note_order()
             await ssd.flush()
+
+    def _note_order(self) -> None:
+        """Tells a tier that remembers it in which order its entries were used."""
+        ssd: object = self._tiers.ssd
+        if isinstance(ssd, Remembering):
+            index = self._tiers.index
+            slots = index.residents(TierId.SSD)
+            ssd.note_order(index.facts(slots).ssd_location, index.policies[TierId.SSD].order(slots))
 
     async def write(self, slots: npt.NDArray[np.int64]) -> None:
         """Copies the memory parts of these slots to the SSD, where they differ, if the SSD takes anything now."""
@@ -250,7 +265,7 @@ class Demotion:
         slots = slots[known]
         facts = index.facts(slots)
         order = index.policies[TierId.SSD].order(slots)
-        keep_bytes_max = int(self._tiers.settings.segment_bytes * KEEP_SHARE)
+        keep_bytes_max = int(facts.size.sum(dtype=np.int64) * KEEP_SHARE)
         keep = plan_reclaim(order, facts.size, self._threshold(), keep_bytes_max)
         gone = index.unplace(slots[~keep], TierId.SSD)
         dropped = set(gone.locations.tolist())

@@ -420,6 +420,11 @@ class Index:
             here = (slots.where[:top] & (1 << TierId.MEMORY)) != 0
             return np.flatnonzero(here & (lacking != 0) & (slots.state[:top] >= RESIDENT))
 
+    def residents(self, tier: TierId) -> I64:
+        """All slots with a copy in a tier."""
+        with self.lock:
+            return np.flatnonzero((self._slots.where[: self._slots.rows.top] & (1 << tier)) != 0)
+
     def sample(self, tier: TierId, count: int, rng: np.random.Generator) -> I64:
         """At most `count` slots with a copy in a tier, drawn at random; fewer in a sparse index."""
         slots = self._slots
