@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What an origin says of one object. `version` is an ETag or version id, quotes stripped; empty when it has none."""
+    """What an origin says of one object. `version` is an ETag or version id, quotes stripped, or empty."""
 
     path: str
     size: int
@@ -35,8 +35,9 @@ class Span:
 class Origin(Protocol):
     """Where objects are re-read from. Paths are the origin's own, without protocol.
 
-    Faults: UnavailableError (transient, retries inside the deadline are spent), OriginError (refused, malformed, lying),
-    ChangedError (the pinned version is gone). Absence is a value: GONE. Every call ends within the origin's deadline.
+    Faults: UnavailableError (transient, retries inside the deadline are spent), OriginError (refused, malformed,
+    lying), ChangedError (the pinned version is gone). Absence is a value: GONE. Every call ends within the origin's
+    deadline.
     """
 
     identity: str
@@ -55,7 +56,7 @@ class Origin(Protocol):
         ...
 
     async def read_tail(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
-        """Facts and the last `length` bytes (all, when shorter) in one request where the protocol can; GONE if absent."""
+        """Facts and the last `length` bytes (all, when shorter), in one request where the protocol can; or GONE."""
         ...
 
     async def write(self, path: str, data: bytes | memoryview) -> Stat:

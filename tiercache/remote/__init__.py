@@ -1,1 +1,1 @@
-"""TODO(docstring by the owner of this package)."""
+"""Origins: object stores over obstore, any fsspec filesystem, and the patience that wraps both. See `opening`."""

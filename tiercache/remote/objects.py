@@ -1,0 +1,332 @@
+"""Objects in S3, Google Cloud Storage, Azure and behind plain HTTP, over obstore (the Rust object_store).
+
+Only obstore's blocking calls are used, in threads of our own. Its coroutines finish in threads of their own that enter
+Python whenever they are done: a process that ends soon after such a call aborts (24 of 40 did; 0 of 40 this way).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from tiercache.buffers import Buffer
+from tiercache.errors import ChangedError, ClosedError, OriginError, UnavailableError
+from tiercache.metrics import Metrics
+from tiercache.model import Outcome
+from tiercache.origin import Span, Stat
+from tiercache.remote.landing import Landing, in_thread
+from tiercache.remote.options import StoreOptions, bucket_region
+from tiercache.remote.retry import DoubtfulError, ThrottledError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+T = TypeVar("T")
+
+STORES_MAX = 64
+"""Buckets or hosts whose connections are kept open at once."""
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_SHARE = 0.5
+"""Silence of this share of an attempt's time is a stall."""
+STATUS = re.compile(r"status code: (\d{3})")
+LIES = ("UnexpectedRange", "NoContentRange", "MissingContentLength", "InvalidContentLength", "ParseContentRange")
+NO_RANGES = ("NotPartial", "RangeNotSupported")
+
+
+class ObjectOrigin:
+    """Origin over obstore. Paths are bucket/key (S3, gs, az), or whole URLs (http).
+
+    One request a call, no retries (see RetryingOrigin). `attempt_s` bounds one request, `threads` those under way; a
+    thread that was given up ends by itself within `attempt_s`. Not usable in a forked child: `used_before_fork`.
+    """
+
+    def __init__(
+        self, options: StoreOptions, *, attempt_s: float = 30.0, threads: int = 16, metrics: Metrics | None = None
+    ) -> None:
+        self.identity = options.reader
+        self._options = options
+        self._attempt_s = attempt_s
+        self._metrics = metrics if metrics is not None else Metrics()
+        # Twice: requests that were given up may hold a thread for a while yet.
+        self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="tiercache-origin")
+        self._threads = threads
+        self._stores: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+        _Fork.remember()
+
+    async def stat(self, paths: Sequence[str]) -> list[Stat | Outcome]:
+        """See Origin. A path that is no object but has some below it is a directory."""
+        return [await self._run(partial(self._stat, path)) for path in paths]
+
+    async def read(self, stat: Stat, span: Span, targets: Sequence[Buffer]) -> None:
+        """See Origin."""
+        if not span.length:
+            return
+        landing = Landing(targets)
+        try:
+            await self._run(partial(self._read, stat, span, landing))
+        finally:
+            landing.end()
+
+    async def read_tail(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
+        """See Origin. A store that knows no suffix ranges costs a HEAD more."""
+        return await self._run(partial(self._read_tail, path, max(1, length)))
+
+    async def write(self, path: str, data: bytes | memoryview) -> Stat:
+        """See Origin."""
+        return await self._run(partial(self._write, path, data))
+
+    async def delete(self, paths: Sequence[str]) -> list[Outcome]:
+        """See Origin. Each path costs a HEAD, because stores do not say whether there was something to delete."""
+        found = await self.stat(paths)
+        there = [path for path, each in zip(paths, found) if isinstance(each, Stat) and not each.is_directory]
+        if there:
+            await self._run(partial(self._delete, there))
+        return [Outcome.HIT if path in there else Outcome.GONE for path in paths]
+
+    async def close(self) -> None:
+        """See Origin. Threads that still wait for an answer end by themselves."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._stores.clear()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise ClosedError("the origin was closed")
+        return await in_thread(self._pool, work)
+
+    def _stat(self, path: str) -> Stat | Outcome:
+        store, key = self._place(path)
+        if key:
+            meta = self._ask("head", path, lambda obstore: obstore.head(store, key))
+            if meta is not None:
+                return self._fact(path, meta)
+        if self._options.scheme == "http":
+            return Outcome.GONE
+        below = self._ask("list", path, lambda obstore: list(islice(obstore.list(store, key or None, chunk_size=1), 1)))
+        if below is None or (key and not below):
+            return Outcome.GONE
+        return Stat(path.strip("/"), 0, is_directory=True)
+
+    def _read(self, stat: Stat, span: Span, landing: Landing) -> None:
+        store, key = self._place(stat.path)
+        options: dict[str, Any] = {"range": (span.start, span.start + span.length)}
+        if stat.version and not stat.version.startswith("W/"):
+            options["if_match"] = f'"{stat.version}"'
+        result = self._ask("read", stat.path, lambda obstore: obstore.get(store, key, options=options))
+        if result is None:
+            raise ChangedError(f"{stat.path} was deleted while a version of it was read")
+        self._check(stat, span, result)
+        body = self._body(result, stat.path)
+        if len(body) != span.length:
+            raise DoubtfulError(f"{stat.path}: asked for {span.length} bytes, got {len(body)}")
+        landing.fill(body)
+
+    def _check(self, stat: Stat, span: Span, result: Any) -> None:
+        """Compares an answer's own facts with what was asked for, before a byte of it counts."""
+        found = self._fact(stat.path, result.meta)
+        if tuple(result.range) != (span.start, span.start + span.length):
+            raise DoubtfulError(f"{stat.path}: asked for {span}, got bytes {result.range}")
+        told = bool(stat.version and found.version)
+        changed = found.version != stat.version if told else found.mtime_s != stat.mtime_s
+        if changed or found.size != stat.size:
+            raise ChangedError(
+                f"{stat.path} changed: {stat.version or stat.mtime_s} is now {found.version or found.mtime_s}"
+            )
+
+    def _read_tail(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
+        store, key = self._place(path)
+        if not key:
+            return Outcome.GONE
+        options = {"range": {"suffix": length}}
+        try:
+            result = self._ask("tail", path, lambda obstore: obstore.get(store, key, options=options))
+        except DoubtfulError:
+            return self._read_tail_by_size(path, length)
+        if result is None:
+            return Outcome.GONE
+        stat = self._fact(path, result.meta)
+        start, stop = result.range
+        body = bytes(self._body(result, path))
+        if stop != stat.size or stop - start != min(length, stat.size) or len(body) != stop - start:
+            raise DoubtfulError(f"{path}: asked for the last {length} of {stat.size} bytes, got {start} to {stop}")
+        return stat, body
+
+    def _read_tail_by_size(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
+        """For empty objects (no range of them exists) and stores that do not know suffix ranges."""
+        stat = self._stat(path)
+        if not isinstance(stat, Stat) or stat.is_directory:
+            return Outcome.GONE
+        if not stat.size:
+            return stat, b""
+        span = Span(max(0, stat.size - length), min(length, stat.size))
+        data = bytearray(span.length)
+        self._read(stat, span, Landing([Buffer.of(data, writable=True)]))
+        return stat, bytes(data)
+
+    def _write(self, path: str, data: bytes | memoryview) -> Stat:
+        store, key = self._place(path)
+        size = memoryview(data).nbytes
+        result = self._ask("write", path, lambda obstore: obstore.put(store, key, data))
+        if result is None:
+            raise OriginError(f"{path}: there is no such bucket")
+        return Stat(path, size, str(result.get("e_tag") or "").strip('"'))
+
+    def _delete(self, paths: Sequence[str]) -> None:
+        by_store: dict[int, tuple[Any, list[str]]] = {}
+        for path in paths:
+            store, key = self._place(path)
+            by_store.setdefault(id(store), (store, []))[1].append(key)
+        for store, keys in by_store.values():
+            self._ask("delete", paths[0], partial(_delete_keys, store, keys))
+
+    def _ask(self, operation: str, path: str, call: Callable[[Any], T]) -> T | None:
+        """One request by obstore, counted, its faults translated; None for what does not exist."""
+        import obstore
+        from obstore.exceptions import BaseError
+
+        self._metrics.add("tiercache_origin_requests_total", operation=operation)
+        try:
+            return call(obstore)
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError, ValueError) as error:
+            _translate(error, path)
+
+    def _body(self, result: Any, path: str) -> Any:
+        from obstore.exceptions import BaseError
+
+        try:
+            body = result.bytes()
+        except (BaseError, OSError) as error:
+            _translate(error, path)
+        self._metrics.add("tiercache_origin_bytes_total", len(body))
+        return body
+
+    def _fact(self, path: str, meta: Any) -> Stat:
+        mtime = meta.get("last_modified")
+        mtime_s = mtime.timestamp() if mtime is not None and mtime.timestamp() > 0 else None
+        return Stat(path, meta["size"], str(meta.get("e_tag") or "").strip('"'), mtime_s)
+
+    def _place(self, path: str) -> tuple[Any, str]:
+        """(store, key) of a path."""
+        if self._options.scheme == "http":
+            parts = urlsplit(path)
+            if parts.query or parts.fragment:
+                raise OriginError(f"{path}: a query cannot be part of a path here")
+            return self._store(f"{parts.scheme}://{parts.netloc}"), unquote(parts.path).lstrip("/")
+        bucket, _, key = path.lstrip("/").partition("/")
+        return self._store(bucket), key
+
+    def _store(self, name: str) -> Any:
+        with self._lock:
+            if name in self._stores:
+                self._stores.move_to_end(name)
+                return self._stores[name]
+        store = self._connect(name)
+        with self._lock:
+            self._stores[name] = store
+            while len(self._stores) > STORES_MAX:
+                self._stores.popitem(last=False)
+        return store
+
+    def _connect(self, name: str) -> Any:
+        from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+        options = self._options
+        client = {
+            "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_S, self._attempt_s)),
+            "timeout": timedelta(seconds=self._attempt_s),
+            "read_timeout": timedelta(seconds=self._attempt_s * READ_TIMEOUT_SHARE),
+            "pool_max_idle_per_host": str(self._threads),
+        } | options.client
+        # Its own retries know neither our deadline nor our counters.
+        common: dict[str, Any] = {"client_options": client}
+        common["retry_config"] = {"max_retries": 0, "retry_timeout": timedelta(seconds=self._attempt_s)}
+        if options.credentials is not None:
+            common["credential_provider"] = options.credentials
+        if options.scheme == "http":
+            return HTTPStore.from_url(name, **common)
+        if options.scheme == "gs":
+            return GCSStore(name, **options.config, **common)
+        if options.scheme == "az":
+            return AzureStore(name, **options.config, **common)
+        config = options.config | ({"region": bucket_region(name)} if options.needs_region else {})
+        return S3Store(name, **config, **common)
+
+    def _list(self, path: str) -> list[Stat] | Outcome:
+        if self._options.scheme == "http":
+            raise OriginError(f"{path}: plain HTTP has no listings")
+        if not path:
+            raise OriginError("buckets cannot be listed: name one")
+        store, key = self._place(path)
+        found: Any = self._ask("list", path, lambda obstore: obstore.list_with_delimiter(store, key or None))
+        if found is None:
+            return Outcome.GONE
+        bucket = path.partition("/")[0]
+        rows = [Stat(f"{bucket}/{prefix}".rstrip("/"), 0, is_directory=True) for prefix in found["common_prefixes"]]
+        # The object "dir/" that some writers leave is the directory itself, not a child.
+        rows += [self._fact(f"{bucket}/{meta['path']}", meta) for meta in found["objects"] if meta["path"] != key]
+        if not rows and key:
+            return Outcome.GONE
+        return sorted(rows, key=lambda row: row.path)
+
+    async def list(self, path: str) -> list[Stat] | Outcome:
+        """See Origin."""
+        return await self._run(partial(self._list, path.strip("/")))
+
+
+class _Fork:
+    """Whether this process is a child forked after obstore was used: its threads are not here, and calls would hang."""
+
+    user = 0
+
+    @classmethod
+    def remember(cls) -> None:
+        cls.user = cls.user or os.getpid()
+
+
+def used_before_fork() -> bool:
+    """True in a child that was forked from a process where obstore was in use: use an fsspec filesystem there."""
+    return _Fork.user not in (0, os.getpid())
+
+
+def _delete_keys(store: Any, keys: Sequence[str], obstore: Any) -> None:
+    obstore.delete(store, list(keys))
+
+
+def _translate(error: BaseException, path: str) -> NoReturn:
+    """Raises what a caller can do something about, for an exception of obstore's."""
+    from obstore import exceptions
+
+    text = str(error)
+    first = text.split("\n", 1)[0]
+    if isinstance(error, exceptions.PreconditionError):
+        raise ChangedError(f"{path} changed while it was read") from error
+    if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)):
+        raise OriginError(f"{path}: the origin refused access ({first})") from error
+    if isinstance(error, exceptions.InvalidPathError):
+        raise OriginError(f"{path}: no such name can be asked for ({first})") from error
+    if any(word in text for word in NO_RANGES):
+        raise DoubtfulError(f"{path}: the origin ignored the range that was asked for") from error
+    if any(word in text for word in LIES):
+        raise DoubtfulError(f"{path}: {first}") from error
+    status = STATUS.search(first)
+    code = int(status[1]) if status else 0
+    if code in (429, 503):
+        raise ThrottledError(f"{path}: the origin is busy ({first})") from error
+    if code == 416:
+        raise DoubtfulError(f"{path}: there is no such range") from error
+    if 400 <= code < 500 and code != 408:
+        raise OriginError(f"{path}: {first}") from error
+    raise UnavailableError(f"{path}: {first}") from error

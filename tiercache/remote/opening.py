@@ -1,0 +1,114 @@
+"""Opening: which origin serves a protocol, from options in the style of its fsspec filesystem."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from tiercache.clock import system_random
+from tiercache.errors import ConfigError
+from tiercache.remote.retry import Patience, RetryingOrigin
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from random import Random
+
+    from tiercache.metrics import Metrics
+    from tiercache.origin import Origin
+
+OBJECT_PROTOCOLS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "http": "http"}
+OBJECT_PROTOCOLS |= {"https": "http"}
+LOCAL_PROTOCOLS = ("file", "local")
+LOCAL_OPTIONS = frozenset({"auto_mkdir", "skip_instance_cache", "use_listings_cache"})
+
+
+def open_origin(
+    protocol: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    filesystem: Any = None,
+    through: str = "",
+    patience: Patience | None = None,
+    metrics: Metrics | None = None,
+    random: Random | None = None,
+) -> Origin:
+    """An origin that retries within its deadline. Everything heavy is imported here, at the first use.
+
+    `options` are what `fsspec.filesystem(protocol, **options)` takes. `filesystem` is one that exists already; it is
+    used as it is. `through="fsspec"` asks for the filesystem where we have something faster. Object stores and HTTP
+    go through obstore when it is installed and can do what the options ask; else, and in a child forked after obstore
+    was used, through fsspec. Raises ConfigError for what cannot be opened.
+    """
+    from tiercache.remote.fsspec_origin import FsspecOrigin, LocalOrigin
+
+    patience = patience or Patience()
+    options = dict(options or {})
+    inner: Origin | None = None
+    if filesystem is not None:
+        identity = _identity(protocol, options or getattr(filesystem, "storage_options", {}) or {})
+        inner = FsspecOrigin(filesystem, identity, threads=patience.concurrency, metrics=metrics)
+    elif through == "fsspec":
+        pass
+    elif protocol in OBJECT_PROTOCOLS:
+        inner = _objects(OBJECT_PROTOCOLS[protocol], options, patience, metrics)
+    elif protocol in LOCAL_PROTOCOLS and not options.keys() - LOCAL_OPTIONS:
+        inner = LocalOrigin(threads=patience.concurrency, metrics=metrics)
+    if inner is None:
+        identity, fs = _identity(protocol, options), _filesystem(protocol, options)
+        inner = FsspecOrigin(fs, identity, owned=True, threads=patience.concurrency, metrics=metrics)
+    return RetryingOrigin(inner, patience, random or system_random(), metrics)
+
+
+def _objects(scheme: str, options: dict[str, Any], patience: Patience, metrics: Metrics | None) -> Origin | None:
+    """An origin over obstore, or None where the fsspec filesystem must do it."""
+    try:
+        import obstore  # noqa: F401  # asked for here, so that its absence is known now and not at the first read
+    except ImportError:
+        return None
+    from tiercache.remote.objects import ObjectOrigin, used_before_fork
+    from tiercache.remote.options import UNDERSTOOD, Unsupported
+
+    if used_before_fork():
+        return None
+    try:
+        found = UNDERSTOOD[scheme](options)
+    except Unsupported:
+        return None
+    return ObjectOrigin(found, attempt_s=patience.attempt_s, threads=patience.concurrency, metrics=metrics)
+
+
+def _filesystem(protocol: str, options: dict[str, Any]) -> Any:
+    import fsspec
+    from fsspec.asyn import AsyncFileSystem
+
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"no origin for {protocol}://: {error}") from error
+    own: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if issubclass(kind, AsyncFileSystem):
+        own["asynchronous"] = True
+    if OBJECT_PROTOCOLS.get(protocol) == "s3":
+        own["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | dict(options.get("config_kwargs") or {})
+    try:
+        fs = kind(**(options | own))
+    except TypeError as error:
+        raise ConfigError(f"options of {protocol}://: {error}") from error
+    if hasattr(fs, "retries"):
+        # Patience retries, within a deadline and counted; a second loop inside would multiply with it.
+        fs.retries = 1
+    return fs
+
+
+def _identity(protocol: str, options: Mapping[str, Any]) -> str:
+    """The same as over obstore where that understands the options, so that both share what is cached."""
+    from tiercache.remote.options import S3_IGNORED, UNDERSTOOD, Unsupported
+
+    understand = UNDERSTOOD.get(OBJECT_PROTOCOLS.get(protocol, ""))
+    if understand is not None:
+        try:
+            return understand(options).reader
+        except Unsupported:
+            pass
+    text = repr(sorted((str(k), repr(v)) for k, v in options.items() if k not in S3_IGNORED))
+    return f"{protocol}+{hashlib.sha256(text.encode()).hexdigest()[:16]}"
