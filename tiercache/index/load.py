@@ -27,8 +27,8 @@ CHUNK = 8192
 class Loaded(NamedTuple):
     """What became of the rows of one load.
 
-    `taken` rows are in the index now. `surplus`: locations of duplicates, of what has a copy in this tier already, and
-    of what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in the index:
+    `taken` rows are in the index now. `surplus`: locations of duplicates, of what has another copy in this tier
+    already, and of what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in the index:
     load them again when more was loaded; in the end the caller frees their locations.
     """
 
@@ -106,10 +106,11 @@ class _Loader:
         pages, ordinals = runs[group], self.facts.ordinals[rows].astype(np.int64)
         known = names.find_pages(pages, ordinals)
         new = self._new(rows, known, (pages << 32 | ordinals).view(np.uint64))
-        slots = self._slots(rows[new], Form.PAGE, width)
-        names.link_pages(slots, pages[new], ordinals[new])
-        self._settle(slots, rows[new])
-        for run in set(runs.tolist()) if not len(new) or len(new) < len(rows) else ():
+        if len(new):
+            slots = self._slots(rows[new], Form.PAGE, width)
+            names.link_pages(slots, pages[new], ordinals[new])
+            self._settle(slots, rows[new])
+        for run in set(runs[absent].tolist()) if len(new) < len(rows) else ():
             if not names.runs.counts[run]:  # no slot was left for its pages
                 names.runs.drop(run)
 
@@ -164,7 +165,9 @@ class _Loader:
         new: I64 = np.flatnonzero(wanted)[: columns.rows.room]
         taken = np.zeros(len(rows), bool)
         taken[new] = True
-        old = np.flatnonzero((known > 0) & first)
+        here = columns.location[self.tier].take(columns.payload.take(known))
+        taken |= (known > 0) & (here == self.facts.locations[rows])  # the same row once more
+        old = np.flatnonzero((known > 0) & first & ~taken)
         if len(old):
             slots = known[old]
             facts = self.facts
@@ -175,7 +178,7 @@ class _Loader:
             if len(joined):
                 taken[joined] = True
                 at = rows[joined]
-                self.entries.place(known[joined], self.tier, facts.locations[at], facts.parts[at])
+                self.entries.place(known[joined], self.tier, facts.locations[at], facts.parts[at], facts.ticks[at])
                 self.count += len(joined)
         self.surplus.append(self.facts.locations[rows[~taken]])
         return new

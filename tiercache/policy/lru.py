@@ -139,6 +139,10 @@ class LRU:
         order = np.lexsort((-self._depth[slots], found))
         self._queue, self._queue_ticks, self._next = slots[order], found[order], 0
 
+    def memory_bytes(self) -> int:
+        """Bytes in use, the queue of candidates included."""
+        return self._top * 4 + self._queue.nbytes + self._queue_ticks.nbytes
+
     def order(self, slots: Slots) -> npt.NDArray[np.uint32]:
         """See Policy."""
         ticks: npt.NDArray[np.uint32] = self.tick[slots]

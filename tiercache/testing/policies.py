@@ -146,6 +146,10 @@ class TwoQueues:
         first, main = self.first.order(slots), self.main.order(slots)
         return np.where(self.main.tick[slots] > 0, main // 2 + np.uint32(1 << 30), first // 4).astype(np.uint32)
 
+    def memory_bytes(self) -> int:
+        """Bytes in use, ghosts included."""
+        return self.first.memory_bytes() + self.main.memory_bytes() + self.ghosts.memory_bytes()
+
 
 class PlainLRU:
     """Least recently used by a dictionary: the definition of policy.lru.LRU."""
