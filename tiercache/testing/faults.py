@@ -33,7 +33,7 @@ class Fault(Enum):
 
     ERROR = "fails before anything was done"
     LATE_ERROR = "fails after everything was done, and nobody learns that it was"
-    NO_SPACE = "raises OSError(ENOSPC) before anything was done"
+    NO_SPACE = "fails for want of space before anything was done"
     DELAY = "takes longer"
     STALL = "hangs: a tier until it is cancelled, an origin until its deadline"
     FULL = "tier write: some items find no room"
@@ -116,7 +116,7 @@ class _Trouble:
             if fault is Fault.ERROR:
                 raise UnavailableError(f"injected: {operation} failed")
             if fault is Fault.NO_SPACE:
-                raise OSError(errno.ENOSPC, f"injected: no space for {operation}")
+                raise UnavailableError(errno.ENOSPC, f"injected: no space for {operation}")
             if fault is Fault.DELAY:
                 await asyncio.sleep(self.schedule.rng.uniform(0, self._delay_s))
             if fault is Fault.STALL:
@@ -230,6 +230,10 @@ class FaultyMemory(FaultyTier):
     """A faulty tier with the extent allocator port: reservations may find no room."""
 
     inner: Tier
+
+    @property
+    def entry_bytes_max(self) -> int:
+        return self._extents.entry_bytes_max
 
     def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
         refused = self.trouble.some(len(names)) if self.trouble.draw("reserve") is Fault.FULL else set()

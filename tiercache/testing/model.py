@@ -47,27 +47,37 @@ class ForgetfulDict:
     def __init__(self) -> None:
         self._values: dict[Hashable, set[bytes]] = {}
         self._expiries_s: dict[Hashable, float] = {}
+        self._buried: dict[Hashable, set[bytes]] = {}
         self._held: dict[int, _Held] = {}
         self._count = 0
 
-    def put(self, name: Hashable, value: bytes, *, expiry_s: float = 0.0) -> None:
+    def put(self, name: Hashable, value: bytes, *, expiry_s: float = 0.0, now_s: float = 0.0) -> None:
         """A put began: from now on `value` may be seen. `expiry_s` is a moment of the wall clock, 0 for never."""
-        if not self._values.get(name):
-            self._expiries_s.pop(name, None)
+        before_s = self._expiries_s.get(name, 0.0)
+        if before_s and now_s >= before_s:
+            self._values.pop(name, None)
+        if self._values.get(name):
+            # Which of the puts took effect is not known: the latest expiry is the one after which all must be gone.
+            expiry_s = max(before_s, expiry_s) if before_s and expiry_s else 0.0
         self._values.setdefault(name, set()).add(bytes(value))
-        if expiry_s:
-            # Which of several puts took effect is not known: the latest expiry is the one after which it must be gone.
-            self._expiries_s[name] = max(expiry_s, self._expiries_s.get(name, 0.0))
-        elif name in self._expiries_s:
-            del self._expiries_s[name]
+        self._expiries_s[name] = expiry_s
 
     def delete(self, name: Hashable) -> None:
         """A delete ended, with no put of the name running: nothing may be seen any more."""
-        self._values.pop(name, None)
+        self._buried.setdefault(name, set()).update(self._values.pop(name, ()))
         self._expiries_s.pop(name, None)
 
+    def flushed(self) -> None:
+        """A flush ended, with no delete running: a loss of memory will not undo the deletes before it."""
+        self._buried.clear()
+
     def forget(self) -> None:
-        """The cache was lost and opened again without its memory: any entry may be gone, none may be wrong."""
+        """The cache was lost and opened again: deletes that no flush made durable may be undone."""
+        for name, values in self._buried.items():
+            self._values.setdefault(name, set()).update(values)
+            # What comes back brings its own expiry, which is not known here any more.
+            self._expiries_s.pop(name, None)
+        self._buried.clear()
 
     def check(self, name: Hashable, answer: bytes | None, *, now_s: float = 0.0) -> None:
         """Raises ModelError unless a get of `name` may give this answer (None: a miss)."""
