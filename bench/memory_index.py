@@ -2,8 +2,8 @@
 
 Times are of Index alone with LRU in both tiers, hot, wall clock, medians; bench.memory adds Cache and Lease on top.
 Bytes an entry count every column, table and policy array up to the highest row that was ever written (LRU in the memory
-tier, 2Q with as many ghosts as entries in the SSD tier, a copy of everything in both). `resident_*` is the kernel's view of the same: growth
-of the process, which also counts whole pages of 4 KiB and allocator slack.
+tier, 2Q with as many ghosts as entries in the SSD tier, a copy of everything in both). `resident_*` is the kernel's
+view of the same: growth of the process, which also counts whole pages of 4 KiB and allocator slack.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class Loaded(NamedTuple):
     """What became of the rows of one load.
 
     `taken` rows are in the index now. `surplus`: locations of duplicates, of what has another copy in this tier
-    already, and of what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in the index:
-    load them again when more was loaded; in the end the caller frees their locations.
+    already, and of what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in
+    the index: load them again when more was loaded; in the end the caller frees their locations.
     """
 
     taken: int
