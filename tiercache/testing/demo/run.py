@@ -113,9 +113,9 @@ def _source(plan: Plan, watcher: Watcher) -> Iterator[Source]:
         origins.fill(store, folder, prefix)
         watcher.note(f"origin: {store.said}, at {store.url}; filled in {time.perf_counter() - start:.1f} s")
         options = store.s3_options()
-        direct = workload.Lake(f"s3://{origins.BUCKET}/{prefix}", "s3", {**options, **workload.BEST_S3FS}, primed=True)
+        direct = workload.direct("s3", f"{origins.BUCKET}/{prefix}", options)
         data = f"TPC-H scale factor {plan.scale:g}"
-        notes = ("direct is s3fs at its best: cache_type none (exact ranges), the folder listed once before the clock",)
+        notes = (f"direct is {workload.BEST_S3FS}; each query runs in a fresh DuckDB, with its defaults",)
         yield Source(store.said, data, tpch.queries(plan.scale), direct, options, store.counters, notes)
 
 
@@ -125,8 +125,7 @@ def _users_own(plan: Plan) -> Source:
     if not mark or not rest:
         raise ConfigError(f"--url {plan.url}: give a folder as PROTOCOL://PATH, such as s3://bucket/tables")
     options: dict[str, Any] = {"endpoint_url": plan.endpoint} if plan.endpoint else {}
-    best = workload.BEST_S3FS if protocol in ("s3", "s3a") else {}
-    direct = workload.Lake(plan.url.rstrip("/"), protocol, {**options, **best}, primed=True)
+    direct = workload.direct(protocol, rest.rstrip("/"), options)
     try:
         fs = workload.open_filesystem(direct)
         names = {path.rpartition("/")[2] for path in fs.ls(direct.prefix, detail=False)}  # type: ignore[union-attr]

@@ -71,6 +71,7 @@ class Counters:
 
     def _watch(self, fs: Any) -> None:
         """Counts what s3fs sends, through botocore's own events; other filesystems count as zero."""
+        fs = getattr(fs, "inner", fs)
         if not hasattr(fs, "connect"):
             return
         fs.connect()
