@@ -58,7 +58,7 @@ FAULTS = {
     "long_length": "bytes that nobody asked for after the body, with a Content-Length that agrees",
     "wrong_range": "a Content-Range one byte further on",
     "wrong_etag": "another ETag than the object's",
-    "ignore_range": "the whole object instead of the range",
+    "ignore_range": "the whole object instead of the range (a server that checks signatures refuses it)",
     "corrupt": "one byte of the body changed (nothing but a digest can tell)",
 }
 
