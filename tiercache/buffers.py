@@ -198,20 +198,22 @@ def copy_verified(source: Buffer, target: Buffer, part_bytes: int, parts: int, d
 
 def copy_range_verified(source: Buffer, target: Buffer, span: range, part_bytes: int, digests: bytes) -> bool:
     """Copies bytes `span` of the entry `source` to the start of `target`, and says whether every part it touches has
-    its digest. Each part is hashed whole, right before its share is copied out of the processor's cache. After
-    False the target is undefined."""
+    its digest. Parts are hashed whole, a step of them right before their share is copied out of the processor's
+    cache. After False the target is undefined."""
     if not span:
         return True
     start, stop = span.start, span.stop
     assert 0 <= start and stop <= source.length and stop - start <= target.length, (span, source.length, target.length)
     view, digest, length = source.view(), _digest, source.length
-    first, last = start // part_bytes, (stop - 1) // part_bytes
-    wanted = struct.unpack_from(f"<{last + 1 - first}Q", digests, first * 8)
-    for part in range(first, last + 1):
-        low, high = part * part_bytes, min(length, (part + 1) * part_bytes)
-        if digest(view[low:high]) != wanted[part - first]:
-            return False
-        begin, end = max(low, start), min(high, stop)
+    first, last = start // part_bytes, (stop - 1) // part_bytes + 1
+    wanted = struct.unpack_from(f"<{last - first}Q", digests, first * 8)
+    stride = max(1, STEP_BYTES // part_bytes)
+    for step in range(first, last, stride):
+        until = min(last, step + stride)
+        for part in range(step, until):
+            if digest(view[part * part_bytes : min(length, (part + 1) * part_bytes)]) != wanted[part - first]:
+                return False
+        begin, end = max(step * part_bytes, start), min(until * part_bytes, stop)
         move = _move if end - begin >= _SMALL_BYTES else _move_small
         move(target.address + begin - start, source.address + begin, end - begin)
     return True
