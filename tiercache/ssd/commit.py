@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.ssd import rows as codec
-from tiercache.ssd.recover import state_value
+from tiercache.ssd.recover import keys_of, state_value
 from tiercache.ssd.scan import read_segment_rows
 from tiercache.ssd.segments import LIVE, Life, Segment, Space
 
@@ -117,6 +117,9 @@ def merge_sealed(space: Space, rows: Rows) -> None:
         ripe = [s for s in space.segments.values() if _is_ripe(s)]
     for segment in ripe:
         found = read_segment_rows(rows, segment)
+        if not found.whole:
+            segment.merged = True  # what could be read must not replace what may be there
+            continue
         with space.lock:
             at = np.searchsorted(segment.blocks[: segment.count], found.table.columns["blocks"])
             table = found.table.take(segment.flags[at] == LIVE)
@@ -141,7 +144,7 @@ def empty(space: Space, rows: Rows, segment: Segment) -> None:
 
     Raises RowsError, and the segment stays what it was.
     """
-    dead = [key for key, _ in rows.scan(codec.rows_prefix(segment.number))]
+    dead = keys_of(rows, codec.rows_prefix(segment.number))
     rows.write([state_value(segment, Life.FREE)], dead)
     rows.sync()
     space.emptied(segment)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ROLLS_MAX = 4
 """A writer opens at most so many segments for one record; others may take the room before it."""
+SYNC_DEADLINES = 15
+"""A sync may take so many deadlines: it waits for all that was written before, and no reader waits for it."""
 GROWTH_PAUSE_S = 10.0
 """After the disk had no room for another segment, this long passes before the next try."""
 
@@ -221,15 +223,16 @@ class Disk:
         if self.pulse.health is Health.OFF:
             raise UnavailableError(f"the SSD tier is off: {self.pulse.reason}")
         task = asyncio.ensure_future(self._commit_up_to(self.space.changes))
+        deadline_s = SYNC_DEADLINES * self._deadline_s
         try:
-            done, _ = await asyncio.wait([task], timeout=self._deadline_s)
+            done, _ = await asyncio.wait([task], timeout=deadline_s)
         except asyncio.CancelledError:
             task.add_done_callback(_forget)
             raise
         if not done:
             task.add_done_callback(_forget)
-            self.pulse.hung(self._deadline_s)
-            raise UnavailableError(f"the disk did not sync within {self._deadline_s:g} s")
+            self.pulse.hung(deadline_s)
+            raise UnavailableError(f"the disk did not sync within {deadline_s:g} s")
         task.result()
 
     async def _commit_up_to(self, wanted: int) -> None:
@@ -300,6 +303,7 @@ class Disk:
             self.directory.rows.close()
         except RowsError:
             self.counters["rows_faults"] += 1
+        self.io.repair_rows(self.directory.rows_path, self.caps.rows_bytes)
         self.directory.rows = self.io.open_rows(self.directory.rows_path, self.caps.rows_bytes)
         self._rows_broken = False
 

@@ -14,7 +14,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from tiercache.clock import system_random
-from tiercache.ssd.meta import open_rocks
+from tiercache.ssd.meta import open_rocks, repair_rocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ class FileIO:
         """Gives the file its full size and reserves its blocks; ENOSPC if the disk cannot."""
         os.posix_fallocate(descriptor, 0, size_bytes)
 
-    def size_bytes(self, path: str) -> int:
+    def size_of(self, path: str) -> int:
         """Length of a file."""
         return os.stat(path).st_size
 
@@ -184,3 +184,7 @@ class FileIO:
     def open_rows(self, directory: str, budget_bytes: int) -> Rows:
         """Opens the store of facts rows. Raises RowsError if it is damaged."""
         return open_rocks(directory, budget_bytes)
+
+    def repair_rows(self, directory: str, budget_bytes: int) -> None:
+        """Saves what can be saved of a damaged store of rows. Raises RowsError."""
+        repair_rocks(directory, budget_bytes)

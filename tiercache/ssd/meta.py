@@ -102,6 +102,26 @@ def open_rocks(directory: str, budget_bytes: int) -> RocksRows:
     """Opens or makes the RocksDB of a tier, sized so that its files stay within `budget_bytes`."""
     import rocksdict
 
+    try:
+        return RocksRows(rocksdict.Rdict(directory, _options(budget_bytes)), rocksdict.WriteBatch)
+    except Exception as fault:
+        raise RowsError(f"rows in {directory} cannot be opened: {fault}") from fault
+
+
+def repair_rocks(directory: str, budget_bytes: int) -> None:
+    """Has RocksDB save what it can from a damaged directory; deleted rows may come back, which is harmless: each names
+    the life of its segment, and the records decide."""
+    import rocksdict
+
+    try:
+        rocksdict.Rdict.repair(directory, _options(budget_bytes))
+    except Exception as fault:
+        raise RowsError(f"rows in {directory} cannot be repaired: {fault}") from fault
+
+
+def _options(budget_bytes: int) -> Any:
+    import rocksdict
+
     write_buffer = max(256 << 10, min(16 << 20, budget_bytes // 8))
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
@@ -122,7 +142,4 @@ def open_rocks(directory: str, budget_bytes: int) -> RocksRows:
     table = rocksdict.BlockBasedOptions()
     table.set_block_cache(rocksdict.Cache(1 << 20))
     options.set_block_based_table_factory(table)
-    try:
-        return RocksRows(rocksdict.Rdict(directory, options), rocksdict.WriteBatch)
-    except Exception as fault:
-        raise RowsError(f"rows in {directory} cannot be opened: {fault}") from fault
+    return options

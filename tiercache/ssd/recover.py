@@ -154,7 +154,7 @@ def _open_locked(io: FileIO, path: str, caps: Caps, lock: int) -> Directory:
     format_path = os.path.join(path, "FORMAT")
     content = io.read_small(format_path)
     geometry = parse_format(content, path)
-    rows = _open_rows(io, path, caps, counters)
+    rows = open_rows_or_anew(io, path, caps, counters)
     try:
         copied = _read_copy(rows, path, counters)
         if geometry is None:
@@ -173,18 +173,38 @@ def _open_locked(io: FileIO, path: str, caps: Caps, lock: int) -> Directory:
         _adopt(io, directory)
         return directory
     except BaseException:
-        rows.close()
+        _close_quietly(rows)
         raise
 
 
-def _open_rows(io: FileIO, path: str, caps: Caps, counters: Counter[str]) -> Rows:
+def open_rows_or_anew(io: FileIO, path: str, caps: Caps, counters: Counter[str]) -> Rows:
+    """The rows; repaired if they are damaged, and empty if that fails."""
     rows_path = os.path.join(path, "rows")
     try:
+        rows = io.open_rows(rows_path, caps.rows_bytes)
+        try:
+            for _ in rows.scan(codec.SEGMENT_PREFIX):
+                pass
+            return rows
+        except RowsError:
+            _close_quietly(rows)
+            raise
+    except RowsError:
+        counters["rows_damaged"] += 1
+    try:
+        io.repair_rows(rows_path, caps.rows_bytes)
         return io.open_rows(rows_path, caps.rows_bytes)
     except RowsError:
         counters["rows_lost"] += 1
     io.remove_tree(rows_path)
     return io.open_rows(rows_path, caps.rows_bytes)
+
+
+def _close_quietly(rows: Rows) -> None:
+    try:
+        rows.close()
+    except RowsError:
+        return
 
 
 def _read_copy(rows: Rows, path: str, counters: Counter[str]) -> tuple[int, int] | None:
@@ -199,7 +219,7 @@ def _read_copy(rows: Rows, path: str, counters: Counter[str]) -> tuple[int, int]
 
 def _start_over(io: FileIO, path: str, caps: Caps, rows: Rows) -> Rows:
     """Nothing in the directory can be vouched for without its seed, or fits under the caps: begins anew."""
-    rows.close()
+    _close_quietly(rows)
     io.remove_tree(os.path.join(path, "rows"))
     segments = os.path.join(path, "segments")
     for name in io.names(segments):
@@ -210,9 +230,9 @@ def _start_over(io: FileIO, path: str, caps: Caps, rows: Rows) -> Rows:
 def _adopt(io: FileIO, directory: Directory) -> None:
     """Fills the space with the segments that state rows and files agree on, within the caps."""
     space, rows, counters = directory.space, directory.rows, directory.counters
-    states = _read_states(rows, counters)
+    states = read_states(rows, counters)
     gone: list[int] = []
-    files = _segment_files(io, directory.path)
+    files = segment_files(io, directory.path)
     for number, size in sorted(files.items()):
         state = states.pop(number, None)
         if size > space.segment_bytes or (size < space.segment_bytes and state is None):
@@ -232,7 +252,7 @@ def _adopt(io: FileIO, directory: Directory) -> None:
     gone += list(states)
     gone += _shrink(io, directory)
     if gone:
-        dead = [key for number in gone for key, _ in rows.scan(codec.rows_prefix(number))]
+        dead = [key for number in gone for key in keys_of(rows, codec.rows_prefix(number))]
         rows.write([], dead + [codec.segment_key(number) for number in gone])
     known = [segment.generation for segment in space.segments.values()]
     known += [_first_generation(io, directory, s) for s in space.segments.values() if not s.known]
@@ -240,7 +260,8 @@ def _adopt(io: FileIO, directory: Directory) -> None:
     _resume(directory)
 
 
-def _read_states(rows: Rows, counters: Counter[str]) -> dict[int, tuple[Life, int, int]]:
+def read_states(rows: Rows, counters: Counter[str]) -> dict[int, tuple[Life, int, int]]:
+    """(life, stream, generation) of each segment that has a state row; damaged rows are counted and left out."""
     states: dict[int, tuple[Life, int, int]] = {}
     try:
         for key, value in rows.scan(codec.SEGMENT_PREFIX):
@@ -255,13 +276,24 @@ def _read_states(rows: Rows, counters: Counter[str]) -> dict[int, tuple[Life, in
     return states
 
 
-def _segment_files(io: FileIO, path: str) -> dict[int, int]:
+def keys_of(rows: Rows, prefix: bytes) -> list[bytes]:
+    """Keys that start so, as far as they can be read."""
+    keys: list[bytes] = []
+    try:
+        keys += (key for key, _ in rows.scan(prefix))
+    except RowsError:
+        return keys
+    return keys
+
+
+def segment_files(io: FileIO, path: str) -> dict[int, int]:
+    """Length of each segment file there is."""
     folder = os.path.join(path, "segments")
     files: dict[int, int] = {}
     for name in io.names(folder):
         stem, dot, _ = name.partition(".seg")
         if dot and len(stem) == 8 and all(letter in "0123456789abcdef" for letter in stem):
-            files[int(stem, 16)] = io.size_bytes(os.path.join(folder, name))
+            files[int(stem, 16)] = io.size_of(os.path.join(folder, name))
     return files
 
 

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SegmentRows:
-    """What the rows say of one segment: facts, blocks of the dead, and how many rows of each there are."""
+    """What the rows say of one segment: facts, blocks of the dead, and how many rows of each there are.
+
+    `damaged` counts values that are not what was written; `complete` is False if the store failed to give all rows.
+    """
 
     table: codec.Table
     dead: npt.NDArray[np.uint32]
@@ -37,6 +40,12 @@ class SegmentRows:
     fact_rows: int
     stone_rows: int
     damaged: int
+    complete: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all that was ever said of the segment."""
+        return self.complete and not self.damaged
 
 
 def read_segment_rows(rows: Rows, segment: Segment) -> SegmentRows:
@@ -46,6 +55,7 @@ def read_segment_rows(rows: Rows, segment: Segment) -> SegmentRows:
     keys: list[bytes] = []
     order: npt.NDArray[np.uint32] | None = None
     facts = stones = damaged = 0
+    complete = True
     try:
         for key, value in rows.scan(codec.rows_prefix(segment.number, segment.generation)):
             keys.append(key)
@@ -65,11 +75,11 @@ def read_segment_rows(rows: Rows, segment: Segment) -> SegmentRows:
             elif letter == b"o":
                 order = np.frombuffer(body, "<u4").reshape(2, -1)
     except RowsError:
-        damaged += 1
+        complete = False
     table = codec.join(tables)
     if order is not None and len(table):
         _apply_order(table, order)
-    return SegmentRows(table, np.concatenate([np.zeros(0, np.uint32), *dead]), keys, facts, stones, damaged)
+    return SegmentRows(table, np.concatenate([np.zeros(0, np.uint32), *dead]), keys, facts, stones, damaged, complete)
 
 
 def _apply_order(table: codec.Table, order: npt.NDArray[np.uint32]) -> None:
@@ -94,7 +104,15 @@ class Recovery:
         self._generations = {segment: segment.generation for segment in segments}
         for segment in segments:
             if segment.life is Life.OPEN:
-                self._table(segment)
+                self._resume(segment)
+
+    def _resume(self, segment: Segment) -> None:
+        """A segment goes on being filled only if everything that was said of it is known: else it could lie where new
+        records would go."""
+        space = self._directory.space
+        damage = self._directory.counters["rows_damaged"]
+        if self._table(segment) is None or self._directory.counters["rows_damaged"] != damage:
+            space.seal(segment)
 
     def scan(self) -> Iterator[Facts]:
         """Facts of what lives, a segment at a time, most recently written first. A second scan reads anew."""
@@ -113,6 +131,15 @@ class Recovery:
                 yield table.facts(self._locations(segment, table))
         with self._lock:
             self._tables.clear()
+            for segment in self._segments:
+                self._give_up(segment)
+
+    def _give_up(self, segment: Segment) -> None:
+        """A segment whose rows cannot be read even now costs hits: its space is used again, but last of all."""
+        with self._directory.space.lock:
+            if not segment.loaded and segment.generation == self._generations[segment]:
+                self._directory.counters["segments_lost"] += 1
+                segment.loaded, segment.known = True, False
 
     def find(self, names: Sequence[Name]) -> Facts:
         """Facts of those of `names` that are there, the newest record of each, while a scan may still be under way."""
@@ -155,7 +182,9 @@ class Recovery:
             if segment.generation != self._generations[segment]:
                 return None
             found = read_segment_rows(self._directory.rows, segment)
-            self._directory.counters["rows_damaged"] += found.damaged
+            self._directory.counters["rows_damaged"] += found.damaged + (not found.complete)
+            if not found.complete:
+                return None
             with self._directory.space.lock:
                 if segment.life is Life.FREE or segment.generation != self._generations[segment]:
                     return None

@@ -67,7 +67,7 @@ class Segment:
     stream: int = WRITES
     descriptor: int = -1
     known: bool = True
-    """False where a file was found without a state row: used last, so that fsck can still revive what it holds."""
+    """False where rows may be lost that speak of this file: used last, so that fsck can still revive what it holds."""
     loaded: bool = True
     """False while recovery has not read the rows of this segment."""
     tail: int = 0
@@ -98,7 +98,7 @@ class Segment:
         """Takes room at the tail; answers the block."""
         if self.count == len(self.blocks):
             self.blocks, self.lengths, self.parts, self.flags = (
-                np.concatenate([column, np.zeros_like(column)])
+                np.concatenate([column, np.zeros(max(64, len(column)), column.dtype)])
                 for column in (self.blocks, self.lengths, self.parts, self.flags)
             )
         index, block = self.count, self.tail
@@ -127,6 +127,8 @@ class Segment:
         self.live_blocks = int(self.lengths[live].sum())
         if self.count:
             self.tail = max(self.tail, int(self.blocks[-1]) + int(self.lengths[-1]))
+        if len(dead):  # a tombstone must not fall on a record that is yet to come
+            self.tail = max(self.tail, int(dead.max()) + 1)
         self.loaded = True
         return live
 
@@ -212,13 +214,14 @@ class Space:
             known = min((s for s in free if s.known), key=lambda s: s.number, default=None)
             if known is not None:
                 return self._claim(known)
-            dead = [s for s in self.segments.values() if self._is_dead(s)]
+            dead = [s for s in self.segments.values() if self._is_dead(s) and s.known]
             if dead:
                 return self._claim(min(dead, key=lambda s: s.generation))
             if self._creatable():
                 number = next(n for n in range(self.segments_max) if n not in self.segments and n not in self.taken)
                 return self._claim(Segment(number))
-            return self._claim(min(free, key=lambda s: s.number)) if free else None
+            last = [s for s in self.segments.values() if self._is_dead(s)] or free
+            return self._claim(min(last, key=lambda s: s.generation)) if last else None
 
     def _claim(self, segment: Segment) -> Segment:
         self.segments.pop(segment.number, None)
@@ -248,6 +251,13 @@ class Space:
             self.open[stream] = segment
             self.states[segment] = None
             self.changes += 1
+
+    def seal(self, segment: Segment) -> None:
+        """An open segment is filled no further."""
+        with self.lock:
+            segment.life = Life.SEALED
+            self.states[segment] = None
+            self.open = [None if other is segment else other for other in self.open]
 
     def emptied(self, segment: Segment) -> None:
         """Nothing of this segment is wanted any more and its rows are gone durably: its file may be used again."""
