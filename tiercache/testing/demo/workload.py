@@ -64,6 +64,8 @@ def open_filesystem(lake: Lake) -> Any | None:
     from tiercache.testing.demo import peer
 
     fs = fsspec.filesystem(lake.protocol, skip_instance_cache=True, **lake.options)
+    if hasattr(fs, "mount"):
+        fs.mount  # noqa: B018  # opens the directory now, as s3fs below opens its session, and not on the first query's time
     if lake.primed:
         fs.ls(lake.prefix.removeprefix(peer.MARK), detail=True)
     return peer.Peer(fs, stateless=lake.stateless) if lake.prefix.startswith(peer.MARK) else fs
