@@ -7,6 +7,7 @@ that the first hit after a restart need not wait for the last row.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tiercache.cache.tasks import Tasks
     from tiercache.cache.tiers import Tiers
     from tiercache.model import Name
+
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -121,9 +125,15 @@ class Recovery:
         if self.done or not isinstance(ssd, Findable):
             return
         lacking = [name for name, there in zip(names, self._tiers.index.contains(names), strict=True) if not there]
-        if lacking:
-            facts = await ssd.find(lacking)
-            self._load(facts)
+        if not lacking:
+            return
+        try:
+            async with asyncio.timeout(self._tiers.settings.ssd_deadline_s):
+                facts = await ssd.find(lacking)
+        except OSError as error:  # a timeout too: what the disk cannot tell in time is a miss
+            log.warning("the SSD tier could not be asked for %d names while it recovers (%r)", len(lacking), error)
+            return
+        self._load(facts)
 
 
 def _rows(facts: Facts, rows: npt.NDArray[np.int64]) -> Facts:
