@@ -145,7 +145,7 @@ class Index:
         with self.lock:
             self._slots.pin[rows] += 1
             self._pins += 1
-        return Match(rows, Pin(rows))
+        return Match(rows, Pin(rows, reserved=True))
 
     def hit_few(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> tuple[list[int], list[int]] | None:
         """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and their places in memory; None
@@ -413,12 +413,11 @@ class Index:
     def unsaved(self) -> I64:
         """Readable slots with parts in memory that the SSD lacks, oldest slot number first."""
         slots = self._slots
-        with self.lock:
-            top = slots.rows.top
-            rows = slots.payload[:top]
-            lacking = slots.parts[TierId.MEMORY].take(rows) & ~slots.parts[TierId.SSD].take(rows)
-            here = (slots.where[:top] & (1 << TierId.MEMORY)) != 0
-            return np.flatnonzero(here & (lacking != 0) & (slots.state[:top] >= RESIDENT))
+        top = slots.rows.top  # no lock: what was placed before this call is seen, and begin_move judges the rest
+        rows = slots.payload[:top]
+        lacking = slots.parts[TierId.MEMORY].take(rows) & ~slots.parts[TierId.SSD].take(rows)
+        here = (slots.where[:top] & (1 << TierId.MEMORY)) != 0
+        return np.flatnonzero(here & (lacking != 0) & (slots.state[:top] >= RESIDENT))
 
     def residents(self, tier: TierId) -> I64:
         """All slots with a copy in a tier."""

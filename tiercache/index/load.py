@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
 
     `taken` rows are in the index now. `surplus`: locations of duplicates, of what has another copy in this tier
     already, and of what found no slot: the caller frees them. `waiting`: numbers of block rows whose parent is not in
-    the index: load them again when more was loaded; in the end the caller frees their locations.
+    the index, by depth: load them again when more was loaded; in the end the caller frees their locations.
     """
 
     taken: int
@@ -97,22 +97,30 @@ class _Loader:
         heads, group = words[change], np.cumsum(change) - 1
         runs = names.runs.find_many(heads, width)
         absent = np.flatnonzero(runs == 0)
-        if len(absent):
-            _, first, again = np.unique(folds(heads[absent]), return_index=True, return_inverse=True)
-            if not (heads[absent] == heads[absent][first][again]).all():  # one in 2**64: row by row then
-                again = np.arange(len(absent))
-                first = again[:1]
-            runs[absent] = names.runs.add_many(heads[absent[first]], width)[again]
+        runs[absent] = self._new_runs(heads[absent], width)
         pages, ordinals = runs[group], self.facts.ordinals[rows].astype(np.int64)
         known = names.find_pages(pages, ordinals)
+        known[pages == 0] = -1
         new = self._new(rows, known, (pages << 32 | ordinals).view(np.uint64))
         if len(new):
             slots = self._slots(rows[new], Form.PAGE, width)
             names.link_pages(slots, pages[new], ordinals[new])
             self._settle(slots, rows[new])
         for run in set(runs[absent].tolist()) if len(new) < len(rows) else ():
-            if not names.runs.counts[run]:  # no slot was left for its pages
+            if run and not names.runs.counts[run]:  # no slot was left for its pages
                 names.runs.drop(run)
+
+    def _new_runs(self, words: U64, width: int) -> I64:
+        """A run for each key, of which some are equal; 0 for those that come when there are no slots left anyway."""
+        _, first, which = np.unique(folds(words), return_index=True, return_inverse=True)
+        same = (words == words[first][which]).all(
+            axis=1
+        )  # two keys with one fold, once in 2**64: the later is left out
+        oldest = np.sort(first)[: self.entries.slots.rows.room]
+        runs = np.zeros(len(words), np.int64)
+        runs[oldest] = self.entries.names.runs.add_many(words[oldest], width)
+        runs[same] = runs[first[which[same]]]
+        return runs
 
     def take_blocks(self, rows: I64) -> I64:
         """Blocks, in ascending depth. Answers those whose parent is missing."""
