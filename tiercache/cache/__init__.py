@@ -535,8 +535,9 @@ class Cache:
         tiers, settings = self.tiers, self.settings
         status = tiers.memory.status()
         over = bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark)
+        count = 1
         while over > 0:
-            victims = tiers.index.victims(TierId.MEMORY, PRESSURE_BATCH)
+            victims = tiers.index.victims(TierId.MEMORY, count)
             if not len(victims):
                 return
             facts = tiers.index.facts(victims)
@@ -550,6 +551,7 @@ class Cache:
             if not freed:
                 return
             over -= freed
+            count = max(1, min(PRESSURE_BATCH, over * len(victims) // freed))
 
 
 def _check_room(item: int, entry_bytes: int, target_bytes: int) -> None:

@@ -141,10 +141,14 @@ class Filling:
             for parts, shares in ((int(plan.ssd[i]), from_ssd), (int(plan.origin[i]), from_origin)):
                 if mine := parts & join.mine:
                     shares.append((int(i), Share(slot, mine, location, self.flights.begin(slot, mine))))
-        if from_ssd:
-            self._begin_ssd(from_ssd, facts.ssd_location, distrusted)
-        if from_origin and load is not None:
-            self._begin_origin(from_origin, load)
+        try:
+            if from_ssd:
+                self._begin_ssd(from_ssd, facts.ssd_location, distrusted)
+            if from_origin and load is not None:
+                self._begin_origin(from_origin, load)
+        except BaseException as fault:  # announced, and not begun: nobody may wait for it
+            self._finish([share for _, share in from_ssd + from_origin], fault)
+            raise
         return waits + [share.future for _, share in from_ssd + from_origin]
 
     def _places(
