@@ -6,14 +6,19 @@ import asyncio
 import errno
 import os
 import random
+import select
 import sys
 import threading
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tiercache.buffers import Buffer, part_digests
+from tiercache.cpu import arena as arena_module
+from tiercache.cpu import freespace
+from tiercache.cpu import segment as segment_module
 from tiercache.cpu.arena import Arena
 from tiercache.cpu.prefault import Prefault
 from tiercache.cpu.tier import MemoryTier
@@ -23,6 +28,7 @@ from tiercache.tier import Want
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
 MIB = 1 << 20
 
@@ -82,6 +88,17 @@ def test_nothing_leaks_over_many_reserves() -> None:
     arena.release(held)
     assert sum(len(s._chunks) for s in arena.segments) == table_bytes
     assert arena.used_bytes == sum(4096 + len(s._chunks) * s.chunk_pages * 4096 for s in arena.segments)
+    arena.close()
+
+
+@pytest.mark.parametrize("size", [499_712, 562_176, 1_124_352, MIB])
+def test_little_of_the_cap_is_not_payload(size: int) -> None:
+    """Headers, tables and rounding together, at real block sizes: at most 5 % of 256 MiB."""
+    arena = Arena(256 * MIB)
+    count = 0
+    while arena.reserve([shape(size)])[0] >= 0:
+        count += 1
+    assert count * size >= 0.95 * 256 * MIB, count * size / (256 * MIB)
     arena.close()
 
 
@@ -152,14 +169,12 @@ def test_without_memory_files_everything_else_works() -> None:
 
 
 def test_no_memory_for_a_segment_is_full_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiercache.cpu import segment
-
     def refuse(name: str, size_bytes: int) -> int:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     tier = MemoryTier(MIB)
     with monkeypatch.context() as patch:
-        patch.setattr(segment, "_memory_file", refuse)
+        patch.setattr(segment_module, "_memory_file", refuse)
         assert tier.reserve([Name(bytes(16))], [1], [4096]) == [Outcome.FULL]
         assert "Cannot allocate memory" in tier.status().reason
     assert tier.reserve([Name(bytes(16))], [1], [4096])[0] >= 0
@@ -249,6 +264,61 @@ def test_a_copy_that_loses_its_extent_is_a_miss(verify: bool) -> None:
     assert wrong == []
     assert Outcome.HIT in seen and Outcome.MISS in seen
     asyncio.run(tier.close())
+
+
+@pytest.mark.slow
+def test_threads_reserve_and_release_without_losing_a_page() -> None:
+    """Extents that threads hold at once never overlap, and afterwards every page is back.
+
+    The threads give the interpreter away at random lines of the arena and of the free space, which a switch interval
+    alone does not bring about often enough.
+    """
+    arena = Arena(4 * MIB, segment_bytes=MIB)
+    wrong: list[object] = []
+    barrier = threading.Barrier(4, timeout=10)
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        held: list[int] = []
+        for turn in range(120):
+            if turn % 30 == 29:
+                barrier.wait()  # all hold what they hold: compare
+                mine = [(arena.need(at).span.address, at) for at in held]
+                spans.extend((address, len(arena.need(at).span)) for address, at in mine)
+                if barrier.wait() == 0:
+                    ordered = sorted(spans)
+                    wrong.extend(pair for pair in pairwise(ordered) if pair[0][0] + pair[0][1] > pair[1][0])
+                    spans.clear()
+                barrier.wait()
+            held += [at for at in arena.reserve([shape(rng.randrange(1, 60_000), 4096)]) if at >= 0]
+            rng.shuffle(held)
+            while len(held) > 12:
+                arena.release([held.pop()])
+        arena.release(held)
+
+    spans: list[tuple[int, int]] = []
+    files = {freespace.__file__, arena_module.__file__, segment_module.__file__}
+    dice = random.Random(1)
+
+    def step(frame: FrameType, event: str, _: object) -> object:
+        if frame.f_code.co_filename not in files:
+            return None
+        if dice.random() < 0.1:
+            select.select([], [], [], 1e-5)  # long enough for another thread to take over
+        return step
+
+    threading.settrace(step)  # type: ignore[arg-type]
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        threading.settrace(None)
+    assert wrong == []
+    assert arena.used_bytes == sum(4096 + len(s._chunks) * s.chunk_pages * 4096 for s in arena.segments)
+    arena.close()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tiercache.testing.tiers import MIB, SHAPES, Item, item, store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
 
@@ -105,6 +106,50 @@ def test_damaged_rows_are_left_out() -> None:
             end = found.offset + found.length
 
 
+@pytest.mark.slow
+def test_at_every_line_the_table_shows_only_whole_extents(tier: MemoryTier) -> None:
+    """As if the process were killed before each line of the tier, arena and segment that a churn executes."""
+    items = [item(seed, 9_000 + seed, 512 if seed % 3 else 4096, None if seed % 2 else 0b11) for seed in range(12)]
+    expected = {one.payload.name: one.payload for one in items}
+    asyncio.run(store(tier, [item(99, 1)]))
+    memory = mapped(tier)
+    files = {layout.__file__.replace("layout", name) for name in ("tier", "arena", "segment")}
+    lines: set[tuple[str, int]] = set()
+    wrong: list[object] = []
+
+    def step(frame: FrameType, event: str, _: object) -> object:
+        if frame.f_code.co_filename not in files:
+            return None
+        sys.settrace(None)
+        lines.add((frame.f_code.co_name, frame.f_lineno))
+        for one in layout.read_table(memory):
+            span = Buffer.of(memory).slice(one.offset, one.payload.size)
+            payload = expected.get(one.payload.name)
+            partly = payload is not None and one.payload == payload
+            good = verify_parts(span, one.payload.part_bytes, one.payload.parts, one.payload.digests)
+            if payload is not None and not (partly and good):
+                wrong.append((frame.f_code.co_name, frame.f_lineno, partly, good))
+        sys.settrace(step)  # type: ignore[arg-type]
+        return step
+
+    async def churn() -> None:
+        rng, held = random.Random(1), list[int]()
+        for _ in range(14):
+            held += await store(tier, rng.sample(items, 2))
+            rng.shuffle(held)
+            while len(held) > 5:
+                tier.free([held.pop()])
+
+    before = sys.gettrace()
+    sys.settrace(step)  # type: ignore[arg-type]
+    try:
+        asyncio.run(churn())
+    finally:
+        sys.settrace(before)
+    assert wrong == []
+    assert len({name for name, _ in lines} & {"make_row", "drop_row", "add_parts", "_write"}) == 4, lines
+
+
 CHURN = """
 import asyncio, random, sys
 from tiercache.cpu.tier import MemoryTier
@@ -112,10 +157,11 @@ from tiercache.testing.tiers import item, store
 
 async def main():
     tier = MemoryTier(8 << 20)
-    items = [item(seed, 150_000 + seed * 7, 4096 if seed % 3 else 65_536, None if seed % 2 else 0b11) for seed in range(40)]
+    items = [
+        item(seed, 150_000 + seed * 7, 4096 if seed % 3 else 65_536, None if seed % 2 else 0b11) for seed in range(40)
+    ]
     held = []
     rng = random.Random(int(sys.argv[1]))
-    print(tier.arena.segments[0].fd if tier.arena.segments else 0, flush=True) if held else None
     turn = 0
     while True:
         held += [at for at in await store(tier, rng.sample(items, 3)) if at >= 0]
@@ -137,8 +183,8 @@ def test_a_killed_owner_leaves_only_whole_extents() -> None:
     """Processes are killed while they write and free; what their tables show has the bytes that its digests name."""
     expected: dict[Name, Item] = {}
     for seed in range(40):
-        one = item(seed, 150_000 + seed * 7, 4096 if seed % 3 else 65_536, None if seed % 2 else 0b11)
-        expected[one.payload.name] = one
+        made = item(seed, 150_000 + seed * 7, 4096 if seed % 3 else 65_536, None if seed % 2 else 0b11)
+        expected[made.payload.name] = made
     for kill in range(4):
         with subprocess.Popen([sys.executable, "-c", CHURN, str(kill)], stdout=subprocess.PIPE, text=True) as owner:
             assert owner.stdout is not None

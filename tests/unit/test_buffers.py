@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 from collections import deque
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -52,9 +53,9 @@ def test_of_refuses_what_it_cannot_span() -> None:
 
 def test_of_wide_items_counts_bytes() -> None:
     wide = np.arange(6, dtype=np.int64).reshape(2, 3)
-    assert bytes(Buffer.of(wide)) == wide.tobytes()
+    assert bytes(Buffer.of(wide.data)) == wide.tobytes()
     wide.flags.writeable = False
-    assert bytes(Buffer.of(wide)) == wide.tobytes()
+    assert bytes(Buffer.of(wide.data)) == wide.tobytes()
 
 
 def test_a_buffer_keeps_its_memory() -> None:
@@ -107,7 +108,7 @@ def test_runs_are_the_set_bits() -> None:
         parts = rng.getrandbits(64) & (rng.getrandbits(64) | -rng.randrange(2))
         found = list(runs(parts))
         assert [i for first, last in found for i in range(first, last)] == [i for i in range(64) if parts >> i & 1]
-        assert all(a[1] < b[0] for a, b in zip(found, found[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in pairwise(found))
     assert list(runs((1 << 64) - 1)) == [(0, 64)] and list(runs(0)) == []
 
 
@@ -148,7 +149,9 @@ def test_partial_copies_leave_the_rest_alone() -> None:
         expected = bytearray(b"\x33" * size)
         for part in range(62):
             if parts >> part & 1:
-                expected[part * part_bytes : (part + 1) * part_bytes] = data[part * part_bytes : (part + 1) * part_bytes]
+                expected[part * part_bytes : (part + 1) * part_bytes] = data[
+                    part * part_bytes : (part + 1) * part_bytes
+                ]
         for verified in (True, False):
             target = bytearray(b"\x33" * size)
             if verified:
@@ -165,7 +168,7 @@ def test_an_export_ends_with_its_last_view() -> None:
     array = exported(Buffer.of(memory), lambda: gone.append(1))
     tail = array[2:]
     wide = tail.view(np.uint16)[1:].reshape(1, -1)
-    view = memoryview(wide.T)
+    view = wide.T.data
     del array, tail
     assert not gone
     del wide
@@ -189,12 +192,12 @@ def test_an_export_ends_in_whatever_holds_it_last() -> None:
         return exported(Buffer.of(memory), lambda: gone.append(name))
 
     held: list[object] = [
-        pickle.PickleBuffer(export("pickle")),
+        pickle.PickleBuffer(export("pickle").data),
         np.from_dlpack(exported(Buffer.of(memory), lambda: gone.append("dlpack"), writable=True)),
-        memoryview(export("memoryview"))[1:].cast("B").toreadonly(),
+        export("memoryview").data[1:].cast("B").toreadonly(),
         iter(export("iterator")),
-        Buffer.of(export("buffer")).slice(1, 2),
-        Buffer.of(export("view")).slice(1, 2).view(),
+        Buffer.of(export("buffer").data).slice(1, 2),
+        Buffer.of(export("view").data).slice(1, 2).view(),
         np.frombuffer(export("frombuffer"), np.uint32),
         export("empty")[:0],
     ]
@@ -228,7 +231,7 @@ def test_exports_are_read_only_for_good() -> None:
         array[0] = 1
     with pytest.raises(ValueError, match="WRITEABLE"):
         array.flags.writeable = True
-    assert memoryview(array).readonly
+    assert array.data.readonly
     memory = bytearray(8)
     exported(Buffer.of(memory), lambda: None, writable=True)[0] = 7
     assert memory[0] == 7
@@ -256,8 +259,13 @@ def test_the_owner_lives_as_long_as_the_export() -> None:
 def test_large_copies_release_the_interpreter() -> None:
     """Another thread runs during a copy, while nothing else makes this one give the interpreter away."""
     source, target = Buffer.of(bytearray(32 << 20)), Buffer.of(bytearray(32 << 20))
-    go, ran = threading.Event(), []
-    thread = threading.Thread(target=lambda: (go.wait(), ran.append(1)))
+    go, ran = threading.Event(), list[int]()
+
+    def run() -> None:
+        go.wait()
+        ran.append(1)
+
+    thread = threading.Thread(target=run)
     thread.start()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(60)
