@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat as stat_bits
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import numpy as np
 
 from tiercache.buffers import Buffer
-from tiercache.errors import ChangedError, ClosedError, OriginError, TierCacheError, UnavailableError
+from tiercache.errors import ChangedError, OriginError, TierCacheError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.origin import Span, Stat
-from tiercache.remote.landing import Landing, in_thread
+from tiercache.remote.landing import Landing, Threads
 from tiercache.remote.retry import DoubtfulError, ThrottledError
 
 if TYPE_CHECKING:
@@ -46,12 +45,10 @@ class FsspecOrigin:
         self._fs = fs
         self._owned = owned
         self._metrics = metrics if metrics is not None else Metrics()
-        # Twice: calls that were given up may hold a thread for a while yet.
-        self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="tiercache-origin")
+        self._threads = Threads(threads)
         self._on_loop = bool(getattr(fs, "async_impl", False) and getattr(fs, "asynchronous", False))
         protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
         self._matches = self._on_loop and (protocol in ("http", "https") or hasattr(fs, "_call_s3"))
-        self._closed = False
 
     async def stat(self, paths: Sequence[str]) -> list[Stat | Outcome]:
         """See Origin."""
@@ -106,11 +103,7 @@ class FsspecOrigin:
 
     async def close(self) -> None:
         """See Origin. Connections are ended when the filesystem was made for this origin alone (`owned`)."""
-        if self._closed:
-            return
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if not self._owned or not self._on_loop:
+        if not self._threads.close() or not self._owned or not self._on_loop:
             return
         # fsspec has no call for this on the running loop; its filesystems keep their session under one of these names.
         if getattr(self._fs, "_s3creator", None) is not None and getattr(self._fs, "_s3", None) is not None:
@@ -153,11 +146,10 @@ class FsspecOrigin:
         if self._on_loop:
             return await self._guard(operation, path, partial(getattr(self._fs, "_" + name), *arguments, **more))
         work = partial(getattr(self._fs, name), *arguments, **more)
-        return await self._guard(operation, path, lambda: in_thread(self._pool, work))
+        return await self._guard(operation, path, lambda: self._threads.run(work))
 
     async def _guard(self, operation: str, path: str, call: Callable[[], Any]) -> Any:
-        if self._closed:
-            raise ClosedError("the origin was closed")
+        self._threads.check()
         self._metrics.add("tiercache_origin_requests_total", operation=operation)
         try:
             return await call()
@@ -202,8 +194,7 @@ class LocalOrigin:
     def __init__(self, *, threads: int = 8, metrics: Metrics | None = None) -> None:
         self.identity = f"file+{os.getuid()}"
         self._metrics = metrics if metrics is not None else Metrics()
-        self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="tiercache-origin")
-        self._closed = False
+        self._threads = Threads(threads)
 
     async def stat(self, paths: Sequence[str]) -> list[Stat | Outcome]:
         """See Origin."""
@@ -234,15 +225,13 @@ class LocalOrigin:
 
     async def close(self) -> None:
         """See Origin."""
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def _run(self, operation: str, path: str, work: Callable[[], T]) -> T:
-        if self._closed:
-            raise ClosedError("the origin was closed")
+        self._threads.check()
         self._metrics.add("tiercache_origin_requests_total", operation=operation)
         try:
-            return await in_thread(self._pool, work)
+            return await self._threads.run(work)
         except OSError as error:
             translate(error, path)
 

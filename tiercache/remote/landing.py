@@ -1,16 +1,18 @@
-"""Landing: where bytes that a thread received are copied to the targets of a read, unless that read has ended."""
+"""Landing: where bytes that a thread received are copied to the targets of a read; and the threads of an origin."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from tiercache.buffers import Buffer, copy
+from tiercache.errors import ClosedError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Executor
 
 T = TypeVar("T")
 
@@ -45,6 +47,32 @@ class Landing:
             self._over = True
 
 
-async def in_thread(executor: Executor, work: Callable[[], T]) -> T:
-    """The result of `work` in a thread of `executor`; when the waiting is cancelled, the thread is left to itself."""
-    return await asyncio.get_running_loop().run_in_executor(executor, work)
+class Threads:
+    """The threads of one origin. Calls that were given up may hold one until they end by themselves."""
+
+    def __init__(self, count: int) -> None:
+        # Twice: so that given up calls do not stand in the way of new ones at once.
+        self._pool = ThreadPoolExecutor(2 * count, thread_name_prefix="tiercache-origin")
+        self._process = os.getpid()
+        self._closed = False
+
+    def check(self) -> None:
+        """Raises unless calls can be made here and now."""
+        if self._closed:
+            raise ClosedError("the origin was closed")
+        if self._process != os.getpid():
+            # Threads and connections stayed with the parent: waiting for them would never end.
+            raise UnavailableError("the origin was opened before this process was forked: open it again")
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of `work`; when the waiting is cancelled, its thread is left to itself."""
+        self.check()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> bool:
+        """Takes no more work; False when it was closed before. Does not wait."""
+        if self._closed:
+            return False
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return True

@@ -10,7 +10,6 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tiercache.buffers import Buffer
-from tiercache.errors import ChangedError, ClosedError, OriginError, UnavailableError
+from tiercache.errors import ChangedError, OriginError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.origin import Span, Stat
-from tiercache.remote.landing import Landing, in_thread
+from tiercache.remote.landing import Landing, Threads
 from tiercache.remote.options import StoreOptions, bucket_region
 from tiercache.remote.retry import DoubtfulError, ThrottledError
+from tiercache.remote.split import InexpressibleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,17 +56,15 @@ class ObjectOrigin:
         self._options = options
         self._attempt_s = attempt_s
         self._metrics = metrics if metrics is not None else Metrics()
-        # Twice: requests that were given up may hold a thread for a while yet.
-        self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="tiercache-origin")
-        self._threads = threads
+        self._threads = Threads(threads)
+        self._idle_max = threads
         self._stores: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self._closed = False
         _Fork.remember()
 
     async def stat(self, paths: Sequence[str]) -> list[Stat | Outcome]:
         """See Origin. A path that is no object but has some below it is a directory."""
-        return [await self._run(partial(self._stat, path)) for path in paths]
+        return [await self._threads.run(partial(self._stat, path)) for path in paths]
 
     async def read(self, stat: Stat, span: Span, targets: Sequence[Buffer]) -> None:
         """See Origin."""
@@ -74,36 +72,30 @@ class ObjectOrigin:
             return
         landing = Landing(targets)
         try:
-            await self._run(partial(self._read, stat, span, landing))
+            await self._threads.run(partial(self._read, stat, span, landing))
         finally:
             landing.end()
 
     async def read_tail(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
         """See Origin. A store that knows no suffix ranges costs a HEAD more."""
-        return await self._run(partial(self._read_tail, path, max(1, length)))
+        return await self._threads.run(partial(self._read_tail, path, max(1, length)))
 
     async def write(self, path: str, data: bytes | memoryview) -> Stat:
         """See Origin."""
-        return await self._run(partial(self._write, path, data))
+        return await self._threads.run(partial(self._write, path, data))
 
     async def delete(self, paths: Sequence[str]) -> list[Outcome]:
         """See Origin. Each path costs a HEAD, because stores do not say whether there was something to delete."""
         found = await self.stat(paths)
         there = [path for path, each in zip(paths, found) if isinstance(each, Stat) and not each.is_directory]
         if there:
-            await self._run(partial(self._delete, there))
+            await self._threads.run(partial(self._delete, there))
         return [Outcome.HIT if path in there else Outcome.GONE for path in paths]
 
     async def close(self) -> None:
         """See Origin. Threads that still wait for an answer end by themselves."""
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._stores.clear()
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        if self._closed:
-            raise ClosedError("the origin was closed")
-        return await in_thread(self._pool, work)
+        if self._threads.close():
+            self._stores.clear()
 
     def _stat(self, path: str) -> Stat | Outcome:
         store, key = self._place(path)
@@ -201,6 +193,8 @@ class ObjectOrigin:
         except FileNotFoundError:
             return None
         except (BaseError, OSError, ValueError) as error:
+            if operation == "list" and _status(error) == 404:
+                return None
             _translate(error, path)
 
     def _body(self, result: Any, path: str) -> Any:
@@ -223,9 +217,11 @@ class ObjectOrigin:
         if self._options.scheme == "http":
             parts = urlsplit(path)
             if parts.query or parts.fragment:
-                raise OriginError(f"{path}: a query cannot be part of a path here")
+                raise InexpressibleError(f"{path}: a query cannot be part of a path here")
             return self._store(f"{parts.scheme}://{parts.netloc}"), unquote(parts.path).lstrip("/")
         bucket, _, key = path.lstrip("/").partition("/")
+        if not bucket:
+            raise InexpressibleError("buckets cannot be listed here: name one")
         return self._store(bucket), key
 
     def _store(self, name: str) -> Any:
@@ -248,7 +244,7 @@ class ObjectOrigin:
             "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_S, self._attempt_s)),
             "timeout": timedelta(seconds=self._attempt_s),
             "read_timeout": timedelta(seconds=self._attempt_s * READ_TIMEOUT_SHARE),
-            "pool_max_idle_per_host": str(self._threads),
+            "pool_max_idle_per_host": str(self._idle_max),
         } | options.client
         # Its own retries know neither our deadline nor our counters.
         common: dict[str, Any] = {"client_options": client}
@@ -266,9 +262,7 @@ class ObjectOrigin:
 
     def _list(self, path: str) -> list[Stat] | Outcome:
         if self._options.scheme == "http":
-            raise OriginError(f"{path}: plain HTTP has no listings")
-        if not path:
-            raise OriginError("buckets cannot be listed: name one")
+            raise InexpressibleError(f"{path}: plain HTTP has no listings")
         store, key = self._place(path)
         found: Any = self._ask("list", path, lambda obstore: obstore.list_with_delimiter(store, key or None))
         if found is None:
@@ -283,7 +277,7 @@ class ObjectOrigin:
 
     async def list(self, path: str) -> list[Stat] | Outcome:
         """See Origin."""
-        return await self._run(partial(self._list, path.strip("/")))
+        return await self._threads.run(partial(self._list, path.strip("/")))
 
 
 class _Fork:
@@ -305,6 +299,12 @@ def _delete_keys(store: Any, keys: Sequence[str], obstore: Any) -> None:
     obstore.delete(store, list(keys))
 
 
+def _status(error: BaseException) -> int:
+    """HTTP status in an exception of obstore's, 0 without one."""
+    found = STATUS.search(str(error).split("\n", 1)[0])
+    return int(found[1]) if found else 0
+
+
 def _translate(error: BaseException, path: str) -> NoReturn:
     """Raises what a caller can do something about, for an exception of obstore's."""
     from obstore import exceptions
@@ -315,14 +315,15 @@ def _translate(error: BaseException, path: str) -> NoReturn:
         raise ChangedError(f"{path} changed while it was read") from error
     if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)):
         raise OriginError(f"{path}: the origin refused access ({first})") from error
-    if isinstance(error, exceptions.InvalidPathError):
-        raise OriginError(f"{path}: no such name can be asked for ({first})") from error
+    if isinstance(error, exceptions.InvalidPathError) or "invalid path" in first or "Could not parse path" in first:
+        raise InexpressibleError(f"{path}: a name that cannot be asked for ({first})") from error
     if any(word in text for word in NO_RANGES):
         raise DoubtfulError(f"{path}: the origin ignored the range that was asked for") from error
     if any(word in text for word in LIES):
         raise DoubtfulError(f"{path}: {first}") from error
-    status = STATUS.search(first)
-    code = int(status[1]) if status else 0
+    code = _status(error)
+    if code in (405, 501):
+        raise InexpressibleError(f"{path}: {first}") from error
     if code in (429, 503):
         raise ThrottledError(f"{path}: the origin is busy ({first})") from error
     if code == 416:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tiercache.clock import system_random
 from tiercache.errors import ConfigError
 from tiercache.remote.retry import Patience, RetryingOrigin
+from tiercache.remote.split import SplitOrigin
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,11 +53,12 @@ def open_origin(
         pass
     elif protocol in OBJECT_PROTOCOLS:
         inner = _objects(OBJECT_PROTOCOLS[protocol], options, patience, metrics)
+        if inner is not None:
+            inner = SplitOrigin(inner, partial(_over_fsspec, protocol, options, patience, metrics))
     elif protocol in LOCAL_PROTOCOLS and not options.keys() - LOCAL_OPTIONS:
         inner = LocalOrigin(threads=patience.concurrency, metrics=metrics)
     if inner is None:
-        identity, fs = _identity(protocol, options), _filesystem(protocol, options)
-        inner = FsspecOrigin(fs, identity, owned=True, threads=patience.concurrency, metrics=metrics)
+        inner = _over_fsspec(protocol, options, patience, metrics)
     return RetryingOrigin(inner, patience, random or system_random(), metrics)
 
 
@@ -75,6 +78,14 @@ def _objects(scheme: str, options: dict[str, Any], patience: Patience, metrics: 
     except Unsupported:
         return None
     return ObjectOrigin(found, attempt_s=patience.attempt_s, threads=patience.concurrency, metrics=metrics)
+
+
+def _over_fsspec(protocol: str, options: dict[str, Any], patience: Patience, metrics: Metrics | None) -> Origin:
+    """An origin over a filesystem that is made for it."""
+    from tiercache.remote.fsspec_origin import FsspecOrigin
+
+    identity, fs = _identity(protocol, options), _filesystem(protocol, options)
+    return FsspecOrigin(fs, identity, owned=True, threads=patience.concurrency, metrics=metrics)
 
 
 def _filesystem(protocol: str, options: dict[str, Any]) -> Any:
