@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = int(os.environ.get("TIERCACHE_KILLS", "20"))
+KILLS = int(os.environ.get("SSD_KILLS", "20"))
 WRITER = Path(__file__).with_name("ssd_writer.py")
 
 

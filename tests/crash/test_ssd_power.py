@@ -24,7 +24,7 @@ CAPACITY_BYTES = 9 << 20
 HOME = "/home/cache"
 PART = 8192
 CUTS = 3
-SEEDS = int(os.environ.get("TIERCACHE_POWER_SEEDS", "40"))
+SEEDS = int(os.environ.get("SSD_POWER_SEEDS", "40"))
 """Every seed is six lives with three to six crashes."""
 STEP = 10
 

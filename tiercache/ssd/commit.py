@@ -111,8 +111,8 @@ def _rows_of(space: Space, due: Due) -> list[tuple[bytes, bytes]]:
     return puts
 
 
-def merge_sealed(space: Space, rows: Rows) -> None:
-    """Rewrites the many rows of each sealed segment as one; raises RowsError. Durable with the next sync."""
+def merge_sealed(space: Space, rows: Rows) -> int:
+    """Rewrites the many rows of each sealed segment as one, not yet durably; answers of how many. Raises RowsError."""
     with space.lock:
         ripe = [s for s in space.segments.values() if _is_ripe(s)]
     for segment in ripe:
@@ -132,6 +132,7 @@ def merge_sealed(space: Space, rows: Rows) -> None:
         if len(found.dead):
             puts.append((stone_key, codec.seal(stone_key, np.unique(found.dead).astype("<u4").tobytes())))
         rows.write(puts, [key for key in found.keys if codec.split_row_key(key)[0] != b"o"])
+    return len(ripe)
 
 
 def _is_ripe(segment: Segment) -> bool:

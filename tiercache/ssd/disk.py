@@ -256,11 +256,20 @@ class Disk:
 
     def _commit(self, batch: commit.Batch) -> None:
         commit.save(self.space, batch, self.io, self.directory.rows)
-        commit.merge_sealed(self.space, self.directory.rows)
+        rows = self.directory.rows
+        if commit.merge_sealed(self.space, rows):  # once a segment is often enough
+            rows.sync()
+            self._write_witness()
         self.rows_usage = self.io.usage(self.directory.rows_path)
         if self.io.identity(self.directory.path) != self.directory.identity:
             self.pulse.vanished()
             raise RowsError(f"{self.directory.path} is not the directory that was opened")
+
+    def _write_witness(self) -> None:
+        try:
+            recover.write_witness(self.io, self.directory.path, self.directory.rows)
+        except OSError:
+            self.counters["witness_faults"] += 1  # the older one is as true, and says less
 
     def _rows_failed(self, fault: RowsError) -> None:
         self.counters["rows_faults"] += 1
@@ -272,7 +281,7 @@ class Disk:
     def consider_probe(self) -> None:
         """Tries in the background whether an ailing disk is well again, if that is due."""
         if self.pulse.health is not Health.HEALTHY and self.pulse.probe_due():
-            call = asyncio.get_running_loop().run_in_executor(self._threads, self._probe)
+            call = asyncio.get_running_loop().run_in_executor(self.committer, self._probe)
             call.add_done_callback(_forget)
 
     def _probe(self) -> None:
@@ -314,6 +323,8 @@ class Disk:
         self.committer.shutdown(wait=False, cancel_futures=True)
         if not hung:
             try:
+                if self._committed and self.pulse.health is Health.HEALTHY:
+                    self._write_witness()
                 self.directory.rows.close()
             except RowsError:
                 self.counters["close_faults"] += 1

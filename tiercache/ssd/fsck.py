@@ -21,6 +21,7 @@ from tiercache.ssd.meta import RowsError
 from tiercache.ssd.records import BLOCK_BYTES, MAGIC, Header, read_header
 from tiercache.ssd.recover import (
     Caps,
+    check_witness,
     format_text,
     open_rows_or_anew,
     parse_format,
@@ -28,6 +29,7 @@ from tiercache.ssd.recover import (
     segment_files,
     segment_path,
     state_value,
+    write_witness,
 )
 from tiercache.ssd.scan import read_segment_rows
 from tiercache.ssd.segments import Life, Segment
@@ -56,6 +58,7 @@ class FsckReport:
     rows_damaged: int = 0
     rows_lost: bool = False
     format_damaged: bool = False
+    witness_damaged: bool = False
     segments_truncated: int = 0
     segments_missing: int = 0
     segments_unknown: int = 0
@@ -65,7 +68,7 @@ class FsckReport:
     def clean(self) -> bool:
         """Whether nothing is damaged. Orphans are no damage: a crash leaves some that were never promised."""
         damage = self.corrupt + self.rows_damaged + self.segments_truncated + self.segments_missing
-        return not (damage or self.rows_lost or self.format_damaged)
+        return not (damage or self.rows_lost or self.format_damaged or self.witness_damaged)
 
 
 def fsck(directory: str, *, repair: bool = False, io: FileIO | None = None) -> FsckReport:
@@ -94,6 +97,8 @@ def _check(io: FileIO, path: str, repair: bool) -> FsckReport:
     geometry = parse_format(io.read_small(os.path.join(path, "FORMAT")), path)
     rows = _open(io, path, repair, report, counters)
     try:
+        if rows is not None:
+            check_witness(io, path, rows, counters)
         if geometry is None:
             report.format_damaged = True
             value = None if rows is None else rows.get(codec.FORMAT_KEY)
@@ -123,10 +128,12 @@ def _check(io: FileIO, path: str, repair: bool) -> FsckReport:
                 io.close(segment.descriptor)
         if rows is not None and repair:
             rows.sync()
+            write_witness(io, path, rows)
     except RowsError:
         report.rows_damaged += 1
     finally:
         report.rows_damaged += counters["rows_damaged"]
+        report.witness_damaged = bool(counters["witness_damaged"])
         if rows is not None:
             rows.close()
     return report

@@ -41,6 +41,10 @@ class Rows(Protocol):
         """Pairs whose key starts with `prefix`, in the order of keys."""
         ...
 
+    def position(self) -> int:
+        """A number that grows with every batch, over all lives of the store: if it is smaller, batches are lost."""
+        ...
+
     def close(self) -> None:
         """Gives the store back; what was written and not synced may be kept or lost."""
         ...
@@ -91,6 +95,9 @@ class RocksRows:
         except Exception as fault:
             raise RowsError(f"rows cannot be read: {fault}") from fault
 
+    def position(self) -> int:
+        return int(self._db.latest_sequence_number())
+
     def close(self) -> None:
         try:
             self._db.close()
@@ -137,7 +144,7 @@ def _options(budget_bytes: int) -> Any:
     options.set_target_file_size_base(max(1 << 20, budget_bytes // 16))
     options.set_max_bytes_for_level_base(max(2 << 20, budget_bytes // 4))
     options.set_compression_type(rocksdict.DBCompressionType.lz4())
-    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
+    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.tolerate_corrupted_tail_records())
     options.set_skip_stats_update_on_db_open(True)
     table = rocksdict.BlockBasedOptions()
     table.set_block_cache(rocksdict.Cache(1 << 20))

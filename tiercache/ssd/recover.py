@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 ROWS_FILES = 40
 """Files that the store of rows may have; it has 10 to 25."""
-OTHER_FILES = 5
-OTHER_BYTES = 5 * BLOCK_BYTES
-"""The lock, the format file and its next version, the probe, the rows' directory."""
+OTHER_FILES = 6
+OTHER_BYTES = OTHER_FILES * BLOCK_BYTES
+"""The lock, the format file, the witness, the next version of each, the probe."""
 SEGMENTS_LEAST = 3
 ROOMY_BYTES = 8 << 20
 """Segments are at least so large where that leaves four of them: large entries should fit."""
@@ -125,6 +125,23 @@ def parse_format(content: bytes | None, directory: str) -> tuple[int, int] | Non
     return int(fields["segment_bytes"]), int(fields["seed"])
 
 
+def write_witness(io: FileIO, path: str, rows: Rows) -> None:
+    """Notes how far the rows have come, durably: call it after a sync. RocksDB cannot tell a log or a manifest that was
+    cut at the border of two batches from a whole one; the next opening can."""
+    text = f"position {rows.position()}\n".encode()
+    io.replace_small(os.path.join(path, "WITNESS"), text + f"check {xxhash.xxh3_64_hexdigest(text)}\n".encode())
+
+
+def check_witness(io: FileIO, path: str, rows: Rows, counters: Counter[str]) -> None:
+    """Counts it as damage if the rows have come less far than the witness says, or if that cannot be read."""
+    content = io.read_small(os.path.join(path, "WITNESS"))
+    text, _, check = (content or b"").rpartition(b"check ")
+    if content is not None and check.strip() != xxhash.xxh3_64_hexdigest(text).encode():
+        counters["witness_damaged"] += 1
+    elif content is not None and rows.position() < int(text.split()[1]):
+        counters["rows_damaged"] += 1
+
+
 def state_value(segment: Segment, life: Life) -> tuple[bytes, bytes]:
     """Key and value of a segment's state row."""
     key = codec.segment_key(segment.number)
@@ -156,6 +173,7 @@ def _open_locked(io: FileIO, path: str, caps: Caps, lock: int) -> Directory:
     geometry = parse_format(content, path)
     rows = open_rows_or_anew(io, path, caps, counters)
     try:
+        check_witness(io, path, rows, counters)
         copied = _read_copy(rows, path, counters)
         if geometry is None:
             counters["format_damaged"] += content is not None or copied is not None
@@ -224,6 +242,7 @@ def _start_over(io: FileIO, path: str, caps: Caps, rows: Rows) -> Rows:
     segments = os.path.join(path, "segments")
     for name in io.names(segments):
         io.unlink(os.path.join(segments, name))
+    io.unlink(os.path.join(path, "WITNESS"))
     return io.open_rows(os.path.join(path, "rows"), caps.rows_bytes)
 
 

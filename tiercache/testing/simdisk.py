@@ -96,6 +96,10 @@ class SimRows:
             found = [(key, self._map[key]) for key in keys[bisect_left(keys, prefix) :] if key.startswith(prefix)]
         yield from found
 
+    def position(self) -> int:
+        """Batches so far."""
+        return len(self._log.batches)
+
     def close(self) -> None:
         """As RocksDB does, without a sync."""
         self._closed = True
