@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tiercache.model import Outcome, TierId
+from tiercache.model import ALIGN_BYTES, Outcome, TierId
 from tiercache.tier import Addressable, Health, Tier
 
 if TYPE_CHECKING:
@@ -181,7 +181,9 @@ class Tiers:
     def forget(self, slots: npt.NDArray[np.int64]) -> int:
         """Takes the memory copies of `slots` away, as far as they may go; answers the bytes freed."""
         facts = self.index.facts(slots)
-        sizes = dict(zip(facts.memory_location.tolist(), facts.size.tolist(), strict=True))
+        # What extents take, not what is in them: small entries would seem to free nothing, and far too many would go.
+        room = -(-np.maximum(facts.size, 1).astype(np.int64) // ALIGN_BYTES) * ALIGN_BYTES
+        sizes = dict(zip(facts.memory_location.tolist(), room.tolist(), strict=True))
         gone = self.index.unplace(slots, TierId.MEMORY)
         locations = [location for location in gone.locations.tolist() if location >= 0]
         self.memory.free(locations)
