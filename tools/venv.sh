@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools/venv.sh DIR PIP-ARGUMENTS...: a virtual environment with these packages. Quick when it stands: a stamp inside
-# holds a digest of pyproject.toml, the interpreter and the arguments.
+# holds a digest of pyproject.toml, the constraints and the arguments.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
@@ -18,7 +18,7 @@ find_python() {
     return 1
 }
 
-key=$( { cat pyproject.toml "$0"; printf '%s\n' "$@"; } | sha256sum | cut -d' ' -f1)
+key=$( { cat pyproject.toml tools/constraints.txt "$0"; printf "%s\n" "$@"; } | sha256sum | cut -d" " -f1)
 if [[ -x $venv/bin/python && -f $venv/.stamp && $(<"$venv/.stamp") == "$key" ]]; then
     exit 0
 fi
@@ -29,5 +29,5 @@ if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>
     "$python" -m venv "$venv"
 fi
 echo "Installing into $venv: $*"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt "$@"
 echo "$key" >"$venv/.stamp"
