@@ -154,7 +154,7 @@ class Tiers:
             if not short:
                 break
             self.drain()
-            if not self.evict(sum(sizes[i] for i in short)):
+            if not self.evict(sum(max(1, sizes[i]) for i in short)):  # also an empty entry takes an extent
                 break
             again = self.memory.reserve(
                 [names[i] for i in short], [sizes[i] for i in short], [part_bytes[i] for i in short]
