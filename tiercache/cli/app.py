@@ -186,6 +186,30 @@ def evict(
 
 
 @app.command()
+def fsck(
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is damaged, revive what no row knows.")] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> int:
+    """Read every byte on SSD and say what is damaged; nothing is changed without --repair."""
+    from tiercache.ssd.fsck import fsck as check
+
+    report = check(load(directory=directory).directory, repair=repair)
+    facts = {**asdict(report), "clean": report.clean}
+    if as_json:
+        output.print_json(facts)
+    else:
+        held = f"{format_size(report.live_bytes)} in {report.records:,} records of {report.segments:,} segment files"
+        output.console().print(f"{report.directory}: {held}", markup=False, soft_wrap=True)
+        for name, value in facts.items():
+            if value and name not in ("directory", "segments", "records", "live_bytes", "clean"):
+                shown = "" if value is True else f"{value:,}"
+                output.console().print(f"  {name.replace('_', ' ')} {shown}".rstrip())
+        output.console().print("clean" if report.clean else "repaired" if repair else "damaged: see --repair")
+    return output.GOOD if report.clean or repair else output.FOUND
+
+
+@app.command()
 def warm(
     urls: Annotated[list[str], typer.Argument(metavar="URL...", help="Files or folders, such as s3://bucket/tables.")],
     options: Options = None,

@@ -29,8 +29,6 @@ class Held:
     kind: str
     entries: int
     held_bytes: int
-    tick: int
-    locations: tuple[int, ...]
 
     def facts(self) -> dict[str, Any]:
         """One row for people and for JSON."""
@@ -91,21 +89,23 @@ def gathered(batches: Sequence[Facts]) -> list[Held]:
         sizes = part_sizes(facts)
         for row, width in enumerate(facts.widths):
             key = facts.keys[row, : int(width)].tobytes()
-            one = found.setdefault(key, [int(facts.forms[row]), int(facts.kinds[row]), 0, 0, 0, []])
+            one = found.setdefault(key, [int(facts.forms[row]), int(facts.kinds[row]), 0, 0])
             one[2] += 1
             one[3] += int(sizes[row])
-            one[4] = max(one[4], int(facts.ticks[row]))
-            one[5].append(int(facts.locations[row]))
     rows = [
-        Held(key, Form(form).name.lower(), Kind(kind).name.lower(), entries, held, tick, tuple(locations))
-        for key, (form, kind, entries, held, tick, locations) in found.items()
+        Held(key, Form(form).name.lower(), Kind(kind).name.lower(), entries, held)
+        for key, (form, kind, entries, held) in found.items()
     ]
     return sorted(rows, key=lambda row: (-row.held_bytes, row.key))
 
 
 async def scan(tier: SsdTier) -> list[Held]:
     """Everything in the tier, by key."""
-    return gathered(await asyncio.to_thread(lambda: list(tier.scan())))
+    return gathered(await _scanned(tier))
+
+
+async def _scanned(tier: SsdTier) -> list[Facts]:
+    return await asyncio.to_thread(lambda: list(tier.scan()))
 
 
 async def stat(tier: SsdTier) -> dict[str, Any]:
@@ -133,19 +133,25 @@ async def stat(tier: SsdTier) -> dict[str, Any]:
 
 async def evict(tier: SsdTier, *, keys: frozenset[bytes] | None = None, down_to: int | None = None) -> dict[str, int]:
     """Gives up what has one of `keys`, or the least recently used until at most `down_to` bytes are held; durable."""
-    held = sorted(await scan(tier), key=lambda row: row.tick)
-    total = sum(row.held_bytes for row in held)
-    gone = []
-    for row in held:
-        if row.key in keys if keys is not None else total > (down_to or 0):
-            gone.append(row)
-            total -= row.held_bytes
+    batches = await _scanned(tier)
+    gone: list[int] = []
+    gone_bytes, total = 0, sum(int(part_sizes(facts).sum()) for facts in batches)
+    rows = [
+        (int(tick), int(size), int(location), facts.keys[row, : int(facts.widths[row])].tobytes())
+        for facts in batches
+        for row, (tick, size, location) in enumerate(zip(facts.ticks, part_sizes(facts), facts.locations, strict=True))
+    ]
+    for _, size, location, key in sorted(rows):
+        if key in keys if keys is not None else total > (down_to or 0):
+            gone.append(location)
+            gone_bytes += size
+            total -= size
     if gone:
-        await tier.reclaim([], [location for row in gone for location in row.locations])
+        await tier.reclaim([], gone)
     await tier.flush()
     return {
-        "evicted_bytes": sum(row.held_bytes for row in gone),
-        "evicted_entries": sum(row.entries for row in gone),
+        "evicted_bytes": gone_bytes,
+        "evicted_entries": len(gone),
         "held_bytes": total,
     }
 

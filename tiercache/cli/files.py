@@ -87,7 +87,7 @@ def named(settings: Settings, urls: Sequence[str], options: Mapping[str, Any]) -
     """Every file under the URLs as its origin has it now, keyed as a cache with these settings keys it."""
 
     async def look(protocol: str, path: str) -> list[Named]:
-        origin = assemble.open_origin(protocol, dict(options))
+        origin = assemble.open_origin(protocol, options, settings=settings)
         facts = FileFacts(origin, patience=settings, clock=SystemClock(), metrics=Metrics())
         shape = settings.page_bytes, part_bytes_of(settings.page_bytes)
         try:

@@ -79,7 +79,7 @@ async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any
         work: list[tuple[PageReader, Pin]] = []
         for url in urls:
             protocol, path = split_url(url)
-            origin = assemble.open_origin(protocol, dict(options))
+            origin = assemble.open_origin(protocol, options, settings=cache.settings, metrics=cache.metrics)
             reader = assemble.open_reader(cache, origin)
             opened.append((origin, reader))
             work += [(reader, pin) for pin in await below(reader.facts, path)]

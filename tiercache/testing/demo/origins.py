@@ -132,7 +132,13 @@ def _moto(stack: ExitStack, root: Path) -> Store:
 
 
 def _ceph(stack: ExitStack, root: Path) -> Store:
-    raise UnavailableError("placeholder")
+    del root
+    from tiercache.testing import ceph
+
+    running = stack.enter_context(ceph.Ceph())
+    return Store(
+        f"Ceph RGW {running.version}", running.url, running.url, None, key=ceph.ACCESS_KEY, secret=ceph.SECRET_KEY
+    )
 
 
 def fill(where: Store, folder: Path, prefix: str) -> list[str]:
