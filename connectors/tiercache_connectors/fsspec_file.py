@@ -13,6 +13,7 @@ from tiercache_connectors.fsspec_facts import described
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tiercache.origin import Stat
     from tiercache_connectors.fsspec_fs import TierCacheFileSystem
 
 LINES_BYTES = 256 << 10
@@ -215,11 +216,9 @@ class CachedFile(io.RawIOBase):
         return f"<{type(self).__name__} {self.path}>"
 
 
-def _reopened(
-    fs: TierCacheFileSystem, path: str, stat: Any, version: str, block_size: int, position: int
-) -> CachedFile:
+def _reopened(fs: TierCacheFileSystem, stat: Stat, version: str, block_size: int, position: int) -> CachedFile:
     """A handle in another process: the same version, the same position."""
-    handle = CachedFile(fs, path, Pin(stat, version), block_size)
+    handle = CachedFile(fs, stat.path, Pin(stat, version), block_size)
     handle.seek(position)
     return handle
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -65,18 +69,39 @@ def s3(s3_root):
         yield Store("s3", s3_options(server.url), server)
 
 
-@pytest.fixture
-def cached(tmp_path):
-    """Makes filesystems over targets, each with a cache of its own, and closes them at the end."""
+@pytest.fixture(scope="session")
+def lake(s3, s3_root):
+    """The bucket `lake` of our server: TPC-H at scale factor 0.02, a folder a table; answers the folder."""
+    program = shutil.which("tpchgen-cli", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("tpchgen-cli is not installed")
+    command = [program, "parquet", "-s", "0.02", "--parts", "2", "--tables", "lineitem,orders,customer"]
+    subprocess.run([*command, "--output-dir", str(s3_root / "lake")], check=True, capture_output=True)
+    return s3_root / "lake"
+
+
+def _makes(folder):
     made = []
 
     def make(protocol=None, options=None, **arguments):
-        settings = SMALL | {"directory": str(tmp_path / f"cache{len(made)}")} | arguments
-        fs = TierCacheFileSystem(protocol, options, **settings)
+        settings = SMALL | {"directory": str(folder / f"cache{len(made)}")} | arguments
+        target = {"target_protocol": protocol, "target_options": options}
+        fs = TierCacheFileSystem(**{name: each for name, each in target.items() if each is not None}, **settings)
         made.append(fs)
         return fs
 
     yield make
     for fs in made:
         fs.close()
-    TierCacheFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """Makes filesystems over targets, each with a cache of its own, and closes them at the end."""
+    yield from _makes(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cached_for_all(tmp_path_factory):
+    """As `cached`, for filesystems that the tests of a module share."""
+    yield from _makes(tmp_path_factory.mktemp("caches"))

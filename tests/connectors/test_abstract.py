@@ -41,10 +41,16 @@ class MemoryFixtures(abstract.AbstractFixtures):
         return ""
 
 
+@pytest.fixture(scope="module")
+def over_s3(cached_for_all, s3):
+    """One filesystem for all tests over our server."""
+    return cached_for_all("s3", s3.options)
+
+
 class S3Fixtures(abstract.AbstractFixtures):
     @pytest.fixture
-    def fs(self, cached, s3):
-        return cached("s3", s3.options)
+    def fs(self, over_s3):
+        return over_s3
 
     @pytest.fixture
     def fs_join(self):
@@ -80,10 +86,16 @@ def moto():
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def over_moto(cached_for_all, moto):
+    """One filesystem for all tests over moto."""
+    return cached_for_all("s3", moto)
+
+
 class MotoFixtures(S3Fixtures):
     @pytest.fixture
-    def fs(self, cached, moto):
-        return cached("s3", moto)
+    def fs(self, over_moto):
+        return over_moto
 
 
 class TestLocalGet(abstract.AbstractGetTests, LocalFixtures):
@@ -151,26 +163,26 @@ class TestS3Pipe(abstract.AbstractPipeTests, S3Fixtures):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestMotoGet(abstract.AbstractGetTests, MotoFixtures):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestMotoPut(abstract.AbstractPutTests, MotoFixtures):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestMotoCopy(abstract.AbstractCopyTests, MotoFixtures):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestMotoOpen(abstract.AbstractOpenTests, MotoFixtures):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestMotoPipe(abstract.AbstractPipeTests, MotoFixtures):
     pass
