@@ -519,6 +519,62 @@ def test_the_last_copy_and_the_others(filled):
     index.validate()
 
 
+def test_a_copy_in_limbo_comes_back_when_the_children_go(filled):
+    index = filled.index
+    slots = filled.put_chain(chain(2))
+    filled.place(slots, SSD)
+    assert index.unplace(slots[:1], MEMORY, forced=True).locations.tolist() == [-1]
+    index.unplace(slots[1:], MEMORY)
+    index.unplace(slots[1:], SSD)
+    index.validate()
+    assert index.release() == ([0], [])
+
+
+def test_a_held_copy_is_due_once_there_is_another(filled):
+    index, blocks = filled.index, chain(2)
+    parent = filled.put_chain(blocks[:1])
+    child = filled.put_chain(blocks[1:], blocks[0], SSD)
+    assert not len(index.victims(MEMORY, 1)), "its last copy, and it has a child"
+    filled.place(parent, SSD)
+    assert index.victims(MEMORY, 1).tolist() == parent.tolist()
+    assert index.victims(SSD, 1).tolist() == child.tolist()
+
+
+def test_holes_take_no_copy_without_a_reservation(filled):
+    index = filled.index
+    slots = filled.put_chain(chain(2))
+    index.unplace(slots[:1], MEMORY, forced=True)
+    assert index.place(slots[:1], SSD, [40], 1) == [40]
+    index.validate()
+
+
+def test_clearing_the_way_below_a_hole(filled):
+    """The only child of a hole must make way for blocks below that hole, and the hole must not go with it."""
+    index, blocks = filled.index, chain(2)
+    slots = filled.put_chain(blocks)
+    index.unplace(slots[:1], MEMORY, forced=True)
+    made = index.reserve_chain([digest("y"), blocks[1]], PART, PART, parent=blocks[0])
+    assert made.fresh.all()
+    index.validate()
+    assert index.parents(made.slots) == [blocks[0], digest("y")]
+
+
+def test_neighbours_of_another_kind(filled):
+    """Consecutive slots are a guess, never the answer."""
+    index, blocks = filled.index, chain(2)
+    filled.put_chain(blocks[:1])
+    lone = index.reserve([Name(blocks[1])], 1, PART)
+    filled.place(lone.slots)
+    assert len(index.match_chain(blocks).slots) == 1
+    a, b = digest("a"), digest("b")
+    slots = filled.put_pages(a, range(20))
+    index.remove(slots[:1])
+    mine = filled.put_pages(b, [0])
+    assert mine.tolist() == slots[:1].tolist()
+    match = index.match_pages(b, ordinals(*range(15)))
+    assert match.slots.tolist() == [mine[0], *[-1] * 14]
+
+
 def test_relocation_and_reverse_look_up(filled):
     index = filled.index
     slots = filled.put_pages(digest("f"), [0, 1, 2], SSD)

@@ -279,7 +279,6 @@ class Entries:
         array = np.array(doomed, np.int64)
         for tier, policy in enumerate(self.policies):
             inside = array[(columns.where.take(array) & (1 << tier)) != 0]
-            inside = inside[columns.state.take(inside) != EVICTING]
             if len(inside):
                 policy.remove(inside, self.names.short_names(inside) if policy.wants_names else None)
         for slot in doomed:

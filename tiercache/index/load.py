@@ -115,7 +115,7 @@ class _Loader:
         _, first, which = np.unique(folds(words), return_index=True, return_inverse=True)
         same = (words == words[first][which]).all(
             axis=1
-        )  # two keys with one fold, once in 2**64: the later is left out
+        )  # two keys with one fold: the later is left out
         oldest = np.sort(first)[: self.entries.slots.rows.room]
         runs = np.zeros(len(words), np.int64)
         runs[oldest] = self.entries.names.runs.add_many(words[oldest], width)
