@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 from typing import TYPE_CHECKING
 
 from tiercache.model import Outcome
@@ -12,6 +13,7 @@ from tiercache.ssd.fileio import FileIO
 from tiercache.ssd.records import BLOCK_BYTES, split_location
 from tiercache.ssd.recover import segment_path
 from tiercache.ssd.tier import SsdTier
+from tiercache.testing.simdisk import SimDisk
 from tiercache.testing.tiers import MIB, ReclaimingTests, fetch, item, store
 
 if TYPE_CHECKING:
@@ -67,6 +69,23 @@ class TestSsdTierBuffered(SsdTests):
     def file_io(self) -> FileIO:
         """Told so."""
         return FileIO(direct=False)
+
+
+class TestSsdTierSimulated(SsdTests):
+    """On the simulated disk: the twin behaves as the real one where nothing fails."""
+
+    def setup_method(self) -> None:
+        """A new disk for each test."""
+        self.disk = SimDisk(random.Random(1))
+
+    def file_io(self) -> FileIO:
+        """The same disk at each opening of one test."""
+        return self.disk
+
+    async def damage(self, tier: Tier, location: int, offset: int) -> None:
+        """In memory."""
+        number, _, block = split_location(location)
+        self.disk.flip(segment_path(self.home, number), (block + 1) * BLOCK_BYTES + offset)
 
 
 class RefusingIO(FileIO):

@@ -71,7 +71,7 @@ class Caps:
         size = 1 << 20
         while size < wish and self.segments_max(2 * size) >= (4 if self.segment_bytes or size < ROOMY_BYTES else 64):
             size *= 2
-        while self.capacity_bytes // size > SEGMENTS_MANY and 2 * size < SEGMENT_BYTES_MAX:
+        while self.capacity_bytes // size > SEGMENTS_MANY and 2 * size <= SEGMENT_BYTES_MAX:
             size *= 2
         if self.segments_max(size) < SEGMENTS_LEAST:
             least_bytes = (4 << 20) + OTHER_BYTES + SEGMENTS_LEAST * size
