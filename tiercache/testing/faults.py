@@ -11,7 +11,7 @@ import errno
 import random
 from collections import Counter, defaultdict
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from tiercache.errors import ChangedError, OriginError, UnavailableError
 from tiercache.model import Outcome
@@ -19,6 +19,9 @@ from tiercache.tier import Addressable, Health, Reclaiming, TierStatus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
 
     from tiercache.buffers import Buffer
     from tiercache.model import Facts, Name, Payload
@@ -255,8 +258,15 @@ class FaultyMemory(FaultyTier):
 
     @property
     def _extents(self) -> Addressable:
-        assert isinstance(self.inner, Addressable)
-        return self.inner
+        return cast("Addressable", self.inner)
+
+
+class _Finding(Protocol):
+    """What a tier that outlives its process adds."""
+
+    async def find(self, names: Sequence[Name]) -> Facts: ...
+
+    def note_order(self, locations: npt.NDArray[np.int64], ticks: npt.NDArray[np.uint32]) -> None: ...
 
 
 class FaultyLog(FaultyTier):
@@ -274,10 +284,21 @@ class FaultyLog(FaultyTier):
             pairs = [pair for i, pair in enumerate(pairs) if i not in lost]
         return pairs
 
+    async def find(self, names: Sequence[Name]) -> Facts:
+        """Facts of names before the scan has ended, where the inner tier can tell."""
+        return await self.trouble.around("find", self.trouble.draw("find"), self._finding.find(names))
+
+    def note_order(self, locations: npt.NDArray[np.int64], ticks: npt.NDArray[np.uint32]) -> None:
+        """The order of last use, where the inner tier remembers it."""
+        self._finding.note_order(locations, ticks)
+
     @property
     def _log(self) -> Reclaiming:
-        assert isinstance(self.inner, Reclaiming)
-        return self.inner
+        return cast("Reclaiming", self.inner)
+
+    @property
+    def _finding(self) -> _Finding:
+        return cast("_Finding", self.inner)
 
 
 def faulty(tier: Tier, schedule: Schedule, *, delay_s: float = 0.05, stall_s: float | None = None) -> FaultyTier:

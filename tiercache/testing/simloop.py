@@ -92,6 +92,7 @@ class SimLoop(base_events.BaseEventLoop):
         self.steps = 0
         self.trace: list[str] | None = None
         self.errors: list[str] = []
+        self._calls: set[asyncio.TimerHandle] = set()
         self._selector = _NoSelector()
         self._clock_resolution = 1e-9
         # Tasks are numbered in order of creation: sets of tasks iterate by address, and must not decide the order.
@@ -116,6 +117,7 @@ class SimLoop(base_events.BaseEventLoop):
         begun_at_once = self.rng.random() < 0.5
 
         def run() -> None:
+            self._calls.discard(handle)
             if future.cancelled() and not begun_at_once:
                 return
             try:
@@ -125,8 +127,15 @@ class SimLoop(base_events.BaseEventLoop):
             else:
                 self.call_later(self._delay(), _settle, future, answer, None)
 
-        self.call_later(self._delay(), run)
+        handle = self.call_later(self._delay(), run)
+        self._calls.add(handle)
         return future
+
+    def lose_threads(self) -> None:
+        """The machine died: executor calls that had no effect yet never will, and nobody hears of them."""
+        for handle in self._calls:
+            handle.cancel()
+        self._calls.clear()
 
     def close(self) -> None:
         """Ends the loop; the shared default executor does not exist here."""

@@ -7,6 +7,7 @@ that they get with the only right one. Values are functions of their names, so e
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ from tiercache.model import State, all_parts
 from tiercache.origin import Span
 from tiercache.policy import POLICIES
 from tiercache.settings import Settings
-from tiercache.testing.faults import Dice, FaultyOrigin, faulty
+from tiercache.testing.faults import Dice, Fault, FaultyMemory, FaultyOrigin, faulty
 from tiercache.testing.model import DictOrigin, ForgetfulDict, ModelError, check_caps, made_bytes
 from tiercache.testing.simloop import SimClock, SimLoop, derive
 
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 
     from tiercache.lease import Gap, Landed, Lease, Load
     from tiercache.origin import Stat
-    from tiercache.testing.faults import Fault, FaultyTier
+    from tiercache.testing.faults import FaultyTier
     from tiercache.testing.simdisk import SimDisk
 
 PART_BYTES = 4096
 PAGE_BYTES = 4 * PART_BYTES
 KIB, MIB = 1 << 10, 1 << 20
 DIRECTORY = "/cache"
+PLACES = ("memory", "ssd", "disk", "origin")
+"""Where faults can be: the two tiers' ports, the disk under the SSD tier, the origin."""
 SSD_DEADLINE_S = 2.0
 ORIGIN_DEADLINE_S = 30.0
 
@@ -44,7 +47,7 @@ ORIGIN_DEADLINE_S = 30.0
 class World:
     """One cache with everything around it. `memory_bytes` and `ssd_bytes` are caps of the tiers; no SSD when it is 0.
 
-    Faults are off until `faults_on`; `rates` are chances a call, by place: "memory", "ssd", "origin".
+    Faults are off until `faults_on`; `rates` are chances a call, by place (see PLACES).
     """
 
     def __init__(
@@ -72,9 +75,7 @@ class World:
             disk_free_floor_bytes=0,
         )
         rates = rates or {}
-        self.dice = {
-            name: Dice(derive(loop.seed, "faults", name), rates.get(name, {})) for name in ("memory", "ssd", "origin")
-        }
+        self.dice = {name: Dice(derive(loop.seed, "faults", name), rates.get(name, {})) for name in PLACES}
         self.origin = FaultyOrigin(DictOrigin(), self.dice["origin"], deadline_s=ORIGIN_DEADLINE_S)
         self.disk: SimDisk | None = None
         self.cache: Cache | None = None
@@ -83,10 +84,11 @@ class World:
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def open(self) -> Cache:
-        """Opens the cache on what the disk has."""
+        """Opens the cache on what the disk has; the disk is well while it opens."""
         assert self.cache is None
+        self.faults_off("disk")
         ssd = self._open_ssd() if self.settings.ssd_bytes else None
-        memory = faulty(MemoryTier(self.memory_bytes, shareable=False), self.dice["memory"])
+        memory = FaultyMemory(MemoryTier(self.memory_bytes, shareable=False), self.dice["memory"])
         policies = [POLICIES[self.settings.policy]() for _ in range(1 if ssd is None else 2)]
         self.index = Index(self.slots_max, policies)
         self.memory, self.ssd = memory, ssd
@@ -96,7 +98,7 @@ class World:
             ssd,
             settings=self.settings,
             clock=self.clock,
-            metrics=Metrics(),  # type: ignore[arg-type]
+            metrics=Metrics(),
         )
         await self.cache.start()
         return self.cache
@@ -107,6 +109,7 @@ class World:
 
         if self.disk is None:
             self.disk = SimDisk(derive(self.loop.seed, "disk"))
+            self.disk.on_note = self._disk_fault
         tier = SsdTier(
             DIRECTORY,
             self.settings.ssd_bytes,
@@ -118,6 +121,13 @@ class World:
             io=self.disk,
         )
         return faulty(tier, self.dice["ssd"], stall_s=SSD_DEADLINE_S)
+
+    def _disk_fault(self, operation: str) -> None:
+        """Lets an operation of the disk fail as drawn."""
+        fault = self.dice["disk"].draw(operation)
+        if fault is not None:
+            code = errno.ENOSPC if fault is Fault.NO_SPACE else errno.EIO
+            raise OSError(code, f"injected: {operation}")
 
     async def close(self) -> None:
         """Closes in order."""
@@ -131,12 +141,14 @@ class World:
         part of the rest."""
         assert self.cache is not None and self.disk is not None
         self.drop_leases()
+        self.loop.lose_threads()
         self.disk.power_cut()
         here = asyncio.current_task()
         others = [task for task in asyncio.all_tasks(self.loop) if task is not here]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        self.loop.lose_threads()
         await self.memory.close()
         self.cache = None
         self.model.forget()
