@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20
-FLUSH_BATCH = 64
+BATCH_SHARE = 8
 DELAY_S = 0.05
 """Pages that are still being filled get their other parts before they are written, so that they are written once."""
 ORDER_PAUSE_S = 120.0
@@ -46,6 +46,8 @@ class Demotion:
         self._dirty: dict[int, int] = {}  # slot -> bytes, in the order of marking
         self._bytes = 0
         self._queue_lock = threading.Lock()  # for the two above; held for a dictionary operation or two
+        # What is being written cannot be evicted: a batch is a small share of memory, so that readers find room.
+        self._batch_bytes = min(BATCH_BYTES, tiers.settings.memory_bytes // BATCH_SHARE)
         self._rng = np.random.default_rng(0)  # a sample for a median: any seed is as good as another
         self._ordered_at_s = tiers.clock.monotonic()
         self._wake = asyncio.Event()
@@ -113,7 +115,7 @@ class Demotion:
         batch: list[int] = []
         total = 0
         with self._queue_lock:
-            while self._dirty and total < BATCH_BYTES:
+            while self._dirty and total < self._batch_bytes:
                 slot, size = self._pop_oldest()
                 total += size
                 batch.append(slot)
@@ -133,8 +135,13 @@ class Demotion:
             self._bytes = 0
         async with self._writing:
             unsaved = index.unsaved()
-            for start in range(0, len(unsaved), FLUSH_BATCH):
-                await self._write(unsaved[start : start + FLUSH_BATCH])
+            sizes = np.cumsum(index.facts(unsaved).size, dtype=np.int64)
+            start = 0
+            while start < len(unsaved):
+                reach = int(sizes[start]) + self._batch_bytes
+                stop = max(start + 1, int(np.searchsorted(sizes, reach)))
+                await self._write(unsaved[start:stop])
+                start = stop
             now = self._tiers.clock.monotonic()
             if last or now - self._ordered_at_s > ORDER_PAUSE_S:
                 self._ordered_at_s = now
