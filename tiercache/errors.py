@@ -1,4 +1,4 @@
-"""Faults, one class for each thing that a caller can do about it. Outcomes (miss, full, ...) are values: see model.py."""
+"""Faults, one class for each thing that a caller can do about it. Outcomes (miss, full) are values: see model.py."""
 
 from __future__ import annotations
 
