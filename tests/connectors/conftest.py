@@ -75,7 +75,8 @@ def lake(s3, s3_root):
     program = shutil.which("tpchgen-cli", path=str(Path(sys.executable).parent))
     if program is None:
         pytest.skip("tpchgen-cli is not installed")
-    command = [program, "parquet", "-s", "0.02", "--parts", "2", "--tables", "lineitem,orders,customer"]
+    tables = ["--parts", "2", "--row-group-bytes", "512KB", "--tables", "lineitem,orders"]
+    command = [program, "parquet", "-s", "0.02", *tables]
     subprocess.run([*command, "--output-dir", str(s3_root / "lake")], check=True, capture_output=True)
     return s3_root / "lake"
 
