@@ -6,6 +6,8 @@ What is there already is not fetched again, so that a run that was stopped goes 
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +17,7 @@ from tiercache.errors import UnavailableError
 from tiercache.settings import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tiercache.cache import Cache
     from tiercache.origin import Origin
@@ -61,12 +63,33 @@ class Warmed:
         return asdict(self)
 
 
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What assembly warns of, instead of printing it: here it is the reason of a refusal."""
+    said: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    ear, speaker = Ear(), logging.getLogger("tiercache.assemble")
+    before, speaker.propagate = speaker.propagate, False
+    speaker.addHandler(ear)
+    try:
+        yield said
+    finally:
+        speaker.removeHandler(ear)
+        speaker.propagate = before
+
+
 def warm(settings: Settings, urls: Sequence[str], options: Mapping[str, Any], progress: Progress) -> Warmed:
     """Brings every file under the URLs into the cache. Faults: UnavailableError (origin, or another owner), ..."""
-    cache = assemble.acquire(settings)
+    with _heard() as said:
+        cache = assemble.acquire(settings)
     try:
         if settings.ssd_bytes and cache.tiers.ssd is None:
-            raise UnavailableError(f"{settings.directory} cannot be used now (see above): there is nothing to warm")
+            why = said[-1].partition(";")[0] if said else f"{settings.directory} cannot be used"
+            raise UnavailableError(f"{why}: nothing would be kept")
         return finish(_warm_all(cache, urls, options, progress))
     finally:
         assemble.release(cache)

@@ -145,12 +145,9 @@ def perform(phase: Phase, work: Path, watcher: Watcher, python: str = sys.execut
     path = work / "phase.json"
     phase.write(path)
     passes = {name: Pass(name, TITLES.get(name, name)) for name in phase.passes}
-    with subprocess.Popen(
-        [python, "-m", "tiercache.testing.demo.worker", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=(work / "worker.log").open("w+"),
-        text=True,
-    ) as process:
+    log = work / "worker.log"
+    words = [python, "-m", "tiercache.testing.demo.worker", str(path)]
+    with log.open("w") as errors, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         assert process.stdout is not None
         try:
             _follow(process.stdout, passes, len(phase.queries), watcher)
@@ -159,7 +156,7 @@ def perform(phase: Phase, work: Path, watcher: Watcher, python: str = sys.execut
             raise
     path.unlink()
     if process.returncode:
-        last = ((work / "worker.log").read_text().strip().splitlines() or ["no message"])[-1]
+        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
         raise UnavailableError(f"the pass {'/'.join(phase.passes)} failed with status {process.returncode}: {last}")
     return list(passes.values())
 
