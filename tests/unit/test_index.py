@@ -97,13 +97,13 @@ def test_longest_prefix(filled, width):
 @pytest.mark.parametrize("scatter", [1, 3, 16, 200])
 def test_scattered_chains_match_as_well(scatter):
     filled = Filled(5000)
-    blocks = chain(1500)
-    for low in range(0, 1500, scatter):
+    blocks = chain(700)
+    for low in range(0, 700, scatter):
         filled.put_chain(blocks[low : low + scatter], blocks[low - 1] if low else None, validate=False)
         filled.put_chain([digest("other", low)], validate=False)
     filled.index.validate()
-    assert len(filled.index.match_chain(blocks).slots) == 1500
-    assert len(filled.index.match_chain([*blocks[:1201], digest("no"), *blocks[1202:]]).slots) == 1201
+    assert len(filled.index.match_chain(blocks).slots) == 700
+    assert len(filled.index.match_chain([*blocks[:501], digest("no"), *blocks[502:]]).slots) == 501
 
 
 def test_width_is_part_of_the_key(filled):
@@ -497,6 +497,23 @@ def test_a_held_parent_that_is_used_is_not_due(filled):
     assert index.victims(MEMORY, 1).tolist() == other.tolist()
     index.keep(other, MEMORY)
     assert index.victims(MEMORY, 1).tolist() == old.tolist()
+
+
+def test_victims_are_found_behind_many_in_use():
+    filled = Filled(12_000)
+    slots = filled.put_pages(digest("f"), range(12_000))
+    match = filled.index.match_pages(digest("f"), ordinals(*range(11_990)))
+    for slot in slots[11_990:].tolist():
+        filled.index.policies[MEMORY].touch(slot)
+    assert filled.index.victims(MEMORY, 3).tolist() == slots[11_990:11_993].tolist()
+    filled.index.release(match)
+    found = []
+    while len(more := filled.index.victims(MEMORY, 64)):
+        found += more.tolist()
+        filled.index.unplace(more, MEMORY)
+    assert sorted(found) == sorted(set(slots.tolist()) - set(slots[11_990:11_993].tolist()))
+    assert found[:7] == slots[11_993:].tolist(), "those named and not asked for come first"
+    filled.index.validate()
 
 
 def test_kept_victims_come_again(filled):

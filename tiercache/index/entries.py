@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PENDING, EVICTING, RESIDENT = int(State.PENDING), int(State.EVICTING), int(State.RESIDENT)
 REFUSALS_MAX = 65_536
 """Victims a policy may name in vain in one call, before the answer is that all is in use."""
+LOOK_MAX = 4096
+"""Victims looked at in one go, where those named before were in use."""
 
 
 class Entries:
@@ -360,17 +362,23 @@ class Entries:
                 break
             if self.slots.helds[slot] & 1 << tier:
                 chosen.add(slot)
-        asked = 0
-        policy = self.policies[tier]
-        while len(chosen.slots) < count and asked < REFUSALS_MAX:
-            named = policy.victims(count - len(chosen.slots))
+        columns, policy = self.slots, self.policies[tier]
+        refused: list[I64] = [np.empty(0, np.int64)]
+        asked, more = 0, 0
+        while (lacking := count - len(chosen.slots)) > 0 and asked < REFUSALS_MAX:
+            named = policy.victims(max(lacking, more))
             if not len(named):
                 break
             asked += len(named)
-            for slot in named.tolist():
+            fit = (columns.state.take(named) == RESIDENT) & (columns.pin.take(named) == 0)
+            refused.append(named[~fit])
+            for slot in named[fit].tolist():
                 chosen.add(slot)
-        if chosen.refused:
-            policy.keep(np.array(chosen.refused, np.int64))
+            # Where all is in use, few may be asked for, but many must be looked at, and that quickly.
+            more = min(2 * len(named), LOOK_MAX) if len(chosen.slots) == count - lacking else 0
+        kept = np.concatenate([*refused, np.array(chosen.refused, np.int64)])
+        if len(kept):
+            policy.keep(kept)
         return np.array(chosen.slots, np.int64)
 
 

@@ -113,9 +113,7 @@ class _Loader:
     def _new_runs(self, words: U64, width: int) -> I64:
         """A run for each key, of which some are equal; 0 for those that come when there are no slots left anyway."""
         _, first, which = np.unique(folds(words), return_index=True, return_inverse=True)
-        same = (words == words[first][which]).all(
-            axis=1
-        )  # two keys with one fold: the later is left out
+        same = (words == words[first][which]).all(axis=1)  # two keys with one fold: the later is left out
         oldest = np.sort(first)[: self.entries.slots.rows.room]
         runs = np.zeros(len(words), np.int64)
         runs[oldest] = self.entries.names.runs.add_many(words[oldest], width)
