@@ -151,6 +151,9 @@ def test_names_that_obstore_cannot_say(server):
         origin = open_origin("s3", KEYS | {"endpoint_url": server.url})
         await origin.write("lake/a//b", b"odd")
         assert await origin.read_tail("lake/a//b", 10) == ((await origin.stat(["lake/a//b"]))[0], b"odd")
+        await origin.write("lake//x", b"not x")
+        assert (await origin.read_tail("lake//x", 10))[1] == b"not x"
+        assert (await origin.read_tail("lake/x", 10))[1] == b"0123456789"
         assert [row.path for row in await origin.list("")] == ["lake"]
         assert await origin.delete(["lake/a//b", "lake/none"]) == [Outcome.HIT, Outcome.GONE]
         await origin.close()
@@ -159,6 +162,7 @@ def test_names_that_obstore_cannot_say(server):
         (stat,) = await plain.stat([url])
         assert isinstance(stat, Stat)
         assert (await plain.read_tail(url, 3)) == (stat, b"789")
+        assert await plain.stat([f"{server.url}/lake/x/", f"{server.url}/lake%2Fx%2F"]) == [Outcome.GONE] * 2
         await plain.close()
 
     asyncio.run(check())

@@ -190,7 +190,10 @@ class ObjectOrigin:
         self._metrics.add("tiercache_origin_requests_total", operation=operation)
         try:
             return call(obstore)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            # 405 says that the method is not allowed; obstore takes it for absence.
+            if _status(error) == 405:
+                _translate(error, path)
             return None
         except (BaseError, OSError, ValueError) as error:
             if operation == "list" and _status(error) == 404:
@@ -214,14 +217,18 @@ class ObjectOrigin:
 
     def _place(self, path: str) -> tuple[Any, str]:
         """(store, key) of a path."""
+        # obstore drops slashes at the ends of a key and splits at encoded ones: another object would answer.
         if self._options.scheme == "http":
             parts = urlsplit(path)
-            if parts.query or parts.fragment:
-                raise InexpressibleError(f"{path}: a query cannot be part of a path here")
-            return self._store(f"{parts.scheme}://{parts.netloc}"), unquote(parts.path).lstrip("/")
+            odd = not parts.path.strip("/") or parts.path.startswith("//") or parts.path.endswith("/")
+            if parts.query or parts.fragment or odd or "%2f" in parts.path.lower():
+                raise InexpressibleError(f"{path}: not a plain path of one object")
+            return self._store(f"{parts.scheme}://{parts.netloc}"), unquote(parts.path)[1:]
         bucket, _, key = path.lstrip("/").partition("/")
         if not bucket:
             raise InexpressibleError("buckets cannot be listed here: name one")
+        if key.startswith("/") or "//" in key:
+            raise InexpressibleError(f"{path}: a key with an empty part")
         return self._store(bucket), key
 
     def _store(self, name: str) -> Any:
