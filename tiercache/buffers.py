@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from tiercache.errors import ConfigError
-from tiercache.model import part_count
+from tiercache.model import PARTS_MAX, part_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -145,12 +146,12 @@ def part_digests(payload: Buffer, part_bytes: int, parts: int | None = None) -> 
         for first, last in runs(parts):
             for part in range(first, last):
                 values[part] = _digest(view[part * part_bytes : (part + 1) * part_bytes])
-        return struct.pack(f"<{len(values)}Q", *values)
+        return _rows(len(values)).pack(*values)
     if length <= part_bytes:
         return _digest(payload.view()).to_bytes(8, "little")
     view, digest = payload.view(), _digest
     values = [digest(view[start : start + part_bytes]) for start in range(0, length, part_bytes)]
-    return struct.pack(f"<{len(values)}Q", *values)
+    return _rows(len(values)).pack(*values)
 
 
 def verify_parts(payload: Buffer, part_bytes: int, parts: int, digests: bytes) -> bool:
@@ -172,28 +173,34 @@ def _check_parts(length: int, room: int, part_bytes: int, parts: int) -> None:
         raise ConfigError(f"parts {parts:#x} of {part_bytes} bytes do not fit an entry of {length} in {room} bytes")
 
 
+@lru_cache(maxsize=PARTS_MAX + 1)
+def _rows(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
+
+
 def copy_verified(source: Buffer, target: Buffer, part_bytes: int, parts: int, digests: bytes) -> bool:
     """Copies the parts in the map to their own places in `target`, and says whether what arrived has its digests.
 
     Both spans cover the whole entry; absent parts of the target are left alone. After False the parts asked for are
     undefined. The target is hashed a step after it is written, out of the cache: about 1/20 of the copy's time.
     """
-    length = source.length
-    _check_parts(length, target.length, part_bytes, parts)
+    length, count = source.length, part_count(source.length, part_bytes)
+    if length > target.length or parts >> count:
+        _check_parts(length, target.length, part_bytes, parts)
     origin, goal = source.address, target.address
     view, digest = target.view(), _digest
-    wanted = struct.unpack(f"<{len(digests) >> 3}Q", digests)
-    stride = max(1, STEP_BYTES // part_bytes)
-    for first, last in runs(parts):
-        for step in range(first, last, stride):
-            start, stop = step * part_bytes, min(length, min(last, step + stride) * part_bytes)
+    wanted = _rows(len(digests) >> 3).unpack(digests)
+    stride = max(1, STEP_BYTES // part_bytes) * part_bytes
+    for first, last in ((0, count),) if parts == (1 << count) - 1 else runs(parts):
+        part, end = first, min(length, last * part_bytes)
+        for start in range(first * part_bytes, end, stride):
+            stop = min(end, start + stride)
             (_move if stop - start >= _SMALL_BYTES else _move_small)(goal + start, origin + start, stop - start)
-            part = step
-            for at in range(start, max(stop, start + 1), part_bytes):
+            for at in range(start, stop, part_bytes):
                 if digest(view[at : min(at + part_bytes, stop)]) != wanted[part]:
                     return False
                 part += 1
-    return True
+    return bool(length) or not parts or wanted[0] == digest(b"")
 
 
 def copy_range_verified(source: Buffer, target: Buffer, span: range, part_bytes: int, digests: bytes) -> bool:

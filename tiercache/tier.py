@@ -121,6 +121,18 @@ class Addressable(Protocol):
         """Names, shapes, parts and digests of extents, as the extent table has them."""
         ...
 
+    def copy_out(
+        self,
+        locations: Sequence[int],
+        targets: Sequence[Buffer],
+        spans: Sequence[range] | None = None,
+        *,
+        verify: bool = True,
+    ) -> list[Outcome]:
+        """Copies whole extents, or span i of each, to the start of target i, in the calling thread: HIT, or CORRUPT
+        where a part that was touched has not its digest. The caller holds the extents and knows their parts present."""
+        ...
+
 
 @runtime_checkable
 class Reclaiming(Protocol):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from tiercache.buffers import copy_parts, copy_verified
+from tiercache.buffers import copy, copy_parts, copy_range_verified, copy_verified
 from tiercache.cpu import layout
 from tiercache.cpu.arena import SEGMENT_BYTES, Arena
 from tiercache.cpu.prefault import Prefault
+from tiercache.errors import ConfigError
 from tiercache.model import Outcome, Payload, part_count
 from tiercache.tier import Health, TierStatus
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tiercache.buffers import Buffer
+    from tiercache.cpu.arena import Place
     from tiercache.model import Facts, Name
     from tiercache.tier import Want
 
@@ -39,6 +41,11 @@ class MemoryTier:
         self.arena = Arena(
             capacity_bytes, segment_bytes=segment_bytes, client=client, shareable=shareable, prefault=prefault
         )
+
+    @property
+    def entry_bytes_max(self) -> int:
+        """The largest entry that can ever be reserved."""
+        return self.arena.entry_bytes_max
 
     def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
         """Locations of new extents, no part of which is present, or FULL. Raises ConfigError on impossible shapes."""
@@ -65,6 +72,28 @@ class MemoryTier:
         `verify=False` leaves the digests out, and nothing else: key, shape and generation are checked after the copy.
         """
         return [self._read(want, target, verify) for want, target in zip(wants, targets, strict=True)]
+
+    def copy_out(
+        self,
+        locations: Sequence[int],
+        targets: Sequence[Buffer],
+        spans: Sequence[range] | None = None,
+        *,
+        verify: bool = True,
+    ) -> list[Outcome]:
+        """Copies extents that the caller holds, whole or a span of each, to the start of each target (see Addressable).
+
+        Raises LookupError where one was freed, ConfigError where a target is too small.
+        """
+        need = self.arena.need
+        if spans is not None:
+            return [
+                _copy_span(need(location), target, span, verify)
+                for location, target, span in zip(locations, targets, spans, strict=True)
+            ]
+        return [
+            _copy_whole(need(location), target, verify) for location, target in zip(locations, targets, strict=True)
+        ]
 
     async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[int]:
         """Copies the present parts of each source into a new extent and commits them."""
@@ -145,3 +174,28 @@ class MemoryTier:
         if place.stale:
             return Outcome.MISS
         return Outcome.HIT if good else Outcome.CORRUPT
+
+
+def _copy_whole(place: Place, target: Buffer, verify: bool) -> Outcome:
+    size, part_bytes = place.size, place.part_bytes
+    if target.length < size:
+        raise ConfigError(f"a target has {target.length} bytes, its entry {size}: pass a larger buffer")
+    if not verify:
+        copy(place.span, target)
+        return Outcome.HIT
+    count = part_count(size, part_bytes)
+    digests = place.segment.digests(place.at, count)
+    return Outcome.HIT if copy_verified(place.span, target, part_bytes, (1 << count) - 1, digests) else Outcome.CORRUPT
+
+
+def _copy_span(place: Place, target: Buffer, span: range, verify: bool) -> Outcome:
+    if target.length < len(span):
+        raise ConfigError(f"a target has {target.length} bytes, its span {len(span)}: pass a larger buffer")
+    if len(span) == place.size:
+        return _copy_whole(place, target, verify)
+    if not verify:
+        copy(place.span.slice(span.start, len(span)), target)
+        return Outcome.HIT
+    digests = place.segment.digests(place.at, part_count(place.size, place.part_bytes))
+    same = copy_range_verified(place.span, target, span, place.part_bytes, digests)
+    return Outcome.HIT if same else Outcome.CORRUPT

@@ -256,6 +256,16 @@ class FaultyMemory(FaultyTier):
     def payloads(self, locations: Sequence[int]) -> list[Payload]:
         return self._extents.payloads(locations)
 
+    def copy_out(
+        self,
+        locations: Sequence[int],
+        targets: Sequence[Buffer],
+        spans: Sequence[range] | None = None,
+        *,
+        verify: bool = True,
+    ) -> list[Outcome]:
+        return self._extents.copy_out(locations, targets, spans, verify=verify)
+
     @property
     def _extents(self) -> Addressable:
         return cast("Addressable", self.inner)
