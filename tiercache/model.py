@@ -109,6 +109,18 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """What whoever puts an entry says of it, beside its name and bytes."""
+
+    kind: Kind = Kind.TENSOR
+    scope: int = 0
+    cost_s: float = 0.0
+    """What it would take to get it again."""
+    expiry_s: int = 0
+    """As Payload.expiry_s."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Columns of what a tier found when it was opened: row i of every column is one payload (see Payload).
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tiercache.buffers import Buffer, new_bytes
 from tiercache.errors import ConfigError, UnavailableError
 from tiercache.keys import check_key, object_key
-from tiercache.model import Kind, Name, Outcome
+from tiercache.model import Kind, Name, Outcome, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -98,8 +98,7 @@ class BlockingCache:
             work = self.core.put(where, values, kind=kind, scope=scope, cost_s=cost_s, ttl_s=ttl_s, durable=True)
             return wait(work, self.loop)
         sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # memoryview itself checks
-        expiry_s = self.core.expiry(ttl_s)
-        return self.core.store(where, sources, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s)
+        return self.core.store(where, sources, Terms(kind, scope, cost_s, self.core.expiry(ttl_s)))
 
     def put_chain(
         self,
@@ -117,7 +116,7 @@ class BlockingCache:
         if not digests:
             return []
         sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # memoryview itself checks
-        return self.core.store_chain(digests, sources, parent=parent, kind=kind, scope=scope, cost_s=cost_s)
+        return self.core.store_chain(digests, sources, Terms(kind, scope, cost_s), parent=parent)
 
     def get(self, names: Sequence[Called], *, verify: bool | None = None) -> list[bytes | Outcome]:
         """The values as bytes, or why there is none."""

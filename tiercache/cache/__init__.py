@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.buffers import Buffer, copy, copy_verified, part_digests
+from tiercache.buffers import Buffer
 from tiercache.cache.demotion import Demotion
 from tiercache.cache.filling import Filling
+from tiercache.cache.pressure import Pressure
 from tiercache.cache.recovery import Recovery
+from tiercache.cache.storing import Storing
 from tiercache.cache.tasks import Tasks
 from tiercache.cache.tiers import Tiers
-from tiercache.errors import CapacityError, ClosedError, ConfigError
+from tiercache.errors import ClosedError, ConfigError
 from tiercache.lease import Lease
-from tiercache.model import Kind, Name, Outcome, State, TierId, all_parts, part_bytes_for
-from tiercache.placement import bytes_over, plan_pressure
+from tiercache.model import Kind, Name, Outcome, Terms, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,15 +36,12 @@ if TYPE_CHECKING:
     from tiercache.index import Index, Match, Reservation
     from tiercache.lease import Load, PageRun
     from tiercache.metrics import Metrics
-    from tiercache.model import Payload
     from tiercache.settings import Settings
     from tiercache.tier import Tier
 
 log = logging.getLogger(__name__)
 
 CLOSE_PATIENCE_S = 10.0
-PRESSURE_BATCH = 8
-"""Victims named at a time: what waits for its demotion cannot be evicted by a reader in need, so let it be few."""
 FEW = 8
 """Pages up to which a look-up one by one is faster than arrays (bench/memory.py)."""
 INLINE_BYTES_MAX = 4 << 20
@@ -67,11 +65,12 @@ class Cache:
         self.settings, self.metrics = settings, metrics
         self._tasks = Tasks()
         self._demotion = Demotion(self.tiers)
+        self._pressure = Pressure(self.tiers, self._demotion)
         self._filling = Filling(self.tiers, self._tasks, self._dirtied)
         self._demotion.filling = self._filling
         self._recovery = Recovery(self.tiers)
+        self._storing = Storing(self.tiers, self._recovery, self._dirtied)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pressure = asyncio.Event()
         self._closed = False
         self._nudged = False
 
@@ -83,7 +82,7 @@ class Cache:
             self._forever = [self._tasks.start(self._demotion.run(), "write to SSD")]
         else:
             self._forever = []
-        self._forever.append(self._tasks.start(self._relieve(), "evict from memory"))
+        self._forever.append(self._tasks.start(self._pressure.run(), "evict from memory"))
 
     # -- any thread, memory only ---------------------------------------------------------------------------------------
 
@@ -151,120 +150,27 @@ class Cache:
         outcomes = [Outcome.MISS] * len(slots)
         chosen = np.flatnonzero(whole).tolist()
         locations = facts.memory_location[whole].tolist()
-        sources = tiers.memory.buffers(locations)
-        payloads = tiers.memory.payloads(locations) if verify else []
-        for at, (i, source) in enumerate(zip(chosen, sources, strict=True)):
-            target = targets[i]
-            if target.length < source.length:
-                raise ConfigError(
-                    f"target {i} has {target.length} bytes, the entry {source.length}: pass a larger buffer"
-                )
-            if not verify:
-                copy(source, target)
-            elif not self._same(source, target, payloads[at]):
+        copied = tiers.memory.copy_out(locations, [targets[i] for i in chosen], verify=verify)
+        for i, outcome in zip(chosen, copied, strict=True):
+            outcomes[i] = outcome
+            if outcome is Outcome.CORRUPT:
                 tiers.lose(slots[i : i + 1], TierId.MEMORY)
                 tiers.metrics.add("tiercache_corruptions_total", 1, tier="memory")
-                outcomes[i] = Outcome.CORRUPT
-                continue
-            outcomes[i] = Outcome.HIT
         tiers.metrics.add("tiercache_hits_total", outcomes.count(Outcome.HIT), tier="memory", kind="object")
         return outcomes
 
-    @staticmethod
-    def _same(source: Buffer, target: Buffer, payload: Payload) -> bool:
-        step = payload.part_bytes
-        return copy_verified(source, target, step, all_parts(payload.size, step), payload.digests)
-
-    def store(
-        self,
-        names: Sequence[Name],
-        values: Sequence[Buffer],
-        *,
-        kind: Kind = Kind.TENSOR,
-        scope: int = 0,
-        cost_s: float = 0.0,
-        expiry_s: int = 0,
-    ) -> list[Outcome]:
+    def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:
         """Puts whole lone entries into memory from any thread (visible, not durable): HIT where the entry is there now,
         BUSY where another thread is storing it, FULL where there was no room."""
-        tiers = self._open()
-        sizes = np.array([value.length for value in values], np.int64)
-        self._check_sizes(sizes)
-        steps = np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
-        tiers.expiries |= bool(expiry_s)
-        tiers.purge(names)
-        self._recovery.revive(names)
-        reservation = tiers.index.reserve(
-            names, sizes.astype(np.uint32), steps, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s
-        )
-        return self._fill(reservation, names, values)
+        self._open()
+        return self._storing.put(names, values, terms or Terms())
 
     def store_chain(
-        self,
-        digests: Sequence[bytes],
-        values: Sequence[Buffer],
-        *,
-        parent: bytes = b"",
-        kind: Kind = Kind.KV,
-        scope: int = 0,
-        cost_s: float = 0.0,
-        expiry_s: int = 0,
+        self, digests: Sequence[bytes], values: Sequence[Buffer], terms: Terms | None = None, *, parent: bytes = b""
     ) -> list[Outcome]:
         """As `store`, for blocks of one chain in order; `parent` is the digest of the stored block they continue."""
-        tiers = self._open()
-        sizes = np.array([value.length for value in values], np.int64)
-        self._check_sizes(sizes)
-        steps = np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
-        tiers.expiries |= bool(expiry_s)
-        names = [Name(digest) for digest in digests]
-        tiers.purge(names)
-        self._recovery.revive(names)
-        reservation = tiers.index.reserve_chain(
-            digests,
-            sizes.astype(np.uint32),
-            steps,
-            width=len(digests[0]),
-            parent=parent or None,
-            kind=kind,
-            scope=scope,
-            cost_s=cost_s,
-            expiry_s=expiry_s,
-        )
-        return self._fill(reservation, names, values)
-
-    def _fill(self, reservation: Reservation, names: Sequence[Name], values: Sequence[Buffer]) -> list[Outcome]:
-        """Fills what a reservation made PENDING; whatever happens, nothing stays PENDING."""
-        tiers, slots = self.tiers, reservation.slots
-        outcomes = [Outcome.HIT] * len(slots)
-        fresh = np.flatnonzero(reservation.fresh).tolist()
-        unplaced = set(slots[reservation.fresh].tolist())
-        try:
-            state = tiers.index.facts(slots).state
-            for i in range(len(slots)):
-                if slots[i] < 0:
-                    outcomes[i] = Outcome.FULL
-                elif not reservation.fresh[i] and state[i] < State.RESIDENT:
-                    outcomes[i] = Outcome.BUSY
-            sizes = [values[i].length for i in fresh]
-            steps = [part_bytes_for(size) for size in sizes]
-            locations = tiers.reserve([names[i] for i in fresh], sizes, steps)
-            for i, location, size, step in zip(fresh, locations, sizes, steps, strict=True):
-                if location < 0:
-                    outcomes[i] = Outcome.FULL
-                    continue
-                target = tiers.memory.buffers([location])[0]
-                copy(values[i], target)
-                parts = all_parts(size, step)
-                tiers.memory.commit([location], [parts], [part_digests(target, step, parts)])
-                tiers.place(slots[i : i + 1], TierId.MEMORY, [location], [parts])
-                unplaced.discard(int(slots[i]))
-            visible = np.unique(slots[[i for i, outcome in enumerate(outcomes) if outcome is Outcome.HIT]])
-        finally:
-            if unplaced:
-                tiers.index.abandon(np.array(sorted(unplaced), np.int64))
-            tiers.release(reservation)
-        self._dirtied(visible)
-        return outcomes
+        self._open()
+        return self._storing.put_chain(digests, values, terms or Terms(Kind.KV), parent)
 
     # -- on the loop ---------------------------------------------------------------------------------------------------
 
@@ -283,12 +189,8 @@ class Cache:
         could not be made durable is FULL."""
         self._check_durable(durable)
         sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # checked by memoryview itself
-        expiry_s = self.expiry(ttl_s)
-
-        def store() -> list[Outcome]:
-            return self.store(names, sources, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s)
-
-        return await self._stored(store, sources, names if durable else ())
+        terms = Terms(kind, scope, cost_s, self.expiry(ttl_s))
+        return await self._stored(lambda: self.store(names, sources, terms), sources, names if durable else ())
 
     async def put_chain(
         self,
@@ -305,14 +207,9 @@ class Cache:
         """As `put`, for blocks of one chain in order; `parent` is the digest of the stored block that they continue."""
         self._check_durable(durable)
         sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # checked by memoryview itself
-        expiry_s = self.expiry(ttl_s)
-
-        def store() -> list[Outcome]:
-            return self.store_chain(
-                digests, sources, parent=parent, kind=kind, scope=scope, cost_s=cost_s, expiry_s=expiry_s
-            )
-
-        return await self._stored(store, sources, [Name(d) for d in digests] if durable else ())
+        terms = Terms(kind, scope, cost_s, self.expiry(ttl_s))
+        names = [Name(digest) for digest in digests] if durable else ()
+        return await self._stored(lambda: self.store_chain(digests, sources, terms, parent=parent), sources, names)
 
     async def _stored(
         self, store: Callable[[], list[Outcome]], sources: Sequence[Buffer], durable: Sequence[Name]
@@ -491,14 +388,6 @@ class Cache:
             raise ConfigError(f"ttl_s must be positive, not {ttl_s}: leave it out for an entry that does not expire")
         return int(self.tiers.clock.wall() + ttl_s) + 1
 
-    def _check_sizes(self, sizes: npt.NDArray[np.int64]) -> None:
-        most = self.tiers.memory.entry_bytes_max
-        if len(sizes) and int(sizes.max()) > most:
-            raise CapacityError(
-                f"an entry of {int(sizes.max())} bytes can never fit: memory takes at most {most} in one piece; "
-                "split the value, or raise memory_bytes"
-            )
-
     def _check_durable(self, durable: bool) -> None:
         if durable and self.tiers.ssd is None:
             raise ConfigError(
@@ -521,37 +410,7 @@ class Cache:
     def _wake(self) -> None:
         self._nudged = False
         self._demotion.wake()
-        self._pressure.set()
-
-    async def _relieve(self) -> None:
-        """Keeps memory under its high mark, so that no reader has to evict."""
-        while True:
-            await self._pressure.wait()
-            self._pressure.clear()
-            self.tiers.drain()
-            await self._evict()
-
-    async def _evict(self) -> None:
-        tiers, settings = self.tiers, self.settings
-        status = tiers.memory.status()
-        over = bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark)
-        count = 1
-        while over > 0:
-            victims = tiers.index.victims(TierId.MEMORY, count)
-            if not len(victims):
-                return
-            facts = tiers.index.facts(victims)
-            plan = plan_pressure(victims, facts.memory_parts, facts.ssd_parts, can_demote=tiers.ssd_writable)
-            if len(plan.demote):
-                try:
-                    await self._demotion.write(plan.demote)
-                except OSError as error:
-                    self._demotion.fault(error)
-            freed = tiers.forget(victims)
-            if not freed:
-                return
-            over -= freed
-            count = max(1, min(PRESSURE_BATCH, over * len(victims) // freed))
+        self._pressure.wake()
 
 
 def _check_room(item: int, entry_bytes: int, target_bytes: int) -> None:

@@ -1,0 +1,59 @@
+"""Pressure: keeps memory under its high mark in the background, so that no reader has to evict."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from tiercache.model import TierId
+from tiercache.placement import bytes_over, plan_pressure
+
+if TYPE_CHECKING:
+    from tiercache.cache.demotion import Demotion
+    from tiercache.cache.tiers import Tiers
+
+VICTIMS_MAX = 8
+"""Victims named at a time: what waits for its demotion cannot be evicted by a reader in need, so let it be few."""
+
+
+class Pressure:
+    """Background eviction from memory; on the cache's loop."""
+
+    def __init__(self, tiers: Tiers, demotion: Demotion) -> None:
+        self._tiers, self._demotion = tiers, demotion
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """Memory may have gone over its mark."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Relieves memory for as long as the cache is open."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            self._tiers.drain()
+            await self.relieve()
+
+    async def relieve(self) -> None:
+        """Evicts from above the high mark to the low mark; what the SSD lacks is copied there first."""
+        tiers, settings = self._tiers, self._tiers.settings
+        status = tiers.memory.status()
+        over = bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark)
+        count = 1
+        while over > 0:
+            victims = tiers.index.victims(TierId.MEMORY, count)
+            if not len(victims):
+                return
+            facts = tiers.index.facts(victims)
+            plan = plan_pressure(victims, facts.memory_parts, facts.ssd_parts, can_demote=tiers.ssd_writable)
+            if len(plan.demote):
+                try:
+                    await self._demotion.write(plan.demote)
+                except OSError as error:
+                    self._demotion.fault(error)
+            freed = tiers.forget(victims)
+            if not freed:
+                return
+            over -= freed
+            count = max(1, min(VICTIMS_MAX, over * len(victims) // freed))
