@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -34,11 +33,9 @@ def place(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
-def nodes(*kinds: type) -> Iterator[tuple[Path, ast.AST]]:
-    for path in MODULES:
-        for node in ast.walk(tree(path)):
-            if isinstance(node, kinds):
-                yield path, node
+@cache
+def nodes(*kinds: type) -> list[tuple[Path, ast.AST]]:
+    return [(path, node) for path in MODULES for node in ast.walk(tree(path)) if isinstance(node, kinds)]
 
 
 def bases(node: ast.ClassDef) -> list[str]:
@@ -132,10 +129,14 @@ def test_inheritance_has_depth_one() -> None:
     report(found)
 
 
+@cache
+def known_bases() -> set[str]:
+    return {each.name for _, each in nodes(ast.ClassDef)} | {"Protocol", "NamedTuple", "Enum", "IntEnum", "Generic"}
+
+
 def answers_to_a_host(node: ast.AST) -> bool:
     """Whether a class implements somebody else's interface, whose methods are documented there."""
-    ours = {each.name for _, each in nodes(ast.ClassDef)} | {"Protocol", "NamedTuple", "Enum", "IntEnum", "Generic"}
-    return isinstance(node, ast.ClassDef) and any(name not in ours for name in bases(node))
+    return isinstance(node, ast.ClassDef) and any(name not in known_bases() for name in bases(node))
 
 
 def test_public_names_have_docstrings() -> None:
