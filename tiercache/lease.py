@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.buffers import copy, copy_range_verified, copy_verified, exported
+from tiercache.buffers import exported
 from tiercache.errors import ClosedError
-from tiercache.model import Outcome, all_parts
+from tiercache.model import Outcome
 
 if TYPE_CHECKING:
     from tiercache.buffers import Buffer
-    from tiercache.model import Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,9 @@ class Extents(Protocol):
         """See tier.Addressable."""
         ...
 
-    def payloads(self, locations: Sequence[int]) -> list[Payload]:
+    def copy_out(
+        self, locations: Sequence[int], targets: Sequence[Buffer], spans: Sequence[range], *, verify: bool
+    ) -> list[Outcome]:
         """See tier.Addressable."""
         ...
 
@@ -119,17 +120,7 @@ class Lease:
         Verifying hashes every part that the range touches, whole.
         """
         location = self._location(index)
-        source = self._extents.buffers([location])[0]
-        if not verify:
-            copy(source.slice(start, stop - start), target)
-            return Outcome.HIT
-        payload = self._extents.payloads([location])[0]
-        step, digests = payload.part_bytes, payload.digests
-        if stop - start == source.length:
-            same = copy_verified(source, target, step, all_parts(source.length, step), digests)
-        else:
-            same = copy_range_verified(source, target, range(start, stop), step, digests)
-        return Outcome.HIT if same else Outcome.CORRUPT
+        return self._extents.copy_out([location], [target], [range(start, stop)], verify=verify)[0]
 
     def cut(self) -> None:
         """Shortens the lease to the items before the first that is no HIT: a chain is usable as far as it is whole."""
