@@ -266,7 +266,7 @@ def main() -> None:
     figures: list[Figure] = []
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE_DIR, prefix="lake-")))
-        store = _store(stack, args.s3, args.delay_ms, args.mbps)
+        store = _store(stack, args.s3, work / "bucket", args.delay_ms, args.mbps)
         prefix = f"tpch-sf{scale:g}"
         origins.fill(store, tables, prefix)
         where = f"{origins.BUCKET}/{prefix}"
@@ -284,11 +284,11 @@ def main() -> None:
     emit(report("lake", figures, extra=extra), as_json=args.json)
 
 
-def _store(stack: contextlib.ExitStack, kind: str, delay_ms: float, mbps: float) -> origins.Store:
+def _store(stack: contextlib.ExitStack, kind: str, root: Path, delay_ms: float, mbps: float) -> origins.Store:
     """The origin asked for; `auto` is Ceph where it runs, else our own server."""
     for one in ("ceph", "own") if kind == "auto" else (kind,):
         try:
-            return stack.enter_context(origins.store(one, CACHE_DIR / "bucket", delay_ms=delay_ms, mbps=mbps))
+            return stack.enter_context(origins.store(one, root, delay_ms=delay_ms, mbps=mbps))
         except UnavailableError as error:
             if one == kind or one == "own":
                 raise

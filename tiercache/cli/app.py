@@ -255,8 +255,6 @@ def demo(
     console.print(report.table())
     for note in report.notes:
         console.print(note, markup=False, soft_wrap=True)
-    if keep:
-        console.print(f"kept: {work / 'cache'}, {work / 'results'}", markup=False, soft_wrap=True)
     for line in report.differences():
         console.print(line, markup=False, soft_wrap=True)
     console.print(report.verdict(), markup=False, soft_wrap=True)

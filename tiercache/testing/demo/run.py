@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache.errors import ConfigError, UnavailableError
@@ -17,7 +20,6 @@ from tiercache.testing.demo.worker import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 TITLES = {
     DIRECT: "direct (s3fs)",
@@ -47,7 +49,8 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. `work` holds tables, results and the cache; without `url`, TPC-H in an object store of our own."""
+    """What to run. Tables stay under `work` for the next run, the rest in a folder there that goes at the end unless
+    `keep` is set or results differ. Without `url`: TPC-H in an object store of our own."""
 
     work: Path
     s3: str = "own"
@@ -66,24 +69,39 @@ def run(plan: Plan, watcher: Watcher) -> Report:
     if not tpch.have_duckdb():
         raise UnavailableError("DuckDB, which runs the demo's queries, is not installed: pip install tiercache[demo]")
     plan.work.mkdir(parents=True, exist_ok=True)
-    results = origins.scratch(plan.work / "results")
-    cache = origins.scratch(plan.work / "cache")
-    with _source(plan, watcher) as source:
-        report = Report(source.said, source.data, [query.name for query in source.queries], results)
-        settings = {"directory": str(cache), **dict(plan.settings)}
+    here = Path(tempfile.mkdtemp(prefix="demo-", dir=plan.work))
+    keep = True
+    try:
+        report = _run_in(plan, here, watcher)
+        keep = plan.keep or not report.good
+    except UnavailableError as error:
+        keep = plan.keep or (here / "worker.log").exists()
+        raise UnavailableError(f"{error} (more in {here / 'worker.log'})" if keep else str(error)) from error
+    except (ConfigError, KeyboardInterrupt):
+        keep = plan.keep
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(here, ignore_errors=True)
+    if keep:
+        report.notes.append(f"kept in {here}")
+    return report
+
+
+def _run_in(plan: Plan, here: Path, watcher: Watcher) -> Report:
+    """Runs all passes with everything in `here`."""
+    with _source(plan, here, watcher) as source:
+        report = Report(source.said, source.data, [query.name for query in source.queries], here / "results")
+        settings = {"directory": str(here / "cache"), **dict(plan.settings)}
         cached = workload.Lake(
             f"tiercache://{source.direct.prefix.partition('://')[2]}",
             "tiercache",
             {"target_protocol": source.direct.protocol, "target_options": source.options, **settings},
         )
         for lake, passes in ((source.direct, [DIRECT]), (cached, ["cold"]), (cached, ["ssd", "memory"])):
-            phase = Phase(lake, source.queries, passes, str(results), source.counters)
-            report.passes += perform(phase, plan.work, watcher)
+            phase = Phase(lake, source.queries, passes, str(report.results), source.counters)
+            report.passes += perform(phase, here, watcher)
         report.notes += source.notes
-    if not plan.keep:
-        origins.scratch(cache).rmdir()
-        if report.good:
-            origins.scratch(results).rmdir()
     return report
 
 
@@ -101,14 +119,13 @@ class Source:
 
 
 @contextmanager
-def _source(plan: Plan, watcher: Watcher) -> Iterator[Source]:
+def _source(plan: Plan, here: Path, watcher: Watcher) -> Iterator[Source]:
     if plan.url:
         yield _users_own(plan)
         return
     folder = tpch.make_tables(plan.scale, plan.work, watcher.note)
     prefix = f"tpch-sf{plan.scale:g}"
-    root = plan.work / "bucket"
-    with origins.store(plan.s3, root, delay_ms=plan.delay_ms, mbps=plan.mbps) as store:
+    with origins.store(plan.s3, here / "bucket", delay_ms=plan.delay_ms, mbps=plan.mbps) as store:
         start = time.perf_counter()
         origins.fill(store, folder, prefix)
         watcher.note(f"origin: {store.said}, at {store.url}; filled in {time.perf_counter() - start:.1f} s")
@@ -129,7 +146,7 @@ def _users_own(plan: Plan) -> Source:
     try:
         fs = workload.open_filesystem(direct)
         names = {path.rpartition("/")[2] for path in fs.ls(direct.prefix, detail=False)}  # type: ignore[union-attr]
-    except (ImportError, ValueError, OSError) as error:
+    except _client_errors() as error:
         raise UnavailableError(f"--url {plan.url}: {error}") from error
     if names.issuperset(f"{table}.parquet" for table in tpch.TABLES):
         queries, data = tpch.queries(plan.scale), "TPC-H tables"
@@ -138,6 +155,16 @@ def _users_own(plan: Plan) -> Source:
         data = f"{len(queries)} Parquet files, each read whole"
     notes = ("requests and bytes are as each client counted them",)
     return Source(plan.url, data, queries, direct, options, None, notes)
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What s3fs and other fsspec filesystems raise when an origin cannot be read."""
+    known: tuple[type[Exception], ...] = (ImportError, ValueError, OSError)
+    try:
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        return known
+    return (*known, BotoCoreError)
 
 
 def perform(phase: Phase, work: Path, watcher: Watcher, python: str = sys.executable) -> list[Pass]:
