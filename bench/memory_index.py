@@ -12,6 +12,8 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import median
 
 import numpy as np
@@ -193,8 +195,8 @@ def _make_room(index: Index, count: int) -> bool:
     return gone > 0
 
 
-def files(count: int = 1_000_000) -> tuple[_Filler, int]:
-    """Files of 1 to 4 pages, all of them present; with the growth of the process."""
+def files(count: int = 1_000_000) -> tuple[float, float]:
+    """Files of 1 to 4 pages, all of them present."""
     rng = np.random.default_rng(3)
     pages = rng.integers(1, 5, count)
     total = int(pages.sum())
@@ -209,12 +211,19 @@ def files(count: int = 1_000_000) -> tuple[_Filler, int]:
         starts = np.repeat(np.cumsum(some) - some, some)
         _load(filler, _facts(Form.PAGE, keys, np.arange(rows) - starts, done))
         at, done = at + len(some), done + rows
-    filler.policies[1].ghosts.push(rng.integers(1, 1 << 63, total).astype(np.uint64))
+    return _with_ghosts(filler, rng, before)
+
+
+def _with_ghosts(filler: _Filler, rng: np.random.Generator, before: int) -> tuple[float, float]:
+    """As many ghosts as entries; then bytes an entry by our account, and by the kernel's."""
+    used = filler.index.used
+    for at in range(0, used, 100_000):
+        filler.policies[1].ghosts.push(rng.integers(1, 1 << 63, min(100_000, used - at)).astype(np.uint64))
     gc.collect()
-    return filler, _resident_bytes() - before
+    return filler.bytes_per_entry(), (_resident_bytes() - before) / used
 
 
-def lone(count: int = 1_000_000) -> tuple[_Filler, int]:
+def lone(count: int = 1_000_000) -> tuple[float, float]:
     """Lone objects with keys of 32 bytes."""
     rng = np.random.default_rng(4)
     before = _resident_bytes()
@@ -223,9 +232,7 @@ def lone(count: int = 1_000_000) -> tuple[_Filler, int]:
         rows = min(100_000, count - at)
         keys = rng.integers(0, 256, (rows, 32), np.uint8)
         _load(filler, _facts(Form.LONE, keys, np.zeros(rows), at))
-    filler.policies[1].ghosts.push(rng.integers(1, 1 << 63, count).astype(np.uint64))
-    gc.collect()
-    return filler, _resident_bytes() - before
+    return _with_ghosts(filler, rng, before)
 
 
 def _facts(form: Form, keys: np.ndarray, ordinals: np.ndarray, start: int) -> Facts:
@@ -273,13 +280,9 @@ def memory_per_entry(count: int = 1_000_000) -> dict[str, float]:
         unique = len({block for blocks in requests for block in blocks})
         say(f"{name}: {unique} unique blocks")
         out[name] = replay(requests, unique // 2).bytes_per_entry()
-        del requests
-    for name, make in {"files_1_to_4_pages": files, "lone_objects": lone}.items():
-        filler, grown = make(count)
-        out[name] = filler.bytes_per_entry()
-        out[f"resident_{name}"] = grown / filler.index.used
-        del filler
-        gc.collect()
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:  # nothing freed to hide in
+        for name, make in {"files_1_to_4_pages": files, "lone_objects": lone}.items():
+            out[name], out[f"resident_{name}"] = fresh.submit(make, count).result()
     return out
 
 
