@@ -61,12 +61,9 @@ class SplitOrigin:
     async def _either(self, call: Callable[[Origin], Awaitable[T]]) -> T:
         try:
             return await call(self._first)
-        except InexpressibleError as error:
+        except InexpressibleError:
             if self._second is None:
-                try:
-                    self._second = self._make_second()
-                except ImportError:
-                    raise error from None
+                self._second = self._make_second()
             return await call(self._second)
 
     async def list(self, path: str) -> list[Stat] | Outcome:
