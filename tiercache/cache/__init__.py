@@ -120,7 +120,7 @@ class Cache:
     def match_resident(self, digests: Sequence[bytes]) -> Lease:
         """A lease on the longest prefix of a chain that is in memory as a whole; empty when nothing is."""
         tiers = self._open()
-        match = tiers.index.match_chain(digests)
+        match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
         whole = (facts.memory_parts == _all_parts(facts.size, facts.part_bytes)) & ~tiers.expired(facts.expiry_s)
         length = len(whole) if whole.all() else int(whole.argmin())
