@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
-STEP_BYTES = 256 << 10
+STEP_BYTES = 512 << 10
 """A verified copy moves about this much at a time and hashes it while it is still in the second-level cache."""
 
 _SMALL_BYTES = 16 << 10  # a copy below this is over before another thread could use the GIL
