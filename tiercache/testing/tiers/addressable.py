@@ -9,6 +9,10 @@ import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import pytest
+
+from tiercache.buffers import Buffer
+from tiercache.errors import ConfigError
 from tiercache.model import ALIGN_BYTES, PART_BYTES, Name, Outcome
 from tiercache.testing.tiers.items import MIB, SHAPES, fetch, flip, item, store
 from tiercache.testing.tiers.plain import TierTests
@@ -96,6 +100,57 @@ class AddressableTests(TierTests):
             tier, memory = await self.open_addressable(tmp_path)
             items = [item(1), item(2, MIB, parts=0b1010), item(3, 1_124_352, 20_480, parts=1 << 40 | 1)]
             assert memory.payloads(await store(tier, items)) == [i.payload for i in items]
+            await tier.close()
+
+        asyncio.run(check())
+
+    def test_copies_out_whole_entries_and_spans(self, tmp_path: Path) -> None:
+        """Every shape, whole and in spans that begin and end anywhere; damage shows only in the parts it touched."""
+
+        async def check() -> None:
+            tier, memory = await self.open_addressable(tmp_path)
+            items = [item(seed, size, part_bytes) for seed, (size, part_bytes) in enumerate(SHAPES)]
+            locations = await store(tier, items)
+            for verify in (True, False):
+                found = [bytearray(b"\xee" * (len(i.data) + 3)) for i in items]
+                targets = [Buffer.of(f, writable=True).slice(1, len(f) - 1) for f in found]
+                assert memory.copy_out(locations, targets, verify=verify) == [Outcome.HIT] * len(items)
+                assert found == [b"\xee" + i.data + b"\xee\xee" for i in items]
+                rng = random.Random(1)
+                for one, location in zip(items, locations, strict=True):
+                    size, step = len(one.data), one.payload.part_bytes
+                    edges = sorted({0, size, *(min(size, e) for e in (1, step - 1, step, step + 1, 3 * step))})
+                    spans = [range(a, b) for a in edges for b in edges if a <= b]
+                    spans = rng.sample(spans, min(6, len(spans)))
+                    got = [bytearray(len(span)) for span in spans]
+                    places = [Buffer.of(g, writable=True) for g in got]
+                    outcomes = memory.copy_out([location] * len(spans), places, spans, verify=verify)
+                    assert outcomes == [Outcome.HIT] * len(spans)
+                    assert got == [one.data[span.start : span.stop] for span in spans]
+            await tier.close()
+
+        asyncio.run(check())
+
+    def test_copying_out_refuses_and_notices(self, tmp_path: Path) -> None:
+        """A target too small is an error before anything is written beyond it; a damaged part is CORRUPT."""
+
+        async def check() -> None:
+            tier, memory = await self.open_addressable(tmp_path)
+            one = item(1)
+            locations = await store(tier, [one])
+            small = Buffer.of(bytearray(MIB - 1), writable=True)
+            for spans in (None, [range(MIB)]):
+                with pytest.raises(ConfigError, match="larger buffer"):
+                    memory.copy_out(locations, [small], spans)
+            await self.damage(tier, locations[0], 3 * PART_BYTES)
+            room = Buffer.of(bytearray(MIB), writable=True)
+            assert memory.copy_out(locations, [room]) == [Outcome.CORRUPT]
+            assert memory.copy_out(locations, [room], verify=False) == [Outcome.HIT]
+            assert memory.copy_out(locations, [room], [range(3 * PART_BYTES)]) == [Outcome.HIT]
+            assert memory.copy_out(locations, [room], [range(3 * PART_BYTES + 1)]) == [Outcome.CORRUPT]
+            tier.free(locations)
+            with pytest.raises(LookupError):
+                memory.copy_out(locations, [room])
             await tier.close()
 
         asyncio.run(check())
