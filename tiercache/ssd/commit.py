@@ -17,6 +17,8 @@ from tiercache.ssd.scan import read_segment_rows
 from tiercache.ssd.segments import LIVE, Life, Segment, Space
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tiercache.model import Payload
     from tiercache.ssd.fileio import FileIO
     from tiercache.ssd.meta import Rows
@@ -41,6 +43,8 @@ class Batch:
     due: list[Due]
     states: list[Segment]
     orders: dict[bytes, bytes]
+    dead: list[Segment]
+    """Segments in which nothing lives any more: they are emptied by the way."""
     failed: list[Due] = field(default_factory=list)
     """Segments whose sync failed: their records may or may not be on the medium."""
 
@@ -48,6 +52,7 @@ class Batch:
 def take(space: Space, orders: dict[bytes, bytes]) -> Batch:
     """Takes what is due out of the space; `put_back` undoes it."""
     with space.lock:
+        dead = space.claim_dead()
         due: list[Due] = []
         for segment in space.segments.values():
             if segment.unsaved or segment.stones:
@@ -56,12 +61,13 @@ def take(space: Space, orders: dict[bytes, bytes]) -> Batch:
         states, taken = list(space.states), dict(orders)
         space.states.clear()
         orders.clear()
-        return Batch(space.changes, due, states, taken)
+        return Batch(space.changes, due, states, taken, dead)
 
 
 def put_back(space: Space, batch: Batch, orders: dict[bytes, bytes]) -> None:
     """The rows could not be written: they stay due."""
     with space.lock:
+        space.release(batch.dead, emptied=False)
         for due in batch.due:
             due.segment.unsaved[:0] = due.facts
             due.segment.stones[:0] = due.stones
@@ -70,24 +76,34 @@ def put_back(space: Space, batch: Batch, orders: dict[bytes, bytes]) -> None:
             orders.setdefault(key, value)
 
 
-def save(space: Space, batch: Batch, io: FileIO, rows: Rows) -> None:
-    """Makes a batch durable. Raises RowsError; a segment that cannot be synced goes to `batch.failed` instead."""
-    puts: list[tuple[bytes, bytes]] = []
-    for due in list(batch.due):
-        if due.facts:
-            try:
-                io.fdatasync(due.segment.descriptor)
-            except OSError:
-                batch.failed.append(due)
-                batch.due.remove(due)
-                continue
+def sync_segment(io: FileIO, batch: Batch, due: Due) -> None:
+    """First step, of each segment in `batch.due` that has facts, in any order or at once: its records to the medium."""
+    try:
+        io.fdatasync(due.segment.descriptor)
+    except OSError:
+        batch.failed.append(due)
+
+
+def save(space: Space, batch: Batch, rows: Rows) -> None:
+    """Second step: makes the rows of a batch durable, but for segments that failed the first. Raises RowsError."""
+    batch.due = [due for due in batch.due if due not in batch.failed]
+    puts, deletes = _without(rows, batch.dead)
+    for due in batch.due:
         puts += _rows_of(space, due)
     with space.lock:
         puts += [state_value(segment, segment.life) for segment in batch.states]
     puts += batch.orders.items()
     if puts:
-        rows.write(puts)
+        rows.write(puts, deletes)
     rows.sync()
+    space.release(batch.dead, emptied=True)
+    batch.dead = []
+
+
+def _without(rows: Rows, segments: Sequence[Segment]) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+    """Puts and deletes that make segments free."""
+    puts = [state_value(segment, Life.FREE) for segment in segments]
+    return puts, [key for segment in segments for key in keys_of(rows, codec.rows_prefix(segment.number))]
 
 
 def _rows_of(space: Space, due: Due) -> list[tuple[bytes, bytes]]:
@@ -145,7 +161,19 @@ def empty(space: Space, rows: Rows, segment: Segment) -> None:
 
     Raises RowsError, and the segment stays what it was.
     """
-    dead = keys_of(rows, codec.rows_prefix(segment.number))
-    rows.write([state_value(segment, Life.FREE)], dead)
+    rows.write(*_without(rows, [segment]))
     rows.sync()
     space.emptied(segment)
+
+
+def empty_dead(space: Space, rows: Rows) -> None:
+    """The same for all in which nothing lives any more, at once."""
+    dead = space.claim_dead()
+    try:
+        if dead:
+            rows.write(*_without(rows, dead))
+            rows.sync()
+    except BaseException:
+        space.release(dead, emptied=False)
+        raise
+    space.release(dead, emptied=True)

@@ -29,6 +29,8 @@ ROLLS_MAX = 4
 """A writer opens at most so many segments for one record; others may take the room before it."""
 SYNC_DEADLINES = 15
 """A sync may take so many deadlines: it waits for all that was written before, and no reader waits for it."""
+WITNESS_SEGMENTS = 64
+"""The witness of the rows is written anew after so many segments, and at closing."""
 GROWTH_PAUSE_S = 10.0
 """After the disk had no room for another segment, this long passes before the next try."""
 
@@ -66,6 +68,7 @@ class Disk:
         self._late: set[Job] = set()
         self._ended = 0
         self._committed = 0
+        self._merged = 0
         self._rows_broken = False
         self._grow_at_s = 0.0
 
@@ -152,23 +155,31 @@ class Disk:
             self.growth = "the rows take their whole share of the capacity"
             return False
         self.space.growing = self._clock.monotonic() >= self._grow_at_s
-        segment = self.space.next_segment(stream)
-        if segment is None:
+        try:
+            if not self.space.has_free():
+                await self._empty_dead()
+            segment = self.space.next_segment(stream)
+            return segment is not None and await self._begin(stream, segment)
+        except RowsError as fault:
+            self._rows_failed(fault)
             return False
-        loop = asyncio.get_running_loop()
+
+    async def _empty_dead(self) -> None:
+        async with self._commit_lock:
+            await self._in_committer(commit.empty_dead, self.space, self.directory.rows)
+
+    async def _begin(self, stream: int, segment: Segment) -> bool:
         exists = segment.descriptor >= 0
         try:
             if not exists:
-                await loop.run_in_executor(self._threads, self._create, segment)
+                await asyncio.get_running_loop().run_in_executor(self._threads, self._create, segment)
             elif segment.life is not Life.FREE:
                 async with self._commit_lock:
                     await self._in_committer(commit.empty, self.space, self.directory.rows, segment)
-        except RowsError as fault:
-            self.space.unclaim(segment, exists=exists)
-            self._rows_failed(fault)
-            return False
         except OSError as fault:
             self.space.unclaim(segment, exists=exists)
+            if isinstance(fault, RowsError):
+                raise
             self._note_growth(fault)
             return False
         self.space.begin(stream, segment)
@@ -241,6 +252,7 @@ class Disk:
                 return
             batch = commit.take(self.space, self.orders)
             try:
+                await self._sync_segments(batch)
                 await self._in_committer(self._commit, batch)
             except RowsError as fault:
                 commit.put_back(self.space, batch, self.orders)
@@ -254,12 +266,21 @@ class Disk:
                 raise UnavailableError("a segment could not be synced: what was written there last is forgotten")
             self._committed = max(self._committed, batch.changes)
 
+    async def _sync_segments(self, batch: commit.Batch) -> None:
+        loop = asyncio.get_running_loop()
+        due = [due for due in batch.due if due.facts]
+        await asyncio.gather(
+            *(loop.run_in_executor(self._threads, commit.sync_segment, self.io, batch, one) for one in due)
+        )
+
     def _commit(self, batch: commit.Batch) -> None:
-        commit.save(self.space, batch, self.io, self.directory.rows)
         rows = self.directory.rows
-        if commit.merge_sealed(self.space, rows):  # once a segment is often enough
+        commit.save(self.space, batch, rows)
+        self._merged += commit.merge_sealed(self.space, rows)
+        if self._merged >= WITNESS_SEGMENTS:
             rows.sync()
             self._write_witness()
+            self._merged = 0
         self.rows_usage = self.io.usage(self.directory.rows_path)
         if self.io.identity(self.directory.path) != self.directory.identity:
             self.pulse.vanished()

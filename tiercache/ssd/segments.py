@@ -151,6 +151,8 @@ class Space:
         """The last generation given out."""
         self.taken: set[int] = set()
         """Segments that next_segment gave out and that did not begin yet."""
+        self.emptying = 0
+        """Segments that claim_dead gave out and that are not back yet."""
         self.growing = True
         """Whether segments may be created at present."""
         self.states: dict[Segment, None] = {}
@@ -191,7 +193,7 @@ class Space:
         """Segments that could be opened without reclaiming anything."""
         with self.lock:
             ready = sum(segment.life is Life.FREE or self._is_dead(segment) for segment in self.segments.values())
-            return ready + self._creatable()
+            return ready + self.emptying + self._creatable()
 
     def _creatable(self) -> int:
         return max(0, self.segments_max - len(self.segments) - len(self.taken)) if self.growing else 0
@@ -204,8 +206,9 @@ class Space:
     def next_segment(self, stream: int) -> Segment | None:
         """Takes the segment that a stream should fill next, or None if the rest is for reclaim.
 
-        In this order: a free file; one in which nothing lives any more (life SEALED: the caller empties it first); one
-        whose file does not exist yet (descriptor -1: the caller creates it); a free file of unknown content.
+        In this order: a free file; one whose file does not exist yet (descriptor -1: the caller creates it); one of
+        unknown content (if its life is SEALED the caller empties it first). Those in which nothing lives any more come
+        back by claim_dead and emptied.
         """
         with self.lock:
             if self.available() < (2 if stream == WRITES else 1):
@@ -214,14 +217,37 @@ class Space:
             known = min((s for s in free if s.known), key=lambda s: s.number, default=None)
             if known is not None:
                 return self._claim(known)
-            dead = [s for s in self.segments.values() if self._is_dead(s) and s.known]
-            if dead:
-                return self._claim(min(dead, key=lambda s: s.generation))
             if self._creatable():
                 number = next(n for n in range(self.segments_max) if n not in self.segments and n not in self.taken)
                 return self._claim(Segment(number))
-            last = [s for s in self.segments.values() if self._is_dead(s)] or free
+            last = [s for s in self.segments.values() if self._is_dead(s) and not s.known] or free
             return self._claim(min(last, key=lambda s: s.generation)) if last else None
+
+    def has_free(self) -> bool:
+        """Whether there is a free file whose content is known."""
+        with self.lock:
+            return any(s.life is Life.FREE and s.known and not s.writers for s in self.segments.values())
+
+    def claim_dead(self) -> list[Segment]:
+        """Takes all segments in which nothing lives any more, to be emptied and then given back by `release`."""
+        with self.lock:
+            dead = [s for s in self.segments.values() if self._is_dead(s) and s.known]
+            for segment in dead:
+                self._claim(segment)
+                self.states.pop(segment, None)
+            self.emptying += len(dead)
+            return dead
+
+    def release(self, dead: Sequence[Segment], *, emptied: bool) -> None:
+        """Gives back what claim_dead took; `emptied`: the rows are gone durably, and the files may be used again."""
+        with self.lock:
+            self.emptying -= len(dead)
+            for segment in dead:
+                self.unclaim(segment, exists=True)
+                if emptied:
+                    self.emptied(segment)
+                else:
+                    self.states[segment] = None
 
     def _claim(self, segment: Segment) -> Segment:
         self.segments.pop(segment.number, None)

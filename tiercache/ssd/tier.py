@@ -77,6 +77,7 @@ class SsdTier:
         self._space = opened.space
         self._reclaim_lock = asyncio.Lock()
         self._unsaved_bytes = 0
+        self._saving: asyncio.Future[None] | None = None
         self._closed = False
         self.counters = opened.counters
         """What happened so far: reads, hits, writes, corrupt, faults, deadlines, reclaims, damage found at opening."""
@@ -112,8 +113,15 @@ class SsdTier:
                     self._unsaved_bytes += item.place.length * BLOCK_BYTES
         self.counters["writes"] += len(good)
         if self._unsaved_bytes >= COMMIT_BYTES:
-            await self._commit_quietly()
+            await self._save()
         return answers
+
+    async def _save(self) -> None:
+        """Has rows saved in the background; waits only if writes run away from it."""
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.ensure_future(self._commit_quietly())
+        elif self._unsaved_bytes >= 2 * COMMIT_BYTES:
+            await asyncio.wait([self._saving])
 
     def _refusal(self) -> int:
         return int(Outcome.FULL if self._disk.pulse.health is Health.HEALTHY else Outcome.BUSY)
@@ -194,6 +202,8 @@ class SsdTier:
             await self._enter().flush()
         except (UnavailableError, ClosedError):
             self.counters["commit_faults"] += 1
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
         if self._close_once():
             self._disk.close()
 

@@ -1,0 +1,369 @@
+"""SSD tier against fio: `python -m bench.ssd [--json]`.
+
+- `read_ratio_*`, `write_ratio_*`: bytes a second of 1 MiB and 256 KiB entries through SsdTier (headers, digests and full
+  keys verified on every read; records, rows and both syncs done at the end of every write run) over fio's (psync,
+  direct=1, fdatasync at the end) with the thread count of 1, 2, 4, 8 that did best in the median. All sides take turns in
+  every round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist.
+- `read_ratio`, `write_ratio`: the smaller of the two sizes.
+- `restart_s`: a fresh process opens a directory of a million entries and loads the index; from the start of the process
+  to the last entry loaded, the rows' files put out of the page cache before.
+- `first_hit_s`: the process that has those entries open is killed with kill -9, a new one starts, opens, looks up one
+  name, reads the entry and verifies it; from the start of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from bench.common import CACHE_DIR, Figure, Json, arguments, drop_page_cache, emit, median_ratio, report, say, versions
+from tiercache.buffers import Buffer, part_digests
+from tiercache.model import PART_BYTES, Name, Outcome, Payload, all_parts
+from tiercache.ssd.tier import SsdTier
+from tiercache.tier import Want
+
+MIB = 1 << 20
+JOBS = (1, 2, 4, 8)
+POOL_BYTES = 64 * MIB
+BATCH_BYTES = 32 * MIB
+IN_FLIGHT = 2
+
+
+@dataclass
+class Fio:
+    """fio on one file of its own."""
+
+    path: Path
+    size_bytes: int
+    commands: list[str] = field(default_factory=list)
+
+    def run(self, kind: str, block_bytes: int, jobs: int) -> float:
+        """Seconds of one run over the whole file by `jobs` threads, as fio measured them."""
+        share = self.size_bytes // jobs
+        command = [
+            "fio", "--name=peer", f"--filename={self.path}", f"--rw={kind}", f"--bs={block_bytes}", "--direct=1",
+            "--ioengine=psync", "--thread", f"--numjobs={jobs}", f"--size={share}", f"--offset_increment={share}",
+            "--group_reporting", "--randrepeat=0", "--output-format=json",
+        ]  # fmt: skip
+        if kind == "write":
+            command.append("--end_fsync=1")
+        if len(self.commands) < 16:
+            self.commands.append(" ".join(command))
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        side = json.loads(done.stdout)["jobs"][0]["write" if kind == "write" else "read"]
+        assert side["io_bytes"] == share * jobs, side["io_bytes"]
+        return float(side["io_bytes"] / side["bw_bytes"])
+
+
+class Ours:
+    """The tier with one size of entries."""
+
+    def __init__(self, home: Path, size_bytes: int, entry_bytes: int, threads: int) -> None:
+        self.count = size_bytes // entry_bytes
+        self.entry_bytes = entry_bytes
+        # Two rounds fit beside each other, so that segments are reused from the third round on.
+        self.tier = SsdTier(str(home), size_bytes * 5 // 2, segment_bytes=64 * MIB, threads=threads)
+        self.source = Buffer.of(mmap.mmap(-1, POOL_BYTES), writable=True)
+        self.target = Buffer.of(mmap.mmap(-1, POOL_BYTES), writable=True)
+        self.source.array()[:] = bytearray(random.Random(entry_bytes).randbytes(POOL_BYTES))
+        self.target.array()[:] = 1
+        self.per_pool = POOL_BYTES // entry_bytes
+        digests = [part_digests(self._piece(self.source, i), PART_BYTES) for i in range(self.per_pool)]
+        parts = all_parts(entry_bytes, PART_BYTES)
+        self.payloads = [
+            Payload(Name(i.to_bytes(16, "big"), i), entry_bytes, PART_BYTES, parts, digests[i % self.per_pool])
+            for i in range(self.count)
+        ]
+        self.places: list[int] = []
+        self.rng = random.Random(1)
+
+    def _piece(self, pool: Buffer, number: int) -> Buffer:
+        return pool.slice(number % self.per_pool * self.entry_bytes, self.entry_bytes)
+
+    async def _spread(self, batches: list[list[int]], work: Callable[[list[int]], Awaitable[None]]) -> float:
+        start = time.perf_counter()
+
+        async def lane() -> None:
+            while batches:
+                await work(batches.pop())
+
+        await asyncio.gather(*(lane() for _ in range(IN_FLIGHT)))
+        return time.perf_counter() - start
+
+    def _batches(self, order: list[int]) -> list[list[int]]:
+        step = max(1, BATCH_BYTES // self.entry_bytes)
+        return [order[i : i + step] for i in range(0, len(order), step)]
+
+    async def write(self) -> float:
+        """Seconds to write every entry and to make all durable; the round before is given up first, off the clock."""
+        old, self.places = self.places, [0] * self.count
+        self.tier.free(old)
+
+        async def work(batch: list[int]) -> None:
+            answers = await self.tier.write(
+                [self.payloads[i] for i in batch], [self._piece(self.source, i) for i in batch]
+            )
+            assert min(answers) >= 0, answers
+            for i, at in zip(batch, answers, strict=True):
+                self.places[i] = at
+
+        seconds = await self._spread(self._batches(list(range(self.count)))[::-1], work)
+        start = time.perf_counter()
+        await self.tier.flush()
+        return seconds + time.perf_counter() - start
+
+    async def read(self) -> float:
+        """Seconds to read every entry in random order, verified."""
+
+        async def work(batch: list[int]) -> None:
+            wants = [
+                Want(self.places[i], p.name, p.size, PART_BYTES, p.parts) for i in batch for p in [self.payloads[i]]
+            ]
+            outcomes = await self.tier.read(wants, [self._piece(self.target, i) for i in batch])
+            assert set(outcomes) == {Outcome.HIT}, outcomes
+
+        order = self.rng.sample(range(self.count), self.count)
+        return await self._spread(self._batches(order), work)
+
+
+async def measure_ratios(home: Path, options: argparse.Namespace, commands: list[str]) -> list[Figure]:
+    """Rounds of all sides, for both sizes of entries."""
+    figures: list[Figure] = []
+    size_bytes = options.mib * MIB
+    worst: dict[str, list[Figure]] = {"read": [], "write": []}
+    fio = Fio(home / "fio.dat", size_bytes)
+    for entry_bytes in (MIB, MIB // 4):
+        ours = Ours(home / "tier", size_bytes, entry_bytes, options.threads)
+        taken: dict[str, list[float]] = {}
+        for turn in range(options.rounds + 3):
+            sides: list[tuple[str, float]] = []
+            order = list(JOBS)
+            random.Random(turn).shuffle(order)
+            mine = turn % (len(order) + 1)
+            for at, jobs in enumerate([*order[:mine], 0, *order[mine:]]):
+                del at
+                if jobs == 0:
+                    sides.append(("write/tier", await ours.write()))
+                    sides.append(("read/tier", await ours.read()))
+                else:
+                    sides.append((f"write/fio{jobs}", fio.run("write", entry_bytes, jobs)))
+                    sides.append((f"read/fio{jobs}", fio.run("randread", entry_bytes, jobs)))
+            if turn >= 3:  # until then files were made and segments were new
+                for name, seconds in sides:
+                    taken.setdefault(name, []).append(seconds)
+                say(f"{entry_bytes >> 10} KiB: " + " ".join(f"{n} {size_bytes / s / 1e9:.2f}" for n, s in sides))
+        await ours.tier.close()
+        shutil.rmtree(home / "tier")
+        for kind in worst:
+            figure = ratio_figure(kind, entry_bytes, size_bytes, taken)
+            worst[kind].append(figure)
+            figures.append(figure)
+    for kind, pair in worst.items():
+        value = min(f.value for f in pair if f.value is not None)
+        figures.append(Figure(f"{kind}_ratio", value, 0.90, at_most=False, note="the smaller of 1 MiB and 256 KiB"))
+    commands += fio.commands
+    return figures
+
+
+def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, list[float]]) -> Figure:
+    """Our speed over that of fio's best thread count."""
+    best = min(JOBS, key=lambda jobs: median(taken[f"{kind}/fio{jobs}"]))
+    mine = taken[f"{kind}/tier"]
+    raw: dict[str, Json] = {"bytes": size_bytes, "seconds_tier": mine}
+    raw.update({f"seconds_fio_{jobs}_threads": taken[f"{kind}/fio{jobs}"] for jobs in JOBS})
+    raw["gb_per_s"] = {name: size_bytes / median(values) / 1e9 for name, values in taken.items() if kind in name}
+    name = f"{kind}_ratio_{'1m' if entry_bytes == MIB else '256k'}"
+    value = median_ratio(taken[f"{kind}/fio{best}"], mine)
+    return Figure(name, value, 0.90, at_most=False, raw=raw, note=f"fio's best: {best} threads")
+
+
+# -- a million entries --------------------------------------------------------------------------------------------------
+
+TINY_BYTES = 64
+SEGMENT_BYTES = 256 * MIB
+
+
+def tiny(number: int) -> tuple[Payload, bytes]:
+    """Entry of the million."""
+    data = number.to_bytes(8, "big") * (TINY_BYTES // 8)
+    name = Name((number // 64 * 0x9E3779B97F4A7C15 % (1 << 128)).to_bytes(16, "little"), number % 64)
+    return Payload(name, TINY_BYTES, PART_BYTES, 1, part_digests(Buffer.of(data), PART_BYTES), tick=number), data
+
+
+def capacity_for(entries: int) -> int:
+    """Bytes for so many tiny records."""
+    return entries * 2 * 4096 * 5 // 4 + 4 * SEGMENT_BYTES
+
+
+async def fill(home: str, entries: int, *, wait: bool) -> None:
+    """Writes the entries; `wait`: says so and waits for its end."""
+    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
+    for start in range(0, entries, 4096):
+        batch = [tiny(i) for i in range(start, min(start + 4096, entries))]
+        answers = await tier.write([p for p, _ in batch], [Buffer.of(d) for _, d in batch])
+        assert min(answers) >= 0, answers
+    await tier.flush()
+    if wait:
+        print("ready", flush=True)
+        await asyncio.sleep(3600)
+    await tier.close()
+
+
+async def restart(home: str, entries: int) -> None:
+    """Opens and loads the index; tells when."""
+    from tiercache.index import Index
+    from tiercache.model import TierId
+    from tiercache.policy import POLICIES
+
+    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
+    opened = time.monotonic()
+    index = Index(entries * 2, [POLICIES["lru"](), POLICIES["lru"]()])
+    count = 0
+    for facts in tier.scan():
+        index.load(facts, TierId.SSD)
+        count += len(facts.keys)
+    print(json.dumps({"opened": opened, "loaded": time.monotonic(), "entries": count}), flush=True)
+    await tier.close()
+
+
+async def first_hit(home: str, entries: int, number: int) -> None:
+    """Opens, finds one name, reads it; tells when."""
+    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
+    opened = time.monotonic()
+    payload, data = tiny(number)
+    facts = await tier.find([payload.name])
+    target = bytearray(TINY_BYTES)
+    want = Want(int(facts.locations[0]), payload.name, payload.size, PART_BYTES, 1)
+    outcomes = await tier.read([want], [Buffer.of(target, writable=True)])
+    hit = time.monotonic()
+    assert outcomes == [Outcome.HIT] and target == data
+    print(json.dumps({"opened": opened, "hit": hit}), flush=True)
+    await tier.close()
+
+
+def child(*words: object) -> tuple[float, dict[str, float]]:
+    """Runs a part of this file in a process of its own; when it started, and what it told."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "bench.ssd", "--part", *map(str, words)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return start, json.loads(done.stdout)
+
+
+def measure_restarts(home: Path, options: argparse.Namespace) -> list[Figure]:
+    """Restart and first hit, each some times."""
+    entries = options.entries
+    directory = home / "million"
+    say(f"writing {entries} entries")
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "bench.ssd", "--part", "fill", str(directory), str(entries)], stdout=subprocess.PIPE
+    )
+    assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    rng = random.Random(3)
+    hits: list[float] = []
+    restarts: list[float] = []
+    raw: list[dict[str, Json]] = []
+    for turn in range(options.restarts):
+        if turn:  # the process that has it open dies again
+            holder = subprocess.Popen(
+                [sys.executable, "-m", "bench.ssd", "--part", "hold", str(directory), str(entries)],
+                stdout=subprocess.PIPE,
+            )
+            assert holder.stdout is not None and holder.stdout.readline() == b"ready\n"
+            os.kill(holder.pid, signal.SIGKILL)
+            holder.wait()
+            holder.stdout.close()
+        drop_page_cache([path for path in (directory / "rows").iterdir() if path.is_file()])
+        start, told = child("first_hit", directory, entries, rng.randrange(entries))
+        hits.append(told["hit"] - start)
+        drop_page_cache([path for path in (directory / "rows").iterdir() if path.is_file()])
+        start, more = child("restart", directory, entries)
+        assert more["entries"] == entries, more
+        restarts.append(more["loaded"] - start)
+        raw.append({"first_hit_open_s": told["opened"] - start, "restart_open_s": more["opened"] - start})
+        say(f"first hit {hits[-1]:.3f} s, restart {restarts[-1]:.3f} s")
+    rows_bytes = sum(path.stat().st_size for path in (directory / "rows").iterdir())
+    facts: dict[str, Json] = {"entries": entries, "rows_bytes": rows_bytes}
+    shutil.rmtree(directory)
+    return [
+        Figure("restart_s", median(restarts), 1.5, unit="s", raw={**facts, "seconds": restarts, "parts": raw},
+               note="process start, imports, opening, and the index loaded"),
+        Figure("first_hit_s", median(hits), 0.5, unit="s", raw={**facts, "seconds": hits},
+               note="after kill -9, process start and imports included"),
+    ]  # fmt: skip
+
+
+async def part(words: list[str]) -> None:
+    """What a child process does."""
+    name, home, entries = words[0], words[1], int(words[2])
+    if name == "fill":
+        await fill(home, entries, wait=True)
+    elif name == "hold":
+        await fill(home, 0, wait=True) if entries == 0 else await hold(home, entries)
+    elif name == "restart":
+        await restart(home, entries)
+    elif name == "first_hit":
+        await first_hit(home, entries, int(words[3]))
+
+
+async def hold(home: str, entries: int) -> None:
+    """Opens, writes a little, and waits for its end."""
+    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
+    payload, data = tiny(0)
+    tier.free(await tier.write([payload], [Buffer.of(data)]))
+    await tier.flush()
+    print("ready", flush=True)
+    await asyncio.sleep(3600)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the ratios that count")
+    parser.add_argument("--mib", type=int, default=512, help="bytes of one run")
+    parser.add_argument("--threads", type=int, default=4, help="threads of the tier")
+    parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the restart")
+    parser.add_argument("--restarts", type=int, default=5, help="restarts")
+    parser.add_argument("--directory", type=Path, default=CACHE_DIR, help="where the SSD is")
+    parser.add_argument("--only", choices=["ratios", "restarts"], help="one half of it")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        asyncio.run(part(options.part))
+        return
+    if options.quick:
+        options.rounds, options.mib, options.entries, options.restarts = 1, 64, 20_000, 1
+    options.directory.mkdir(parents=True, exist_ok=True)
+    figures: list[Figure] = []
+    commands: list[str] = []
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-ssd-") as name:
+        if options.only != "restarts":
+            if shutil.which("fio"):
+                figures += asyncio.run(measure_ratios(Path(name), options, commands))
+            else:
+                note = "fio is not installed (Debian: apt-get install fio)"
+                figures += [Figure(f"{kind}_ratio", None, 0.90, at_most=False, note=note) for kind in ("read", "write")]
+        if options.only != "ratios":
+            figures += measure_restarts(Path(name), options)
+    extra: dict[str, Json] = {"versions": versions("rocksdict", "xxhash", "numpy"), "peer_commands": commands}
+    emit(report("ssd", figures, extra=extra), as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()
