@@ -25,10 +25,10 @@ from tiercache.buffers import Buffer
 from tiercache.errors import ChangedError, OriginError, TierCacheError, UnavailableError
 from tiercache.keys import object_key
 from tiercache.model import Name, Outcome
+from tiercache.testing.lab import RATES
 from tiercache.testing.model import made_bytes
-from tiercache.testing.scenarios import RATES
 from tiercache.testing.simloop import SimLoop, derive
-from tiercache.testing.world import KIB, MIB, PAGE_BYTES, PART_BYTES, PLACES, World
+from tiercache.testing.world import KIB, MIB, PAGE_BYTES, PART_BYTES, PLACES, Chains, World
 
 LABELS = st.integers(0, 9)
 BATCH = st.lists(LABELS, min_size=1, max_size=4)
@@ -56,6 +56,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.generations = dict.fromkeys(range(10), 0)
         self.versions = [0, 0]
         self.stats = [self.world.publish(f"file{i}", 0, FILE_BYTES) for i in range(2)]
+        self.chains = [Chains(seed, chains=3, blocks=8, width=width) for width in (16, 32)]
+        self.gone_blocks: set[bytes] = set()
         self.faulty = False
         self.fillers = 0
         self.run(self.world.open())
@@ -203,6 +205,45 @@ class CacheMachine(RuleBasedStateMachine):
         if delete:
             self.run(self.cache.delete([Name(old.key, ordinal) for ordinal in range(4)]))
 
+    # -- chains ----------------------------------------------------------------------------------------------------
+
+    @rule(wide=st.integers(0, 1), number=st.integers(0, 2), start=st.integers(0, 7), count=st.integers(1, 8))
+    def put_chain(self, wide, number, start, count):
+        chains = self.chains[wide]
+        digests = chains.digests[number][start : start + count]
+        parent = chains.digests[number][start - 1] if start else b""
+        values = [chains.value(digest) for digest in digests]
+        self.gone_blocks.difference_update(digests)
+        outcomes = self.run(self.cache.put_chain(digests, values, parent=parent))
+        assert set(outcomes) <= {Outcome.HIT, Outcome.FULL, Outcome.BUSY}
+
+    @rule(wide=st.integers(0, 1), number=st.integers(0, 2), count=st.integers(1, 8), resident=st.booleans())
+    def match(self, wide, number, count, resident):
+        chains = self.chains[wide]
+        digests = chains.digests[number][:count]
+        with self.cache.match_resident(digests) if resident else self.run(self.cache.match(digests)) as lease:
+            chains.check(lease, digests)
+            assert not self.gone_blocks & set(digests[: len(lease)])
+
+    @rule(wide=st.integers(0, 1), number=st.integers(0, 2), block=st.integers(0, 7))
+    def delete_block(self, wide, number, block):
+        digest = self.chains[wide].digests[number][block]
+        self.run(self.cache.delete([Name(digest)]))
+        self.gone_blocks.add(digest)
+
+    @precondition(lambda self: not self.faulty and not self.world.leases)
+    @rule(wide=st.integers(0, 1))
+    def a_chain_that_fits_is_matched(self, wide):
+        self.fillers += 1
+        chains = Chains(f"live{self.fillers}", chains=1, blocks=3, width=[16, 32][wide])
+        digests = chains.digests[0]
+        self.run(asyncio.sleep(1))
+        outcomes = self.run(self.cache.put_chain(digests, [chains.value(digest) for digest in digests]))
+        assert outcomes == [Outcome.HIT] * 3
+        with self.run(self.cache.match(digests)) as lease:
+            assert len(lease) == 3
+            chains.check(lease, digests)
+
     # -- the world -------------------------------------------------------------------------------------------------
 
     @rule(seconds=st.sampled_from([0.01, 1.0, 5.0, 100.0]))
@@ -228,6 +269,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.world.faults_off()
         self.faulty = False
         self.run(self.world.power_cut())
+        self.gone_blocks.clear()
         self.run(self.world.open())
 
     @precondition(lambda self: self.world.ssd is not None and not self.faulty)

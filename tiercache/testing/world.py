@@ -15,10 +15,10 @@ import numpy as np
 from tiercache.cache import Cache
 from tiercache.cpu.tier import MemoryTier
 from tiercache.index import Index
-from tiercache.keys import page_key
+from tiercache.keys import chain, namespace, page_key
 from tiercache.lease import PageRun
 from tiercache.metrics import Metrics
-from tiercache.model import State, all_parts
+from tiercache.model import Outcome, State, all_parts
 from tiercache.origin import Span
 from tiercache.policy import POLICIES
 from tiercache.settings import Settings
@@ -181,8 +181,9 @@ class World:
         if len(self.cache._filling.flights):
             raise ModelError("loads are under way and nobody waits for them")
         states = np.asarray(self.index.state)
+        childless = np.asarray(self.index._slots.kids) == 0  # a block that was lost stays as a hole above its children
         for state in (State.PENDING, State.MOVING, State.EVICTING):
-            left = np.flatnonzero(states == state)
+            left = np.flatnonzero((states == state) & (childless | (states != State.EVICTING)))
             if len(left):
                 raise ModelError(f"slots {left[:5].tolist()} are {state.name} though nobody uses the cache")
         pinned = np.flatnonzero(np.asarray(self.index.pin))
@@ -248,6 +249,30 @@ class World:
         """How many slots have a copy on the SSD."""
         slots = np.arange(len(np.asarray(self.index.state)), dtype=np.int64)
         return int((self.index.facts(slots).ssd_location >= 0).sum()) if self.ssd is not None else 0
+
+
+class Chains:
+    """Chains of blocks with common beginnings: chain c is its digests and the values that they stand for."""
+
+    def __init__(self, seed: object, *, chains: int = 4, blocks: int = 10, width: int = 16) -> None:
+        self.digests: list[list[bytes]] = []
+        space = namespace("chains", str(width))
+        for number in range(chains):
+            shared = min(number, 3) * 2
+            chunks = [f"{seed}/{0 if block < shared else number}/{block}".encode() for block in range(blocks)]
+            self.digests.append(chain(space, chunks, collision_resistant=width == 32))
+
+    def value(self, digest: bytes) -> bytes:
+        """The one right value of a block; sizes differ."""
+        return made_bytes(digest, 500 + digest[0] * 40)
+
+    def check(self, lease: Lease, digests: Sequence[bytes]) -> None:
+        """Raises ModelError unless the lease is a prefix of the chain with the right bytes."""
+        if len(lease) > len(digests):
+            raise ModelError(f"{len(lease)} of {len(digests)} blocks were matched")
+        for i, digest in enumerate(digests[: len(lease)]):
+            if lease.outcomes[i] is not Outcome.HIT or bytes(lease.view(i)) != self.value(digest):
+                raise ModelError(f"block {i} of a chain is {lease.outcomes[i].name} or has wrong bytes")
 
 
 def part_spans(parts: int, size: int) -> list[tuple[int, int]]:
