@@ -4,8 +4,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=("$root/.venv/bin/python")
+extra=()
 if [[ ${1:-} == --optimized ]]; then
     python+=(-O)
+    extra=(-W "ignore::pytest.PytestConfigWarning")  # that asserts outside of tests are off is the point
     shift
 fi
 scratch=$(mktemp -d)
@@ -26,4 +28,4 @@ for each in "$@"; do  # paths are meant from the checkout
     if [[ -e $root/${each%%::*} ]]; then paths+=("$root/$each"); else arguments+=("$each"); fi
 done
 [[ ${#paths[@]} -gt 0 ]] || paths=("$root/tests")
-"${python[@]}" -m pytest -c "$root/pyproject.toml" --rootdir "$root" "${arguments[@]}" "${paths[@]}"
+"${python[@]}" -m pytest -c "$root/pyproject.toml" --rootdir "$root" "${extra[@]}" "${arguments[@]}" "${paths[@]}"
