@@ -1,9 +1,9 @@
 """SSD tier against fio: `python -m bench.ssd [--json]`.
 
-- `read_ratio_*`, `write_ratio_*`: bytes a second of 1 MiB and 256 KiB entries through SsdTier (headers, digests and full
-  keys verified on every read; records, rows and both syncs done at the end of every write run) over fio's (psync,
-  direct=1, fdatasync at the end) with the thread count of 1, 2, 4, 8 that did best in the median. All sides take turns in
-  every round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist.
+- `read_ratio_*`, `write_ratio_*`: bytes a second of 1 MiB and 256 KiB entries through SsdTier (headers, digests and
+  full keys verified on every read; records and rows synced at the end of every write run) over fio's (psync, direct=1,
+  synced at the end) with the thread count of 1, 2, 4, 8 that did best in the median. All sides take turns in every
+  round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist.
 - `read_ratio`, `write_ratio`: the smaller of the two sizes.
 - `restart_s`: a fresh process opens a directory of a million entries and loads the index; from the start of the process
   to the last entry loaded, the rows' files put out of the page cache before.
@@ -154,8 +154,7 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
             order = list(JOBS)
             random.Random(turn).shuffle(order)
             mine = turn % (len(order) + 1)
-            for at, jobs in enumerate([*order[:mine], 0, *order[mine:]]):
-                del at
+            for jobs in [*order[:mine], 0, *order[mine:]]:
                 if jobs == 0:
                     sides.append(("write/tier", await ours.write()))
                     sides.append(("read/tier", await ours.read()))
@@ -191,145 +190,69 @@ def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, 
     return Figure(name, value, 0.90, at_most=False, raw=raw, note=f"fio's best: {best} threads")
 
 
-# -- a million entries --------------------------------------------------------------------------------------------------
-
-TINY_BYTES = 64
-SEGMENT_BYTES = 256 * MIB
-
-
-def tiny(number: int) -> tuple[Payload, bytes]:
-    """Entry of the million."""
-    data = number.to_bytes(8, "big") * (TINY_BYTES // 8)
-    name = Name((number // 64 * 0x9E3779B97F4A7C15 % (1 << 128)).to_bytes(16, "little"), number % 64)
-    return Payload(name, TINY_BYTES, PART_BYTES, 1, part_digests(Buffer.of(data), PART_BYTES), tick=number), data
-
-
-def capacity_for(entries: int) -> int:
-    """Bytes for so many tiny records."""
-    return entries * 2 * 4096 * 5 // 4 + 4 * SEGMENT_BYTES
-
-
-async def fill(home: str, entries: int, *, wait: bool) -> None:
-    """Writes the entries; `wait`: says so and waits for its end."""
-    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
-    for start in range(0, entries, 4096):
-        batch = [tiny(i) for i in range(start, min(start + 4096, entries))]
-        answers = await tier.write([p for p, _ in batch], [Buffer.of(d) for _, d in batch])
-        assert min(answers) >= 0, answers
-    await tier.flush()
-    if wait:
-        print("ready", flush=True)
-        await asyncio.sleep(3600)
-    await tier.close()
-
-
-async def restart(home: str, entries: int) -> None:
-    """Opens and loads the index; tells when."""
-    from tiercache.index import Index
-    from tiercache.model import TierId
-    from tiercache.policy import POLICIES
-
-    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
-    opened = time.monotonic()
-    index = Index(entries * 2, [POLICIES["lru"](), POLICIES["lru"]()])
-    count = 0
-    for facts in tier.scan():
-        index.load(facts, TierId.SSD)
-        count += len(facts.keys)
-    print(json.dumps({"opened": opened, "loaded": time.monotonic(), "entries": count}), flush=True)
-    await tier.close()
-
-
-async def first_hit(home: str, entries: int, number: int) -> None:
-    """Opens, finds one name, reads it; tells when."""
-    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
-    opened = time.monotonic()
-    payload, data = tiny(number)
-    facts = await tier.find([payload.name])
-    target = bytearray(TINY_BYTES)
-    want = Want(int(facts.locations[0]), payload.name, payload.size, PART_BYTES, 1)
-    outcomes = await tier.read([want], [Buffer.of(target, writable=True)])
-    hit = time.monotonic()
-    assert outcomes == [Outcome.HIT] and target == data
-    print(json.dumps({"opened": opened, "hit": hit}), flush=True)
-    await tier.close()
+# -- a million entries ------------------------------------------------------------------------------------------------
 
 
 def child(*words: object) -> tuple[float, dict[str, float]]:
-    """Runs a part of this file in a process of its own; when it started, and what it told."""
+    """Runs one of the processes to its end: seconds from its start to the `end` it told, and all that it told, as
+    seconds after its start where they are times."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "bench.ssd", "--part", *map(str, words)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return start, json.loads(done.stdout)
+    command = [sys.executable, "-m", "bench.ssd_child", *map(str, words)]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for name in ("imported", "opened", "end"):
+        told[name] -= start
+    return told["end"], told
+
+
+def run_and_kill(*words: object) -> None:
+    """Starts one of the processes, and ends it with kill -9 when it is ready."""
+    command = [sys.executable, "-m", "bench.ssd_child", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        os.kill(process.pid, signal.SIGKILL)
 
 
 def measure_restarts(home: Path, options: argparse.Namespace) -> list[Figure]:
-    """Restart and first hit, each some times."""
+    """Restart and first hit, by turns."""
     entries = options.entries
     directory = home / "million"
     say(f"writing {entries} entries")
-    writer = subprocess.Popen(
-        [sys.executable, "-m", "bench.ssd", "--part", "fill", str(directory), str(entries)], stdout=subprocess.PIPE
-    )
-    assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.wait()
-    writer.stdout.close()
+    run_and_kill("fill", directory, entries)
     rng = random.Random(3)
-    hits: list[float] = []
-    restarts: list[float] = []
-    raw: list[dict[str, Json]] = []
+    hits: list[dict[str, float]] = []
+    restarts: list[dict[str, float]] = []
     for turn in range(options.restarts):
-        if turn:  # the process that has it open dies again
-            holder = subprocess.Popen(
-                [sys.executable, "-m", "bench.ssd", "--part", "hold", str(directory), str(entries)],
-                stdout=subprocess.PIPE,
-            )
-            assert holder.stdout is not None and holder.stdout.readline() == b"ready\n"
-            os.kill(holder.pid, signal.SIGKILL)
-            holder.wait()
-            holder.stdout.close()
-        drop_page_cache([path for path in (directory / "rows").iterdir() if path.is_file()])
-        start, told = child("first_hit", directory, entries, rng.randrange(entries))
-        hits.append(told["hit"] - start)
-        drop_page_cache([path for path in (directory / "rows").iterdir() if path.is_file()])
-        start, more = child("restart", directory, entries)
-        assert more["entries"] == entries, more
-        restarts.append(more["loaded"] - start)
-        raw.append({"first_hit_open_s": told["opened"] - start, "restart_open_s": more["opened"] - start})
-        say(f"first hit {hits[-1]:.3f} s, restart {restarts[-1]:.3f} s")
+        if turn:
+            run_and_kill("hold", directory, entries)
+        for taken, words in ((hits, ("first_hit", rng.randrange(entries))), (restarts, ("restart",))):
+            drop_page_cache([path for path in (directory / "rows").iterdir() if path.is_file()])
+            name, *number = words
+            _, told = child(name, directory, entries, *number)
+            taken.append(told)
+        assert restarts[-1]["entries"] == entries, restarts
+        say(f"first hit {hits[-1]['end']:.3f} s, restart {restarts[-1]['end']:.3f} s")
     rows_bytes = sum(path.stat().st_size for path in (directory / "rows").iterdir())
     facts: dict[str, Json] = {"entries": entries, "rows_bytes": rows_bytes}
     shutil.rmtree(directory)
     return [
-        Figure("restart_s", median(restarts), 1.5, unit="s", raw={**facts, "seconds": restarts, "parts": raw},
-               note="process start, imports, opening, and the index loaded"),
-        Figure("first_hit_s", median(hits), 0.5, unit="s", raw={**facts, "seconds": hits},
-               note="after kill -9, process start and imports included"),
-    ]  # fmt: skip
-
-
-async def part(words: list[str]) -> None:
-    """What a child process does."""
-    name, home, entries = words[0], words[1], int(words[2])
-    if name == "fill":
-        await fill(home, entries, wait=True)
-    elif name == "hold":
-        await fill(home, 0, wait=True) if entries == 0 else await hold(home, entries)
-    elif name == "restart":
-        await restart(home, entries)
-    elif name == "first_hit":
-        await first_hit(home, entries, int(words[3]))
-
-
-async def hold(home: str, entries: int) -> None:
-    """Opens, writes a little, and waits for its end."""
-    tier = SsdTier(home, capacity_for(entries), segment_bytes=SEGMENT_BYTES)
-    payload, data = tiny(0)
-    tier.free(await tier.write([payload], [Buffer.of(data)]))
-    await tier.flush()
-    print("ready", flush=True)
-    await asyncio.sleep(3600)
+        Figure(
+            "restart_s",
+            median(told["end"] for told in restarts),
+            1.5,
+            unit="s",
+            raw={**facts, "runs": restarts},
+            note="process start, imports, opening, and the index loaded",
+        ),
+        Figure(
+            "first_hit_s",
+            median(told["end"] for told in hits),
+            0.5,
+            unit="s",
+            raw={**facts, "runs": hits},
+            note="after kill -9, process start and imports included",
+        ),
+    ]
 
 
 def main() -> None:
@@ -342,11 +265,7 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=5, help="restarts")
     parser.add_argument("--directory", type=Path, default=CACHE_DIR, help="where the SSD is")
     parser.add_argument("--only", choices=["ratios", "restarts"], help="one half of it")
-    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.part:
-        asyncio.run(part(options.part))
-        return
     if options.quick:
         options.rounds, options.mib, options.entries, options.restarts = 1, 64, 20_000, 1
     options.directory.mkdir(parents=True, exist_ok=True)

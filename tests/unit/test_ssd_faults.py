@@ -184,7 +184,7 @@ def test_a_hanging_read_is_busy_and_never_writes_to_its_target() -> None:
 
     async def check() -> None:
         disk = SimDisk(random.Random(1))
-        tier = open_on(disk, deadline_s=0.05)
+        tier = open_on(disk, deadline_s=0.4)
         one = small(3)
         (at,) = await store(tier, [one])
         gate = disk.hold("read")
@@ -213,7 +213,7 @@ def test_a_hanging_write_is_busy_and_its_segment_waits() -> None:
 
     async def check() -> None:
         disk = SimDisk(random.Random(1))
-        tier = open_on(disk, deadline_s=0.05)
+        tier = open_on(disk, deadline_s=0.4)
         await store(tier, [small(1)])
         segment = tier._space.open[0]
         assert segment is not None

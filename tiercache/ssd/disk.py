@@ -61,7 +61,9 @@ class Disk:
         self._clock = clock
         self._deadline_s = deadline_s
         self._count = threads
-        self._threads = ThreadPoolExecutor(threads, "tiercache-ssd")
+        # Readers wait for reads alone: what is written in the background never stands in a queue before them.
+        self._readers = ThreadPoolExecutor(threads, "tiercache-read")
+        self._writers = ThreadPoolExecutor(threads, "tiercache-write")
         self._scratch = Scratch()
         self._rolls: dict[int, asyncio.Future[bool]] = {}
         self._commit_lock = asyncio.Lock()
@@ -74,7 +76,15 @@ class Disk:
 
     # -- jobs
 
-    async def run(self, jobs: Sequence[Job]) -> None:
+    async def read(self, jobs: Sequence[Job]) -> None:
+        """Runs jobs that somebody waits for."""
+        await self._run(jobs, self._readers)
+
+    async def write(self, jobs: Sequence[Job]) -> None:
+        """Runs jobs that write."""
+        await self._run(jobs, self._writers)
+
+    async def _run(self, jobs: Sequence[Job], threads: ThreadPoolExecutor) -> None:
         """Runs jobs in the threads; after it returns, in whatever way, no job touches anything of the caller's, except
         that a write which is `abandoned` and not `ended` may still read its sources."""
         if not jobs:
@@ -92,7 +102,7 @@ class Disk:
                 job.run(self.io, self._scratch, self.directory.seed)
                 self._ended += 1
 
-        calls = [loop.run_in_executor(self._threads, drain) for _ in range(min(self._count, len(jobs)))]
+        calls = [loop.run_in_executor(threads, drain) for _ in range(min(self._count, len(jobs)))]
         late: set[asyncio.Future[None]] = set(calls)
         try:
             done, late = await asyncio.wait(calls, timeout=self._deadline_s)
@@ -172,7 +182,7 @@ class Disk:
         exists = segment.descriptor >= 0
         try:
             if not exists:
-                await asyncio.get_running_loop().run_in_executor(self._threads, self._create, segment)
+                await asyncio.get_running_loop().run_in_executor(self._writers, self._create, segment)
             elif segment.life is not Life.FREE:
                 async with self._commit_lock:
                     await self._in_committer(commit.empty, self.space, self.directory.rows, segment)
@@ -270,7 +280,7 @@ class Disk:
         loop = asyncio.get_running_loop()
         due = [due for due in batch.due if due.facts]
         await asyncio.gather(
-            *(loop.run_in_executor(self._threads, commit.sync_segment, self.io, batch, one) for one in due)
+            *(loop.run_in_executor(self._writers, commit.sync_segment, self.io, batch, one) for one in due)
         )
 
     def _commit(self, batch: commit.Batch) -> None:
@@ -340,7 +350,8 @@ class Disk:
     def close(self) -> None:
         """Gives everything back but what a hanging call still holds."""
         hung = self._commit_lock.locked()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._writers.shutdown(wait=False, cancel_futures=True)
         self.committer.shutdown(wait=False, cancel_futures=True)
         if not hung:
             try:

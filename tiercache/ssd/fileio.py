@@ -10,7 +10,6 @@ import errno
 import fcntl
 import mmap
 import os
-import shutil
 from typing import TYPE_CHECKING
 
 from tiercache.clock import system_random
@@ -101,6 +100,8 @@ class FileIO:
 
     def remove_tree(self, path: str) -> None:
         """Removes a directory and what is in it."""
+        import shutil  # brings the compression modules, and is needed for damage only
+
         shutil.rmtree(path, ignore_errors=True)
 
     def names(self, directory: str) -> list[str]:

@@ -91,7 +91,8 @@ class Segment:
 
     def find(self, block: int) -> int:
         """Index of the record that starts at `block`, or -1."""
-        index = int(np.searchsorted(self.blocks[: self.count], block))
+        # A key of the column's own type: for any other, numpy converts the whole column first.
+        index = int(self.blocks[: self.count].searchsorted(np.uint32(block)))
         return index if index < self.count and self.blocks[index] == block else -1
 
     def append(self, length: int, parts: int) -> int:

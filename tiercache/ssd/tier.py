@@ -102,7 +102,7 @@ class SsdTier:
                     items.append(WriteItem(index, payload, source, place))
             jobs = plan_writes(items, disk.writer_ended)
             self._space.writers([job.segment for job in jobs], 1)
-            await disk.run(jobs)
+            await disk.write(jobs)
             completed = True
         finally:
             good = {id(item) for job in jobs if disk.finish_write(job) and completed for item in job.items}
@@ -152,7 +152,7 @@ class SsdTier:
                 assert target.length >= want.size, (target.length, want.size)
                 found.append((record.segment, ReadItem(index, want, target, record.block, record.parts)))
         jobs = plan_reads(found)
-        await disk.run(jobs)
+        await disk.read(jobs)
         for job in jobs:
             if job.fault is not None:
                 self.counters["read_faults"] += 1
@@ -295,7 +295,7 @@ class SsdTier:
         self._space.writers([job.segment for job in jobs], 1)
         completed = False
         try:
-            await disk.run(jobs)
+            await disk.write(jobs)
             completed = True
         finally:
             good = {id(move) for job in jobs if disk.finish_write(job) and completed for move in job.moves}
