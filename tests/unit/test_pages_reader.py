@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tiercache.buffers import Buffer, new_bytes, part_digests
+from tiercache.buffers import Buffer, copy_range_verified, new_bytes, part_digests
 from tiercache.clock import SystemClock
 from tiercache.errors import ChangedError, OriginError, UnavailableError
 from tiercache.lease import Gap, Lease
@@ -101,6 +101,14 @@ class Extents:
     def payloads(self, locations):
         pages = [self.pages[location] for location in locations]
         return [Payload(page.name, len(page.buffer), PART, page.parts, page.digests) for page in pages]
+
+    def copy_out(self, locations, targets, spans=None, *, verify=True):
+        outcomes = []
+        for i, page in enumerate(self.pages[location] for location in locations):
+            span = range(len(page.buffer)) if spans is None else spans[i]
+            fine = copy_range_verified(page.buffer, targets[i], span, PART, page.digests)
+            outcomes.append(Outcome.HIT if fine or not verify else Outcome.CORRUPT)
+        return outcomes
 
 
 class CountingOrigin(DictOrigin):
