@@ -140,10 +140,10 @@ class Arena:
 
     def find(self, location: int) -> Place | None:
         """The extent at a location; None when it was freed, or never was."""
-        ordinal = location >> _SEGMENT_SHIFT
-        if not 0 <= ordinal < len(self._segments):
+        ordinal, segments = location >> _SEGMENT_SHIFT, self._segments  # one reading: another thread may close
+        if not 0 <= ordinal < len(segments):
             return None
-        segment = self._segments[ordinal]
+        segment = segments[ordinal]
         at = segment.row_at(location >> _ROW_SHIFT & _ROW_MASK)
         if at < 0:
             return None
@@ -189,8 +189,9 @@ class Arena:
                 self._space.add(start, pages)
                 return Outcome.FULL
             row, generation = segment.make_row(page, pages, self._client, payload)
-            if page + pages > segment.populate_mark:
-                self._populate(segment, page + pages)
+            wish = self._ahead(segment, page + pages) if page + pages > segment.populate_mark else None
+        if wish is not None and self._prefault is not None:
+            self._prefault.ask(wish)
         return ordinal << _SEGMENT_SHIFT | row << _ROW_SHIFT | generation
 
     def _grow(self, pages: int) -> bool:
@@ -218,17 +219,15 @@ class Arena:
         self._space.add(start, self._chunk_pages)
         return False
 
-    def _populate(self, segment: Segment, used_pages: int) -> None:
-        """Asks for AHEAD_BYTES past the pages in use, and sets the mark half that far, so that they come in time."""
+    def _ahead(self, segment: Segment, used_pages: int) -> Buffer | None:
+        """The AHEAD_BYTES past the pages in use, to populate; the mark moves half that far, so they are there in time."""
         if self._prefault is None:
             segment.populate_mark = self._segment_pages
-            return
+            return None
         ahead = AHEAD_BYTES // ALIGN_BYTES
         last = min(self._segment_pages, used_pages + ahead)
         segment.populate_mark = last if last == self._segment_pages else last - ahead // 2
-        self._prefault.ask(
-            segment.span.address + used_pages * ALIGN_BYTES, (last - used_pages) * ALIGN_BYTES, segment.span.owner
-        )
+        return segment.span.slice(used_pages * ALIGN_BYTES, (last - used_pages) * ALIGN_BYTES)
 
     def _forget(self) -> None:
         """In a forked child: the memory is the parent's, and so are its locks and threads."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tiercache.buffers import Buffer
+
 MADV_POPULATE_WRITE = 23
 """Linux 5.14 and later; older kernels refuse it and the pages come at first touch, as they would without us."""
 
@@ -26,31 +28,34 @@ class Prefault:
 
     def __init__(self, populate: Callable[[int, int], None] = populate) -> None:
         self._populate = populate
-        self._asked: queue.SimpleQueue[tuple[int, int, object] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
         self._stopped = False
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def ask(self, address: int, length: int, owner: object) -> None:
-        """Populates a span some time soon; `owner` keeps it mapped until then. Never blocks."""
-        if self._stopped:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="tiercache-prefault", daemon=True)
-            self._thread.start()
-        self._asked.put((address, length, owner))
+    def ask(self, span: Buffer) -> None:
+        """Populates a span some time soon, and keeps it mapped until then."""
+        with self._lock:
+            if self._stopped:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="tiercache-prefault", daemon=True)
+                self._thread.start()
+        self._asked.put(span)
 
     def stop(self) -> None:
         """Ends after the slice in progress."""
-        self._stopped = True
-        if self._thread is not None:
+        with self._lock:
+            self._stopped = True
+            thread = self._thread
+        if thread is not None:
             self._asked.put(None)
-            self._thread.join()
+            thread.join()
 
     def _run(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            address, length, _owner = asked
-            for at in range(0, length, SLICE_BYTES):
+        while (span := self._asked.get()) is not None:
+            for at in range(0, span.length, SLICE_BYTES):
                 if self._stopped:
                     break
-                self._populate(address + at, min(SLICE_BYTES, length - at))
-            del asked, _owner  # nothing may keep the memory while the thread waits
+                self._populate(span.address + at, min(SLICE_BYTES, span.length - at))
+            del span  # nothing may keep the memory while the thread waits
