@@ -220,7 +220,7 @@ class Arena:
         return False
 
     def _ahead(self, segment: Segment, used_pages: int) -> Buffer | None:
-        """The AHEAD_BYTES past the pages in use, to populate; the mark moves half that far, so they are there in time."""
+        """The AHEAD_BYTES past the pages in use, to populate; the mark moves half that far, to be there in time."""
         if self._prefault is None:
             segment.populate_mark = self._segment_pages
             return None
