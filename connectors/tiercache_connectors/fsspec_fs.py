@@ -30,6 +30,7 @@ from tiercache.model import Outcome
 from tiercache_connectors.fsspec_facts import absent, bounds, described, directory, no_file, present, there
 from tiercache_connectors.fsspec_file import CachedFile, WrittenFile
 from tiercache_connectors.fsspec_mounts import Mount, Target, mount
+from tiercache_connectors.fsspec_walk import find
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,27 +172,41 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
             found = [described(pin) for pin in children]
         return found if detail else [info["name"] for info in found]
 
-    async def _exists(self, path: str, **kwargs: Any) -> bool:
+    async def _find(
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        prefix: str = "",
+        **kwargs: Any,
+    ) -> Any:
+        path = self._stripped(path)
+        if maxdepth is not None and maxdepth < 1:
+            raise ValueError("maxdepth must be at least 1")
+        found, directories = await find(self, path, maxdepth, prefix)
+        if withdirs:
+            found |= directories
+            if path and await self._isdir(path):
+                found[path] = await self._info(path)
+        if not found and await self._isfile(path):
+            found = {path: await self._info(path)}
+        return dict(sorted(found.items())) if detail else sorted(found)
+
+    async def _type(self, path: str) -> str | None:
         try:
-            await self._info(path)
+            return str((await self._info(path))["type"])
         except FileNotFoundError:
-            return False
-        return True
+            return None
+
+    async def _exists(self, path: str, **kwargs: Any) -> bool:
+        return await self._type(path) is not None
 
     async def _isfile(self, path: str) -> bool:
-        try:
-            return bool((await self._info(path))["type"] == "file")
-        except FileNotFoundError:
-            return False
+        return await self._type(path) == "file"
 
     async def _isdir(self, path: str) -> bool:
-        try:
-            return bool((await self._info(path))["type"] == "directory")
-        except FileNotFoundError:
-            return False
-
-    async def _size(self, path: str) -> int:
-        return int((await self._info(path))["size"])
+        return await self._type(path) == "directory"
 
     def size(self, path: str) -> int:
         """Size of a file in bytes."""

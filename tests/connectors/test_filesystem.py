@@ -407,6 +407,36 @@ def test_many_cold_readers_are_one_get(cached, s3, bucket):
     assert s3.server.stats.by_method == {"HEAD": 1, "GET": 1}
 
 
+@pytest.mark.slow
+def test_thousands_of_cold_tasks_are_one_get(cached, s3, bucket):
+    fs = cached("s3", s3.options, tail_bytes=0)
+
+    async def main():
+        return await asyncio.gather(*[fs._cat_file("bucket/data.bin", MIB + i % 7, MIB + 900) for i in range(2_000)])
+
+    assert set(fs.mount.wait(main())) == {DATA[MIB + i : MIB + 900] for i in range(7)}
+    assert s3.server.stats.by_method == {"HEAD": 1, "GET": 1}
+
+
+def test_deep_trees_are_found_level_by_level(cached, s3, bucket):
+    fs = cached("s3", s3.options)
+    names = [f"bucket/tree/a={a}/b={b}/part.bin" for a in range(4) for b in range(3)]
+    for name in names:
+        (bucket.parent / name).parent.mkdir(parents=True)
+        (bucket.parent / name).write_bytes(b"x")
+    s3.server.stats.clear()
+    assert fs.find("bucket/tree") == sorted(names)
+    assert s3.server.stats.requests == 1 + 4 + 12
+    assert fs.glob("bucket/tree/a=*/b=1/*.bin") == sorted(names)[1::3]
+    assert fs.glob("bucket/tree/**/part.bin") == sorted(names)
+    assert fs.find("bucket/tree", maxdepth=1, withdirs=True)[:2] == ["bucket/tree", "bucket/tree/a=0"]
+    assert fs.find(names[0]) == names[:1]
+    assert fs.size(names[0]) == 1
+    assert s3.server.stats.by_method["HEAD"] <= 1  # listings bring the facts
+    fs.rm("bucket/tree", recursive=True)
+    assert fs.find("bucket/tree") == []
+
+
 def test_a_small_file_is_one_request_and_then_none(cached, s3, bucket):
     fs = cached("s3", s3.options)
     s3.server.stats.clear()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tiercache.metrics import Metrics
     from tiercache.origin import Origin
 
-FACTS_MAX = 1 << 17
+FACTS_MAX = 1 << 16
 LISTINGS_MAX = 1 << 12
 
 
