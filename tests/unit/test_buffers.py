@@ -19,6 +19,7 @@ from tiercache.buffers import (
     Buffer,
     copy,
     copy_many,
+    copy_many_verified,
     copy_parts,
     copy_verified,
     entry_digest,
@@ -137,6 +138,27 @@ def test_digests_are_those_of_the_parts(size: int, part_bytes: int) -> None:
             assert not copy_verified(Buffer.of(bad), Buffer.of(bytearray(size)), part_bytes, parts, digests)
         assert verify_parts(Buffer.of(bad), part_bytes, everything & ~part, digests)
         assert copy_verified(Buffer.of(bad), Buffer.of(bytearray(size)), part_bytes, everything & ~part, digests)
+
+
+def test_many_are_copied_and_each_is_verified() -> None:
+    """Entries of all sizes in one call; a damaged one is named and its neighbours are right."""
+    rng = random.Random(5)
+    datas = [rng.randbytes(size) for size in SIZES]
+    steps = [rng.choice((20_480, 65_536)) for _ in SIZES]
+    digests = [part_digests(Buffer.of(data), step) for data, step in zip(datas, steps, strict=True)]
+    for damaged in (None, 0, 5, 10):
+        sources = [bytearray(data) for data in datas]
+        if damaged is not None:
+            sources[damaged][-1:] = b"" if not sources[damaged] else bytes([sources[damaged][-1] ^ 1])
+        targets = [bytearray(b"\x77" * (len(data) + 2)) for data in datas]
+        good = copy_many_verified(
+            [Buffer.of(one) for one in sources],
+            [Buffer.of(one).slice(1, len(one) - 1) for one in targets],
+            steps,
+            digests,
+        )
+        assert good == [i != damaged or not data for i, data in enumerate(datas)]
+        assert targets == [b"\x77" + bytes(one) + b"\x77" for one in sources]
 
 
 def test_partial_copies_leave_the_rest_alone() -> None:

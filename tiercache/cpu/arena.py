@@ -48,6 +48,11 @@ class Place(NamedTuple):
         return Buffer(whole.address + self.offset_pages * ALIGN_BYTES, self.size, whole.owner)
 
     @property
+    def digests(self) -> bytes:
+        """Digests of all parts, undefined where one is absent."""
+        return self.segment.digests(self.at, part_count(self.size, self.part_bytes))
+
+    @property
     def stale(self) -> bool:
         """Whether the extent was freed since it was found: then what was read of it in between is worthless."""
         at, memory = self.at, self.segment.memory

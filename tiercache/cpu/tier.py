@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from tiercache.buffers import copy, copy_parts, copy_range_verified, copy_verified
+from tiercache.buffers import copy, copy_many, copy_many_verified, copy_parts, copy_range_verified, copy_verified
 from tiercache.cpu import layout
 from tiercache.cpu.arena import SEGMENT_BYTES, Arena
 from tiercache.cpu.prefault import Prefault
 from tiercache.errors import ConfigError
-from tiercache.model import Outcome, Payload, part_count
+from tiercache.model import Outcome, Payload
 from tiercache.tier import Health, TierStatus
 
 if TYPE_CHECKING:
@@ -85,15 +85,19 @@ class MemoryTier:
 
         Raises LookupError where one was freed, ConfigError where a target is too small.
         """
-        need = self.arena.need
+        places = [self.arena.need(location) for location in locations]
         if spans is not None:
-            return [
-                _copy_span(need(location), target, span, verify)
-                for location, target, span in zip(locations, targets, spans, strict=True)
-            ]
-        return [
-            _copy_whole(need(location), target, verify) for location, target in zip(locations, targets, strict=True)
-        ]
+            return [_copy_span(*one, verify) for one in zip(places, targets, spans, strict=True)]
+        for place, target in zip(places, targets, strict=True):
+            if target.length < place.size:
+                raise ConfigError(f"a target has {target.length} bytes, its entry {place.size}: pass a larger buffer")
+        sources = [place.span for place in places]
+        if not verify:
+            copy_many(sources, targets)
+            return [Outcome.HIT] * len(places)
+        steps = [place.part_bytes for place in places]
+        good = copy_many_verified(sources, targets, steps, [place.digests for place in places])
+        return [Outcome.HIT if one else Outcome.CORRUPT for one in good]
 
     async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[int]:
         """Copies the present parts of each source into a new extent and commits them."""
@@ -169,33 +173,17 @@ class MemoryTier:
         if not verify:
             copy_parts(place.span, target, part_bytes, want.parts)
             return Outcome.MISS if place.stale else Outcome.HIT
-        digests = segment.digests(at, part_count(size, part_bytes))
-        good = copy_verified(place.span, target, part_bytes, want.parts, digests)
+        good = copy_verified(place.span, target, part_bytes, want.parts, place.digests)
         if place.stale:
             return Outcome.MISS
         return Outcome.HIT if good else Outcome.CORRUPT
 
 
-def _copy_whole(place: Place, target: Buffer, verify: bool) -> Outcome:
-    size, part_bytes = place.size, place.part_bytes
-    if target.length < size:
-        raise ConfigError(f"a target has {target.length} bytes, its entry {size}: pass a larger buffer")
-    if not verify:
-        copy(place.span, target)
-        return Outcome.HIT
-    count = part_count(size, part_bytes)
-    digests = place.segment.digests(place.at, count)
-    return Outcome.HIT if copy_verified(place.span, target, part_bytes, (1 << count) - 1, digests) else Outcome.CORRUPT
-
-
 def _copy_span(place: Place, target: Buffer, span: range, verify: bool) -> Outcome:
     if target.length < len(span):
         raise ConfigError(f"a target has {target.length} bytes, its span {len(span)}: pass a larger buffer")
-    if len(span) == place.size:
-        return _copy_whole(place, target, verify)
     if not verify:
         copy(place.span.slice(span.start, len(span)), target)
         return Outcome.HIT
-    digests = place.segment.digests(place.at, part_count(place.size, place.part_bytes))
-    same = copy_range_verified(place.span, target, span, place.part_bytes, digests)
+    same = copy_range_verified(place.span, target, span, place.part_bytes, place.digests)
     return Outcome.HIT if same else Outcome.CORRUPT
