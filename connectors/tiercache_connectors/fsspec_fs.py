@@ -72,9 +72,8 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         self._target = Target(target_protocol, target_options, fs)
         self._settings = {name: value for name, value in settings.items() if name not in IGNORED}
         self._mount: Mount | None = None
-        kind = type(fs) if fs is not None else None
-        if kind is None and self._target.protocol not in PLAIN:
-            kind = get_filesystem_class(self._target.protocol)
+        plain = fs is None and self._target.protocol in PLAIN
+        kind = None if plain else type(fs) if fs is not None else get_filesystem_class(self._target.protocol)
         self._target_class = kind
         if kind is not None:
             self.root_marker = kind.root_marker
