@@ -40,7 +40,7 @@ async def mixed(loop: SimLoop) -> None:
     world = World(
         loop,
         memory_bytes=rng.choice([128, 256, 1024]) * KIB,
-        ssd_bytes=rng.choice([0, 8 * MIB, 12 * MIB]),
+        ssd_bytes=rng.choice([0, 9 * MIB, 12 * MIB]),
         rates=RATES if rng.random() < 0.7 else None,
     )
     await world.open()
@@ -142,6 +142,73 @@ async def durable(loop: SimLoop) -> None:
     await world.close()
 
 
+class Crowd:
+    """Writers of values that nobody deletes in time, who also read, delete and let bits rot."""
+
+    SIZES = (3000, 30_000, 60_000)
+
+    def __init__(self, world: World, *, rots: bool) -> None:
+        self.world, self.rots, self.count = world, rots, 0
+
+    async def act(self, number: int) -> None:
+        """One writer."""
+        rng = derive(self.world.loop.seed, "crowd", number, self.count)
+        for _ in range(25):
+            self.count += 1
+            assert self.world.cache is not None
+            value = made_bytes(self.count, rng.choice(self.SIZES))
+            try:
+                await self.world.cache.put([self.name_of(self.count)], [value], durable=rng.random() < 0.1)
+            except UnavailableError:
+                if not self.world.dice["disk"].on:
+                    raise
+            for wanted in rng.sample(range(self.count), min(self.count, 4)):
+                await self.look(wanted)
+            if rng.random() < 0.2:
+                await self.world.cache.delete([self.name_of(rng.randrange(self.count))])
+            for _ in range(rng.randrange(20) if self.rots else 0):
+                self.world.rot(rng)
+            self.world.check()
+            await asyncio.sleep(rng.uniform(0, 0.1))
+
+    async def look(self, wanted: int) -> None:
+        """Reads one value, which has one of a few sizes."""
+        assert self.world.cache is not None
+        target = bytearray(max(self.SIZES))
+        name = self.name_of(wanted)
+        outcome = (await self.world.cache.get_into([name], [Buffer.of(target, writable=True)]))[0]
+        if outcome is Outcome.HIT and not any(target[:size] == made_bytes(wanted, size) for size in self.SIZES):
+            raise ModelError(f"value {wanted} has wrong bytes")
+
+    @staticmethod
+    def name_of(number: int) -> Name:
+        """Name of the value with this number."""
+        return Name(object_key("crowd", str(number)))
+
+
+async def crowded(loop: SimLoop) -> None:
+    """An SSD that is full all the time, and may rot: reclaim under readers, deletes, faults and power cuts."""
+    rng = derive(loop.seed, "crowded")
+    disk = {Fault.ERROR: 0.01, Fault.NO_SPACE: 0.01}
+    rates = {"ssd": {Fault.VANISH: 0.05, Fault.ERROR: 0.02, Fault.DELAY: 0.1}, "disk": disk}
+    world = World(loop, memory_bytes=256 * KIB, ssd_bytes=9 * MIB, rates=rates if rng.random() < 0.5 else None)
+    await world.open()
+    crowd = Crowd(world, rots=rng.random() < 0.3)
+    for _ in range(rng.randrange(1, 4)):
+        world.faults_on()
+        actors = [loop.create_task(crowd.act(number)) for number in range(4)]
+        done, late = await asyncio.wait(actors, timeout=rng.choice([1.0, 3.0, 1000.0]))
+        for actor in done:
+            actor.result()
+        world.faults_off()
+        if late or rng.random() < 0.5:
+            await world.power_cut()
+            await world.open()
+    await asyncio.sleep(120)
+    await world.check_quiet()
+    await world.close()
+
+
 async def deadlines(loop: SimLoop) -> None:
     """A hanging SSD costs a reader its deadline at most once, a hanging origin ends in a fault at its own."""
     rng = derive(loop.seed, "deadlines")
@@ -187,7 +254,7 @@ async def deadlines(loop: SimLoop) -> None:
 
 
 SCENARIOS: dict[str, Callable[[SimLoop], Coroutine[object, object, None]]] = {
-    scenario.__name__: scenario for scenario in (mixed, cold_readers, durable, deadlines)
+    scenario.__name__: scenario for scenario in (mixed, cold_readers, durable, crowded, deadlines)
 }
 
 

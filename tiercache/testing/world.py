@@ -27,6 +27,7 @@ from tiercache.testing.model import DictOrigin, ForgetfulDict, ModelError, check
 from tiercache.testing.simloop import SimClock, SimLoop, derive
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Mapping, Sequence
 
     from tiercache.lease import Gap, Landed, Lease, Load
@@ -128,6 +129,14 @@ class World:
         if fault is not None:
             code = errno.ENOSPC if fault is Fault.NO_SPACE else errno.EIO
             raise OSError(code, f"injected: {operation}")
+
+    def rot(self, rng: random.Random) -> None:
+        """Flips one bit somewhere in a segment file."""
+        assert self.disk is not None
+        paths = [path for path, file in sorted(self.disk.files.items()) if path.endswith(".seg") and file.seen]
+        if paths:
+            path = rng.choice(paths)
+            self.disk.flip(path, rng.randrange(len(self.disk.files[path].seen)), rng.randrange(8))
 
     async def close(self) -> None:
         """Closes in order."""
