@@ -20,6 +20,7 @@ LONE = [hashlib.sha256(b"lone%d" % i).digest()[: 16 + 16 * (i % 2)] for i in ran
 
 paths = st.lists(st.integers(0, 1), min_size=1, max_size=5)
 tiers = st.sampled_from([TierId.MEMORY, TierId.SSD])
+fills = st.sampled_from([(), (0,), (0,), (0,), (1,), (0, 1)])
 
 
 def digests(path):
@@ -117,23 +118,41 @@ class IndexMachine(RuleBasedStateMachine):
         if reservation.pin:
             self.hold(reservation, [s for s in reservation.slots.tolist() if s > 0])
 
+    def then(self, reservation, fill, keep):
+        """What a filler does next: places in these tiers, and gives the reservation back or keeps it."""
+        slots = reservation.slots[reservation.fresh & (reservation.slots > 0)].tolist()
+        for tier in fill:
+            self.place_in(slots, TierId(tier))
+        if reservation.pin and not keep:
+            self.holds.pop()
+            freed = self.index.release(reservation)
+            self.sync()
+            self.take(freed)
+
     # -- reservation --------------------------------------------------------------------------------------------------
-    @rule(file=st.sampled_from(FILES), ordinals=st.lists(st.integers(0, 9), min_size=1, max_size=5, unique=True))
-    def reserve_pages(self, file, ordinals):
+    @rule(
+        file=st.sampled_from(FILES),
+        ordinals=st.lists(st.integers(0, 9), min_size=1, max_size=5, unique=True),
+        fill=fills,
+        keep=st.booleans(),
+    )
+    def reserve_pages(self, file, ordinals, fill, keep):
         reservation = self.index.reserve_pages(file, np.array(ordinals, np.int32), 100, 64)
         self.reserved([Name(file, o) for o in ordinals], reservation)
+        self.then(reservation, fill, keep)
 
-    @rule(keys=st.lists(st.sampled_from(LONE), min_size=1, max_size=4))
-    def reserve_lone(self, keys):
+    @rule(keys=st.lists(st.sampled_from(LONE), min_size=1, max_size=4), fill=fills, keep=st.booleans())
+    def reserve_lone(self, keys, fill, keep):
         reservation = self.index.reserve([Name(k) for k in keys], 100, 64)
         seen = set()
         for key, fresh in zip(keys, reservation.fresh):
             assert not fresh or key not in seen
             seen.add(key)
         self.reserved([Name(k) for k in keys], reservation)
+        self.then(reservation, fill, keep)
 
-    @rule(path=paths, append=st.booleans())
-    def reserve_chain(self, path, append):
+    @rule(path=paths, append=st.booleans(), fill=fills, keep=st.booleans())
+    def reserve_chain(self, path, append, fill, keep):
         known = self.chain(path)
         names = [Name(d, i) for i, d in enumerate(digests(path))]
         width = len(names[0].key)
@@ -143,6 +162,7 @@ class IndexMachine(RuleBasedStateMachine):
         for name in names[len(known) :]:
             if name in self.named:
                 self.dead(self.named[name])
+        self.sync()
         before = known[skip - 1] if skip else None
         for name, slot, fresh in zip(names[skip:], reservation.slots.tolist(), reservation.fresh.tolist()):
             if slot < 0:
@@ -158,6 +178,7 @@ class IndexMachine(RuleBasedStateMachine):
             before = record
         if reservation.pin:
             self.hold(reservation, [s for s in reservation.slots.tolist() if s > 0])
+        self.then(reservation, fill, keep)
 
     # -- look-up ------------------------------------------------------------------------------------------------------
     @rule(path=paths)
@@ -200,6 +221,10 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def release(self, data):
+        for _ in range(data.draw(st.integers(1, 4))):
+            self.release_one(data)
+
+    def release_one(self, data):
         if self.holds:
             hold, _ = self.holds.pop(data.draw(st.integers(0, len(self.holds) - 1)))
             freed = self.index.release(hold)
@@ -222,7 +247,9 @@ class IndexMachine(RuleBasedStateMachine):
         if not fit:
             return
         slots = data.draw(st.lists(st.sampled_from(fit), unique=True, max_size=4))
-        slots.sort(key=lambda s: self.index.depth[s])
+        self.place_in(slots, tier)
+
+    def place_in(self, slots, tier):
         locations = [self.location(tier) for _ in slots]
         unwanted = self.index.place(np.array(slots, np.int64), tier, locations, 1)
         for slot, location in zip(slots, locations):
@@ -249,7 +276,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.sync()
         for slot in slots:
             record = self.slots.get(slot)
-            if record is not None and record.state in ("pending", "readable") and not record.copies:
+            if record is not None and record.state in ("pending", "hole") and not record.copies:
                 if self.index._slots.form[slot] & 128:
                     self.dead(record)
                 else:
@@ -291,6 +318,8 @@ class IndexMachine(RuleBasedStateMachine):
                 self.dead(records[slot])
                 if self.slots.get(slot) is records[slot]:
                     del self.slots[slot]
+            elif not records[slot].copies:
+                records[slot].state = "hole"
         self.after_loss(gone.tolist())
         return gone.tolist(), [r for s, r in records.items() if s not in set(gone.tolist())]
 

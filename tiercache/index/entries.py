@@ -170,12 +170,8 @@ class Entries:
             if not where & bit or columns.forms[slot] & DEAD_BIT or columns.states[slot] == EVICTING:
                 continue
             if not forced:
-                if columns.states[slot] != RESIDENT or columns.pins[slot]:
+                if columns.states[slot] != RESIDENT or columns.pins[slot] or self.guarded(slot, tier):
                     kept.append(slot)
-                    continue
-                if self._guarded(slot, tier):
-                    columns.helds[slot] |= bit
-                    self.holding = True
                     continue
                 if where == bit:
                     self._orphan(slot)
@@ -190,11 +186,12 @@ class Entries:
             columns.held[gone] &= ~bit & 0xFF
         if kept:
             policy.keep(np.array(kept, np.int64))
+            columns.held[kept] &= ~bit & 0xFF
         if forced:
             return Unplaced(gone, self._lose(going, tier))
         return Unplaced(gone, self._leave(gone, tier))
 
-    def _guarded(self, slot: int, tier: TierId) -> bool:
+    def guarded(self, slot: int, tier: TierId) -> bool:
         """Whether children keep this copy: any child if it is the last, else one in memory if it is in memory."""
         columns = self.slots
         if columns.forms[slot] & 3 != Form.BLOCK:
@@ -232,7 +229,7 @@ class Entries:
         """Puts a held slot next in line where nothing holds it any more."""
         held = self.slots.helds[slot]
         for tier in TierId:
-            if held & 1 << tier and not self._guarded(slot, tier):
+            if held & 1 << tier and not self.guarded(slot, tier):
                 self._ready[tier].append(slot)
 
     def _leave(self, gone: I64, tier: TierId) -> I64:
@@ -385,11 +382,13 @@ class Entries:
 class _Choice:
     """Victims of one call, leaf before parent: a block may be named when all its children were named before it."""
 
-    __slots__ = ("_entries", "_fewer", "_limit", "_tier", "refused", "slots")
+    __slots__ = ("_entries", "_fewer", "_fewer_in_memory", "_limit", "_tier", "refused", "slots")
 
     def __init__(self, entries: Entries, tier: TierId, limit: int) -> None:
         self._entries, self._tier, self._limit = entries, tier, limit
         self._fewer: dict[int, int] = {}
+        self._fewer_in_memory: dict[int, int] = {}
+        """Children of a slot that would be gone, or gone from memory, if all named so far go."""
         self.slots: list[int] = []
         self.refused: list[int] = []
 
@@ -397,32 +396,34 @@ class _Choice:
         """Takes a slot that the policy named, or refuses it, or holds it until its children go."""
         entries, columns, bit = self._entries, self._entries.slots, 1 << self._tier
         while True:
+            columns.helds[slot] &= ~bit
             if columns.states[slot] != RESIDENT or columns.pins[slot] or not columns.wheres[slot] & bit:
-                columns.helds[slot] &= ~bit
                 self.refused.append(slot)
                 return
-            if len(self.slots) >= self._limit:
+            guarded = self._guarded(slot)
+            if guarded or len(self.slots) >= self._limit:
                 columns.helds[slot] |= bit
                 entries.holding = True
-                entries.line_up(slot, self._tier)
+                if not guarded:
+                    entries.line_up(slot, self._tier)
                 return
-            if columns.forms[slot] & 3 != Form.BLOCK:
-                self.slots.append(slot)
-                return
-            fewer = self._fewer.get(slot, 0)
-            last = columns.wheres[slot] == bit
-            if (last and columns.kid_counts[slot] > fewer) or (
-                self._tier == TierId.MEMORY and columns.memory_kid_counts[slot] > fewer
-            ):
-                columns.helds[slot] |= bit
-                entries.holding = True
-                return
-            columns.helds[slot] &= ~bit
             self.slots.append(slot)
-            parent = columns.parents[slot]
+            parent = columns.parents[slot] if columns.forms[slot] & 3 == Form.BLOCK else 0
             if not parent:
                 return
-            self._fewer[parent] = self._fewer.get(parent, 0) + 1
+            if columns.wheres[slot] == bit:
+                self._fewer[parent] = self._fewer.get(parent, 0) + 1
+            if self._tier == TierId.MEMORY:
+                self._fewer_in_memory[parent] = self._fewer_in_memory.get(parent, 0) + 1
             if not columns.helds[parent] & bit or len(self.slots) >= self._limit:
                 return
             slot = parent
+
+    def _guarded(self, slot: int) -> bool:
+        """Entries.guarded, as it will be when those named so far have gone."""
+        columns = self._entries.slots
+        if columns.forms[slot] & 3 != Form.BLOCK:
+            return False
+        if self._tier == TierId.MEMORY and columns.memory_kid_counts[slot] > self._fewer_in_memory.get(slot, 0):
+            return True
+        return columns.wheres[slot] == 1 << self._tier and columns.kid_counts[slot] > self._fewer.get(slot, 0)
