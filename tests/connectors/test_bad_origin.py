@@ -20,7 +20,8 @@ HURRIED = {"tail_bytes": 0, "origin_deadline_s": 5.0, "readahead_bytes": 0}
 
 @pytest.fixture
 def proxy(s3, s3_root):
-    (s3_root / "bucket" / "bad.bin").write_bytes(DATA)
+    (s3_root / "faulty").mkdir(exist_ok=True)
+    (s3_root / "faulty" / "bad.bin").write_bytes(DATA)
     with FaultProxy(s3.server.url, random=random.Random(5)) as made:
         yield made
 
@@ -36,21 +37,21 @@ def test_right_bytes_or_a_clear_error(cached, proxy, fault):
         start = rng.randrange(len(DATA))
         stop = min(len(DATA), start + rng.choice([100, 50_000, 400_000]))
         try:
-            assert fs.cat_file("bucket/bad.bin", start, stop) == DATA[start:stop]
+            assert fs.cat_file("faulty/bad.bin", start, stop) == DATA[start:stop]
             right += 1
         except (TierCacheError, OSError):
             failed += 1
     assert right > 15, (right, failed, proxy.stats.by_fault)
     proxy.faults = Faults()
-    assert fs.cat_file("bucket/bad.bin") == DATA
-    assert fs.cat_file("bucket/bad.bin") == DATA
+    assert fs.cat_file("faulty/bad.bin") == DATA
+    assert fs.cat_file("faulty/bad.bin") == DATA
 
 
 def test_an_object_that_keeps_changing_is_never_mixed(cached, proxy, s3, s3_root):
     """Readers and a writer at once: whole reads are one version, pinned handles one version or a clear error."""
     versions = [bytes([i]) * len(DATA) for i in range(12)]
-    path = s3_root / "bucket" / "changing.bin"
-    s3.direct().pipe_file("bucket/changing.bin", versions[0])
+    path = s3_root / "faulty" / "changing.bin"
+    s3.direct().pipe_file("faulty/changing.bin", versions[0])
     fs = cached("s3", s3_options(proxy.url), stat_ttl_s=0.0, **HURRIED)
     proxy.faults = Faults(delay_s=0.002)
     stop = threading.Event()
@@ -58,7 +59,7 @@ def test_an_object_that_keeps_changing_is_never_mixed(cached, proxy, s3, s3_root
 
     def read():
         while not stop.is_set():
-            with fs.open("bucket/changing.bin") as f:
+            with fs.open("faulty/changing.bin") as f:
                 got = set()
                 try:
                     while block := f.read(300_000):
@@ -73,8 +74,8 @@ def test_an_object_that_keeps_changing_is_never_mixed(cached, proxy, s3, s3_root
         reader.start()
     writer = s3.direct()
     for version in versions[1:]:
-        writer.pipe_file("bucket/changing.bin", version)
-        assert set(fs.cat_file("bucket/changing.bin")) == {version[0]}
+        writer.pipe_file("faulty/changing.bin", version)
+        assert set(fs.cat_file("faulty/changing.bin")) == {version[0]}
     stop.set()
     for reader in readers:
         reader.join()
