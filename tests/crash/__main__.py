@@ -54,7 +54,7 @@ class Place:
         """Starts over before what was written in all comes near the cap; or forgets what may long be evicted."""
         if not self.options["keeps"]:
             self.ledger.trim(300)
-        elif self.ledger.written_bytes > self.options["ssd_bytes"] // 3:
+        elif self.ledger.written_bytes > self.options["ssd_bytes"] // 8:
             shutil.rmtree(self.path)
             self.ledger = Ledger(count=self.ledger.count)
 
