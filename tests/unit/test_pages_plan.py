@@ -59,7 +59,8 @@ def test_many_spans_are_one_cover():
 
 
 @pytest.mark.parametrize(
-    ("page_bytes", "part_bytes"), [(1 << 20, 16 << 10), (64 << 10, 4096), (4 << 20, 64 << 10), (192 << 10, 4096)]
+    ("page_bytes", "part_bytes"),
+    [(1 << 20, 16 << 10), (64 << 10, 16 << 10), (4 << 20, 64 << 10), (1344 << 10, 24 << 10)],
 )
 def test_the_finest_part_fits_the_map(page_bytes, part_bytes):
     assert geometry.part_bytes_of(page_bytes) == part_bytes

@@ -154,7 +154,11 @@ def world(data=DATA, cache=None, **settings):
     plain = {"tail_bytes": 0, "merge_gap_bytes": 0, "readahead_bytes": 256 * KIB, "queue_bytes": 0} | settings
     chosen = Settings("/nowhere", 4 << 20, 0, page_bytes=PAGE, **plain)
     cache = cache or DictCache()
-    return origin, cache, PageReader(cache, origin, settings=chosen, clock=SystemClock(), metrics=Metrics())
+    return (
+        origin,
+        cache,
+        PageReader(cache, origin, settings=chosen, clock=SystemClock(), metrics=Metrics(), part_bytes=PART),
+    )
 
 
 def test_reads_are_right_and_only_missing_parts_are_asked_for():
@@ -245,7 +249,7 @@ def test_no_version_is_read_around_the_cache():
         origin.set("f", DATA)
         few = {"request_bytes_max": PAGE, "queue_bytes": 0, "merge_gap_bytes": 0, "tail_bytes": 0}
         chosen = Settings("/nowhere", 4 << 20, 0, page_bytes=PAGE, **few)
-        reader = PageReader(cache, origin, settings=chosen, clock=SystemClock(), metrics=Metrics())
+        reader = PageReader(cache, origin, settings=chosen, clock=SystemClock(), metrics=Metrics(), part_bytes=PART)
         pin = await reader.open("f")
         assert pin.version == ""
         assert await reader.read(pin, 10, 3 * PAGE) == DATA[10 : 3 * PAGE]
