@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FOOTED = (".parquet", ".parq", ".pq", ".orc", ".feather", ".arrow")
+"""Names of files that are read from their end: asking for their facts is worth asking for their last bytes too."""
+GET_BYTES = 32 << 20
+"""How much of a file is under way at once when it is copied to a local one."""
+IGNORED = ("use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache")
+"""Options that fsspec's machinery hands to every filesystem."""
+PLAIN = ("s3", "s3a")
+"""Protocols whose paths need no help of their filesystem's class, so that reading does not import it."""
+
 
 class Mounted(Protocol):
     """A filesystem with a mount."""

@@ -223,6 +223,48 @@ def _reopened(fs: TierCacheFileSystem, stat: Stat, version: str, block_size: int
     return handle
 
 
+class AsyncCachedFile:
+    """A file to be read with `await`, for one task at a time: one pinned version, no buffer."""
+
+    def __init__(self, fs: TierCacheFileSystem, pin: Pin) -> None:
+        self.fs, self.pin = fs, pin
+        self.path, self.size = pin.stat.path, pin.stat.size
+        self.loc = 0
+        self.closed = False
+
+    async def read(self, length: int = -1) -> bytes:
+        """Up to `length` bytes; fewer only at the end of the file."""
+        if self.closed:
+            raise ValueError("I/O operation on closed file.")
+        start = self.loc
+        stop = self.size if length < 0 else min(self.size, start + length)
+        data = await self.fs._read_pin(self.pin, start, stop) if start < stop else b""
+        self.loc = max(start, stop)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves the position."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.loc, io.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise ValueError("Seek before start of file")
+        self.loc = base + offset
+        return self.loc
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self.loc
+
+    async def close(self) -> None:
+        """Ends the handle."""
+        self.closed = True
+
+    async def __aenter__(self) -> AsyncCachedFile:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
 class WrittenFile(io.RawIOBase):
     """A file opened for writing: the target's own, and what was known of the path is forgotten as it is written."""
 

@@ -27,24 +27,27 @@ from fsspec.utils import stringify_path, tokenize
 from tiercache.buffers import new_bytes
 from tiercache.errors import ChangedError
 from tiercache.model import Outcome
-from tiercache_connectors.fsspec_facts import absent, bounds, described, directory, no_file, present, there
-from tiercache_connectors.fsspec_file import CachedFile, WrittenFile
+from tiercache_connectors.fsspec_facts import (
+    FOOTED,
+    GET_BYTES,
+    IGNORED,
+    PLAIN,
+    absent,
+    bounds,
+    described,
+    directory,
+    no_file,
+    present,
+    there,
+)
+from tiercache_connectors.fsspec_file import AsyncCachedFile, CachedFile, WrittenFile
 from tiercache_connectors.fsspec_mounts import Mount, Target, mount
-from tiercache_connectors.fsspec_walk import find
+from tiercache_connectors.fsspec_trees import find, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.pages.versions import Pin
-
-FOOTED = (".parquet", ".parq", ".pq", ".orc", ".feather", ".arrow")
-"""Names of files that are read from their end: asking for their facts is worth asking for their last bytes too."""
-GET_BYTES = 32 << 20
-"""How much of a file is under way at once when it is copied to a local one."""
-IGNORED = ("use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache")
-"""Options that fsspec's machinery hands to every filesystem."""
-PLAIN = ("s3", "s3a")
-"""Protocols whose paths need no help of their filesystem's class, so that reading does not import it."""
 
 
 class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -249,6 +252,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
+    @there
     async def _pin(self, path: str, *, tail: bool) -> Pin:
         """The version to read now; `tail` when its last bytes are worth having."""
         reader = self.mount.reader
@@ -260,6 +264,10 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         if pin.stat.is_directory:
             raise no_file(path)
         return pin
+
+    @there
+    async def _read_pin(self, pin: Pin, start: int, stop: int) -> bytes:
+        return await self.mount.reader.read(pin, start, stop)
 
     @there
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
@@ -334,27 +342,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         elif await self._isdir(rpath):
             await asyncio.to_thread(os.makedirs, lpath, exist_ok=True)
         else:
-            await self._get_whole(rpath, Path(lpath), callback)
-
-    async def _get_whole(self, path: str, goal: Path, callback: Any) -> None:
-        """Copies a file to a local one, which appears only when it is complete."""
-        part = goal.with_name(f"{goal.name}.{os.getpid()}.part")
-
-        def begin() -> Any:
-            if goal.is_dir():
-                return None
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            return part.open("wb")
-
-        file = await asyncio.to_thread(begin)
-        if file is None:
-            return
-        try:
-            with file:
-                await self._copy_to(path, file, callback)
-            part.replace(goal)
-        finally:
-            part.unlink(missing_ok=True)
+            await write_whole(Path(lpath), lambda file: self._copy_to(rpath, file, callback))
 
     @there
     async def _copy_to(self, path: str, file: Any, callback: Any) -> None:
@@ -390,6 +378,14 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         if pin is None or pin.stat.is_directory:
             pin = self.mount.wait(self._pin(path, tail=True))
         return CachedFile(self, path, pin, block_size)
+
+    async def _open_to_await(self, path: str, mode: str = "rb", **kwargs: Any) -> AsyncCachedFile:
+        """A file to be read with `await`; to write, use `_pipe_file` or `_put_file`."""
+        if mode != "rb":
+            raise ValueError(f"open_async reads (mode 'rb'), it does not do {mode!r}: use _pipe_file or _put_file")
+        return AsyncCachedFile(self, await self._pin(self._stripped(path), tail=True))
+
+    open_async = _open_to_await  # fsspec's name for it
 
     # -- writes: the target's, and forgotten at once -------------------------------------------------------------------
 

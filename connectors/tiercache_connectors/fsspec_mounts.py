@@ -67,14 +67,18 @@ class Mount:
         self.target = target
         self.loop: asyncio.AbstractEventLoop = io_loop()
         self.cache: Cache = assemble.acquire(load(**settings))
-        self.origin: Origin = assemble.open_origin(
-            target.protocol,
-            target.options,
-            filesystem=target.instance,
-            settings=self.cache.settings,
-            metrics=self.cache.metrics,
-        )
-        self.reader: PageReader = assemble.open_reader(self.cache, self.origin)
+        try:
+            self.origin: Origin = assemble.open_origin(
+                target.protocol,
+                target.options,
+                filesystem=target.instance,
+                settings=self.cache.settings,
+                metrics=self.cache.metrics,
+            )
+            self.reader: PageReader = assemble.open_reader(self.cache, self.origin)
+        except BaseException:
+            assemble.release(self.cache)
+            raise
         self._filesystem: AbstractFileSystem | None = None
 
     @property

@@ -345,6 +345,13 @@ def test_asynchronous_instances(cached, s3, bucket):
         await fs._rm("bucket/x")
         assert not await fs._exists("bucket/x")
         assert [path async for path, _, _ in fs._walk("bucket")] == ["bucket"]
+        async with await fs.open_async("bucket/data.bin") as f:
+            assert await f.read(10) == DATA[:10]
+            assert f.seek(-10, 2) == f.tell() == len(DATA) - 10
+            assert await f.read() == DATA[-10:]
+            assert await f.read(5) == b""
+        with pytest.raises(ValueError, match="open_async reads"):
+            await fs.open_async("bucket/x", "wb")
 
     asyncio.run(main())
 

@@ -1,12 +1,14 @@
-"""Finding files below a directory: level by level, many listings at a time, so that deep trees cost few round trips."""
+"""Trees of files: found level by level, many listings at a time, and copied to local files that appear when complete."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
 LISTINGS_MAX = 256
 """Directories listed at once; the origin bounds its requests further."""
@@ -51,3 +53,24 @@ async def _children(fs: Listing, path: str) -> list[dict[str, Any]]:
         return await fs._ls(path)
     except FileNotFoundError:
         return []
+
+
+async def write_whole(goal: Path, copy_to: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    """Lets `copy_to` write a local file, which appears only when it is complete; a directory there stays as it is."""
+    part = goal.with_name(f"{goal.name}.{os.getpid()}.part")
+
+    def begin() -> Any:
+        if goal.is_dir():
+            return None
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        return part.open("wb")
+
+    file = await asyncio.to_thread(begin)
+    if file is None:
+        return
+    try:
+        with file:
+            await copy_to(file)
+        part.replace(goal)
+    finally:
+        part.unlink(missing_ok=True)
