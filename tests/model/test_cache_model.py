@@ -7,7 +7,9 @@ at a time; what the cache does in the background interleaves by seed while a rul
 from __future__ import annotations
 
 import asyncio
+import logging
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -37,6 +39,12 @@ FILE_BYTES = 4 * PAGE_BYTES - 4321
 PAGES = st.lists(
     st.tuples(st.integers(0, 3), st.integers(1, 15)), min_size=1, max_size=3, unique_by=lambda page: page[0]
 )
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Injected faults are warned of by the thousand."""
+    caplog.set_level(logging.CRITICAL)
 
 
 def name_of(label: object) -> Name:
@@ -310,14 +318,24 @@ class CacheMachine(RuleBasedStateMachine):
             self.loop.close()
 
 
-def test_the_cache_refines_a_dictionary_that_may_forget() -> None:
+def drive(examples: int, steps: int) -> None:
     run_state_machine_as_test(
         CacheMachine,
         settings=settings(
-            max_examples=120,
-            stateful_step_count=40,
+            max_examples=examples,
+            stateful_step_count=steps,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         ),
     )
+
+
+@pytest.mark.slow
+def test_the_cache_refines_a_dictionary_that_may_forget() -> None:
+    drive(120, 40)
+
+
+@pytest.mark.nightly
+def test_the_cache_refines_it_for_long() -> None:
+    drive(3000, 80)

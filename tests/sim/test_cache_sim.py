@@ -30,6 +30,12 @@ def test_schedules(name: str, first: int) -> None:
     sweep(name, range(first, min(first + BLOCK, SEEDS[name])))
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SEEDS)
+def test_many_more_schedules(name: str) -> None:
+    sweep(name, range(10_000, 10_000 + 10 * SEEDS[name]))
+
+
 def test_there_are_enough_of_them() -> None:
     assert set(SEEDS) == set(SCENARIOS)
     assert sum(SEEDS.values()) >= 200
