@@ -1,4 +1,4 @@
-"""Trees of files: found level by level, many listings at a time, and copied to local files that appear when complete."""
+"""Trees of files: found level by level, many listings at a time, and copied to local files that appear when whole."""
 
 from __future__ import annotations
 

@@ -391,6 +391,35 @@ def test_processes(cached, s3, bucket, file, method, kind):
     assert fs.cat_file(path, 5, 10) == DATA[5:10]
 
 
+def test_filesystems_of_one_target_share_what_they_know(cached, s3, bucket, tmp_path):
+    one = cached("s3", s3.options, directory=str(tmp_path / "shared"))
+    two = cached("s3", s3.options, directory=str(tmp_path / "shared"), skip_instance_cache=True, asynchronous=True)
+    assert one is not two
+    assert one.mount is two.mount
+    assert one.cat_file("bucket/data.bin") == two.cat_file("bucket/data.bin") == DATA
+    two.pipe_file("bucket/fresh", b"1")
+    assert one.cat_file("bucket/fresh") == b"1"
+    one.rm("bucket/fresh")
+    assert not two.exists("bucket/fresh")
+
+
+@pytest.mark.slow
+def test_a_restart_reads_from_the_ssd(cached, s3, bucket, tmp_path):
+    settings = {"directory": str(tmp_path / "kept"), "ssd_bytes": 64 * MIB, "segment_bytes": 8 * MIB, "tail_bytes": 0}
+    settings |= {"disk_free_floor_bytes": 0}
+    fs = cached("s3", s3.options, **settings)
+    assert fs.cat_file("bucket/data.bin", 0, 2 * MIB) == DATA[: 2 * MIB]
+    fs.close()
+    TierCacheFileSystem.clear_instance_cache()
+    s3.server.stats.clear()
+    again = cached("s3", s3.options, **settings)
+    assert again.cat_file("bucket/data.bin", 0, 2 * MIB) == DATA[: 2 * MIB]
+    assert s3.server.stats.by_method == {"HEAD": 1}
+    assert again.cat_file("bucket/data.bin") == DATA
+    assert s3.server.stats.by_method == {"HEAD": 1, "GET": 1}
+    assert s3.server.stats.bytes_sent <= len(DATA) - 2 * MIB + 1000
+
+
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 
