@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import time
 
@@ -23,7 +24,7 @@ SEGMENT_BYTES = 256 << 20
 def tiny(number: int) -> tuple[Payload, bytes]:
     """Entry of the million: a page of a file of 64 pages."""
     data = number.to_bytes(8, "big") * (TINY_BYTES // 8)
-    name = Name((number // 64 * 0x9E3779B97F4A7C15 % (1 << 128)).to_bytes(16, "little"), number % 64)
+    name = Name(random.Random(number // 64).randbytes(16), number % 64)
     return Payload(name, TINY_BYTES, PART_BYTES, 1, part_digests(Buffer.of(data), PART_BYTES), tick=number), data
 
 

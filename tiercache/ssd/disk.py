@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tiercache.clock import Clock
     from tiercache.ssd.fileio import FileIO
 
-ROLLS_MAX = 4
-"""A writer opens at most so many segments for one record; others may take the room before it."""
+ROLLS_MAX = 64
+"""A batch opens at most so many segments."""
 SYNC_DEADLINES = 15
 """A sync may take so many deadlines: it waits for all that was written before, and no reader waits for it."""
 WITNESS_SEGMENTS = 64
@@ -138,26 +138,34 @@ class Disk:
 
     # -- room
 
-    async def reserve(self, stream: int, length: int, parts: int) -> Place | None:
-        """Room for a record, in a new segment if need be; None if there is none within the caps, or not in time."""
-        place = self.space.reserve(stream, length, parts)
-        if place is not None or length > self.space.segment_blocks:
-            return place
-        for _ in range(ROLLS_MAX):
-            # The roll goes on when its waiter gives up, so that a file is never half made and forgotten.
-            roll = self._rolls.get(stream)
-            if roll is None or roll.done():
-                roll = self._rolls[stream] = asyncio.ensure_future(self._roll(stream))
-            done, _ = await asyncio.wait([roll], timeout=self._deadline_s)
-            if not done:
-                self.pulse.hung(self._deadline_s)
-                return None
-            if not roll.result():
-                return None
-            place = self.space.reserve(stream, length, parts)
-            if place is not None:
-                return place
-        return None
+    async def reserve(self, stream: int, lengths: Sequence[int], parts: Sequence[int]) -> list[Place | None]:
+        """Room for records, in new segments if need be; None where there is none within the caps, or not in time."""
+        places: list[Place | None] = []
+        rolls = ROLLS_MAX
+        try:
+            while True:
+                places += self.space.reserve(stream, lengths[len(places) :], parts[len(places) :])
+                if len(places) == len(lengths):
+                    return places
+                if lengths[len(places)] > self.space.segment_blocks or not rolls:
+                    places.append(None)
+                else:
+                    rolls = rolls - 1 if await self._rolled(stream) else 0
+        except asyncio.CancelledError:
+            taken = [place for place in places if place is not None]
+            self.space.settle(taken, [None] * len(taken))
+            raise
+
+    async def _rolled(self, stream: int) -> bool:
+        """Waits until the stream has another segment. The roll goes on when its waiter gives up: no file is left half
+        made and forgotten."""
+        roll = self._rolls.get(stream)
+        if roll is None or roll.done():
+            roll = self._rolls[stream] = asyncio.ensure_future(self._roll(stream))
+        done, _ = await asyncio.wait([roll], timeout=self._deadline_s)
+        if not done:
+            self.pulse.hung(self._deadline_s)
+        return bool(done) and roll.result()
 
     async def _roll(self, stream: int) -> bool:
         """Opens the next segment of a stream."""

@@ -24,6 +24,20 @@ REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system answers that cannot do O_DIRECT."""
 
 
+_locks: set[int] = set()
+"""Descriptors that hold the lock of a directory."""
+
+
+def _leave_locks() -> None:
+    """A forked child inherits descriptors, and with them would keep a directory locked that its parent has closed."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 class FileIO:
     """The real file system. `direct=False` keeps to buffered I/O, which is the fallback where O_DIRECT is refused."""
 
@@ -85,6 +99,7 @@ class FileIO:
 
     def close(self, descriptor: int) -> None:
         """Gives a descriptor back."""
+        _locks.discard(descriptor)
         os.close(descriptor)
 
     def unlink(self, path: str) -> None:
@@ -161,6 +176,7 @@ class FileIO:
         except OSError:
             os.close(descriptor)
             raise
+        _locks.add(descriptor)
         return descriptor
 
     def token(self) -> int:

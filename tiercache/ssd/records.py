@@ -207,5 +207,22 @@ def read_header(block: memoryview, seed: int) -> Header | None:
     return Header(segment, generation, at, payload)
 
 
+def check_header(
+    block: memoryview, seed: int, place: tuple[int, int, int], parts: int
+) -> tuple[bytes, int, int, int, bytes] | None:
+    """What a read needs of the header of the record at `place` (segment, generation, block) with these parts: key,
+    ordinal, size, part_bytes, digests. None if it is not that header. As read_header, in a third of its time."""
+    magic, version, length, checksum = _FRONT.unpack_from(block)
+    if magic != MAGIC or version != FORMAT_VERSION or not _FACTS.size <= length <= HEADER_BYTES_MAX - _FRONT.size:
+        return None
+    body = bytes(block[_FRONT.size : _FRONT.size + length])
+    if xxhash.xxh3_64_intdigest(body, seed) != checksum:
+        return None
+    facts = _FACTS.unpack_from(body)
+    if facts[:3] != place or facts[14] != parts or length != _FACTS.size + 8 * facts[8]:
+        return None
+    return facts[9][: facts[6]], facts[11], facts[12], facts[13], body[_FACTS.size :]
+
+
 _FORMS = {int(form): form for form in Form}
 _KINDS = {int(kind): kind for kind in Kind}

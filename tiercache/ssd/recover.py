@@ -36,7 +36,8 @@ ROWS_FILES = 40
 OTHER_FILES = 6
 OTHER_BYTES = OTHER_FILES * BLOCK_BYTES
 """The lock, the format file, the witness, the next version of each, the probe."""
-SEGMENTS_LEAST = 3
+SEGMENTS_LEAST = 4
+"""One that is written, one that reclaim writes, one kept empty for reclaim, and one that can be given up."""
 ROOMY_BYTES = 8 << 20
 """Segments are at least so large where that leaves four of them: large entries should fit."""
 SEGMENTS_MANY = 512

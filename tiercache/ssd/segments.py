@@ -44,6 +44,7 @@ class Place(NamedTuple):
     """Room for one record."""
 
     segment: Segment
+    row: int
     block: int
     length: int
 
@@ -95,20 +96,20 @@ class Segment:
         index = int(self.blocks[: self.count].searchsorted(np.uint32(block)))
         return index if index < self.count and self.blocks[index] == block else -1
 
-    def append(self, length: int, parts: int) -> int:
-        """Takes room at the tail; answers the block."""
-        if self.count == len(self.blocks):
+    def append(self, length: int, parts: int) -> Place:
+        """Takes room at the tail."""
+        index, block = self.count, self.tail
+        if index == len(self.blocks):
             self.blocks, self.lengths, self.parts, self.flags = (
                 np.concatenate([column, np.zeros(max(64, len(column)), column.dtype)])
                 for column in (self.blocks, self.lengths, self.parts, self.flags)
             )
-        index, block = self.count, self.tail
         self.blocks[index], self.lengths[index], self.parts[index] = block, length, parts
         self.flags[index] = PENDING
         self.count += 1
         self.pending += 1
         self.tail += length
-        return block
+        return Place(self, index, block, length)
 
     def clear(self) -> None:
         """Forgets every record: the next life begins."""
@@ -164,31 +165,38 @@ class Space:
 
     # -- room
 
-    def reserve(self, stream: int, length: int, parts: int) -> Place | None:
-        """Room for a record in the open segment of a stream; None if it has not enough left."""
+    def reserve(self, stream: int, lengths: Sequence[int], parts: Sequence[int]) -> list[Place]:
+        """Room in the open segment of a stream for the first of these records, as many as it takes."""
+        places: list[Place] = []
         with self.lock:
             segment = self.open[stream]
-            if segment is None or segment.tail + length > self.segment_blocks:
-                return None
-            return Place(segment, segment.append(length, parts), length)
+            if segment is None:
+                return places
+            for length, present in zip(lengths, parts, strict=True):
+                if segment.tail + length > self.segment_blocks:
+                    break
+                places.append(segment.append(length, present))
+        return places
 
-    def settle(self, place: Place, payload: Payload | None) -> int:
-        """Ends a reservation: written (then it lives, and its row is due), or failed (None). Answers its location."""
+    def settle(self, places: Sequence[Place], payloads: Sequence[Payload | None]) -> list[int]:
+        """Ends reservations: written (then it lives, and its row is due), or failed (None). Answers locations."""
+        locations: list[int] = []
         with self.lock:
-            segment = place.segment
-            index = segment.find(place.block)
-            assert segment.flags[index] == PENDING, place
-            segment.pending -= 1
-            self.changes += 1
-            if payload is None:
-                segment.flags[index] = DEAD
-                segment.stones.append(place.block)
-                return -1
-            segment.flags[index] = LIVE
-            segment.live_count += 1
-            segment.live_blocks += place.length
-            segment.unsaved.append((payload, place.block))
-            return location_of(segment.number, segment.generation, place.block)
+            self.changes += len(places)
+            for (segment, row, block, length), payload in zip(places, payloads, strict=True):
+                assert segment.flags[row] == PENDING, (segment.number, block)
+                segment.pending -= 1
+                if payload is None:
+                    segment.flags[row] = DEAD
+                    segment.stones.append(block)
+                    locations.append(-1)
+                    continue
+                segment.flags[row] = LIVE
+                segment.live_count += 1
+                segment.live_blocks += length
+                segment.unsaved.append((payload, block))
+                locations.append(location_of(segment.number, segment.generation, block))
+        return locations
 
     def available(self) -> int:
         """Segments that could be opened without reclaiming anything."""

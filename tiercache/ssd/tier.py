@@ -17,8 +17,8 @@ from tiercache.ssd.disk import Disk
 from tiercache.ssd.fileio import FileIO
 from tiercache.ssd.records import BLOCK_BYTES, GENERATION_MASK, fits, record_blocks, split_locations
 from tiercache.ssd.scan import Recovery
-from tiercache.ssd.segments import RECLAIMS, WRITES, Life, Place, Segment
-from tiercache.ssd.transfer import MoveItem, ReadItem, WriteItem, WriteJob, plan_moves, plan_reads, plan_writes
+from tiercache.ssd.segments import RECLAIMS, WRITES, Life, Segment
+from tiercache.ssd.transfer import MoveItem, ReadItem, WriteItem, plan_moves, plan_reads, plan_writes
 from tiercache.tier import Health, TierStatus
 
 if TYPE_CHECKING:
@@ -87,31 +87,32 @@ class SsdTier:
     async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[int]:
         """Stores payloads: their locations, or FULL (no room, or can never fit) or BUSY (the disk is not well)."""
         disk = self._enter()
-        answers = [int(Outcome.BUSY)] * len(payloads)
         if disk.pulse.health is not Health.HEALTHY:
-            return answers
-        items: list[WriteItem] = []
-        jobs: list[WriteJob] = []
+            return [int(Outcome.BUSY)] * len(payloads)
+        fitting = [i for i, payload in enumerate(payloads) if fits(payload)]
+        lengths = [record_blocks(p.parts, p.part_bytes, p.size) for p in map(payloads.__getitem__, fitting)]
+        places = await disk.reserve(WRITES, lengths, [payloads[i].parts for i in fitting])
+        answers = [self._refusal()] * len(payloads)
+        items = [
+            WriteItem(index, payloads[index], sources[index], place)
+            for index, place in zip(fitting, places, strict=True)
+            if place is not None
+        ]
+        jobs = plan_writes(items, disk.writer_ended)
+        self._space.writers([job.segment for job in jobs], 1)
         completed = False
         try:
-            for index, (payload, source) in enumerate(zip(payloads, sources, strict=True)):
-                place = await self._reserve(WRITES, payload)
-                if place is None:
-                    answers[index] = self._refusal()
-                else:
-                    items.append(WriteItem(index, payload, source, place))
-            jobs = plan_writes(items, disk.writer_ended)
-            self._space.writers([job.segment for job in jobs], 1)
             await disk.write(jobs)
             completed = True
         finally:
-            good = {id(item) for job in jobs if disk.finish_write(job) and completed for item in job.items}
-            for item in items:
-                location = self._space.settle(item.place, item.payload if id(item) in good else None)
-                if id(item) in good:
-                    answers[item.index] = location
-                    self._unsaved_bytes += item.place.length * BLOCK_BYTES
-        self.counters["writes"] += len(good)
+            for job in jobs:
+                good = disk.finish_write(job) and completed
+                kept = [item.payload if good else None for item in job.items]
+                locations = self._space.settle([item.place for item in job.items], kept)
+                for item, location in zip(job.items, locations, strict=True):
+                    answers[item.index] = location if good else int(Outcome.BUSY)
+                self._unsaved_bytes += job.blocks * BLOCK_BYTES if good else 0
+        self.counters["writes"] += len(items)
         if self._unsaved_bytes >= COMMIT_BYTES:
             await self._save()
         return answers
@@ -125,12 +126,6 @@ class SsdTier:
 
     def _refusal(self) -> int:
         return int(Outcome.FULL if self._disk.pulse.health is Health.HEALTHY else Outcome.BUSY)
-
-    async def _reserve(self, stream: int, payload: Payload) -> Place | None:
-        if not fits(payload):
-            return None
-        length = record_blocks(payload.parts, payload.part_bytes, payload.size)
-        return await self._disk.reserve(stream, length, payload.parts)
 
     async def _commit_quietly(self) -> None:
         self._unsaved_bytes = 0
@@ -146,11 +141,12 @@ class SsdTier:
         if disk.pulse.health is Health.OFF:
             return answers
         found: list[tuple[Segment, ReadItem]] = []
-        for index, (want, target) in enumerate(zip(wants, targets, strict=True)):
-            record = self._space.look(want.location)
-            if record is not None and not want.parts & ~record.parts:
-                assert target.length >= want.size, (target.length, want.size)
-                found.append((record.segment, ReadItem(index, want, target, record.block, record.parts)))
+        with self._space.lock:
+            for index, (want, target) in enumerate(zip(wants, targets, strict=True)):
+                record = self._space.look(want.location)
+                if record is not None and not want.parts & ~record.parts:
+                    assert target.length >= want.size, (target.length, want.size)
+                    found.append((record.segment, ReadItem(index, want, target, record.block, record.parts)))
         jobs = plan_reads(found)
         await disk.read(jobs)
         for job in jobs:
@@ -275,19 +271,23 @@ class SsdTier:
 
     async def _move(self, keep: Sequence[int], moved: list[tuple[int, int]]) -> None:
         """Rewrites records a few megabytes at a time; what cannot be read, or has no room, stays behind."""
-        moves: list[MoveItem] = []
-        pending = 0
-        for number, location in enumerate(keep):
-            found = self._space.look(location)
-            if found is not None:
-                length = found.length
-                place = await self._disk.reserve(RECLAIMS, length, found.parts)
-                if place is not None:
-                    moves.append(MoveItem(location, found.segment, found.segment.generation, found.block, place))
-                    pending += length * BLOCK_BYTES
-            if moves and (pending >= MOVE_BYTES or number == len(keep) - 1):
-                await self._run_moves(moves, moved)
-                moves, pending = [], 0
+        found = [(location, self._space.look(location)) for location in keep]
+        records = [(location, record) for location, record in found if record is not None]
+        while records:
+            count = blocks = 0
+            while count < len(records) and (not count or blocks * BLOCK_BYTES < MOVE_BYTES):
+                blocks += records[count][1].length
+                count += 1
+            chunk, records = records[:count], records[count:]
+            places = await self._disk.reserve(
+                RECLAIMS, [record.length for _, record in chunk], [record.parts for _, record in chunk]
+            )
+            moves = [
+                MoveItem(location, record.segment, record.segment.generation, record.block, place)
+                for (location, record), place in zip(chunk, places, strict=True)
+                if place is not None
+            ]
+            await self._run_moves(moves, moved)
 
     async def _run_moves(self, moves: list[MoveItem], moved: list[tuple[int, int]]) -> None:
         disk = self._disk
@@ -298,12 +298,11 @@ class SsdTier:
             await disk.write(jobs)
             completed = True
         finally:
-            good = {id(move) for job in jobs if disk.finish_write(job) and completed for move in job.moves}
-            for move in moves:
-                payload = move.payload if id(move) in good else None
-                location = self._space.settle(move.place, payload)
-                if payload is not None:
-                    moved.append((move.location, location))
+            for job in jobs:
+                good = disk.finish_write(job) and completed
+                kept = [move.payload if good else None for move in job.moves]
+                locations = self._space.settle([move.place for move in job.moves], kept)
+                moved += [(m.location, at) for m, at in zip(job.moves, locations, strict=True) if at >= 0]
 
     # -- order of use
 

@@ -25,7 +25,7 @@ import xxhash
 
 from tiercache.buffers import Buffer, copy
 from tiercache.model import Outcome, Payload
-from tiercache.ssd.records import BLOCK_BYTES, pack_header, pieces_of, read_header, runs_of
+from tiercache.ssd.records import BLOCK_BYTES, check_header, pack_header, pieces_of, read_header, runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,14 +38,23 @@ SCRATCH_BYTES = 4 << 20
 """Private memory of a thread: a read goes through it, a write takes header and tail blocks from it."""
 READ_BYTES = 1 << 20
 """Neighbouring records are read in one call up to about this much."""
-WRITE_BYTES = 4 << 20
+WRITE_BYTES = (1 << 20) + (64 << 10)
+"""And written so: calls of a page and its header each keep the threads evenly busy, and measured best."""
 GAP_BYTES = 64 << 10
 """Parts with less than this between them are read in one call, the gap included."""
+SMALL_BYTES = 32 << 10
+"""A copy below this is over before the GIL could be given away and had back."""
 VECTORS_MAX = 512
 HEADERS_MAX = 128
 
+_ZEROS = memoryview(bytes(BLOCK_BYTES))
 _digest = xxhash.xxh3_64_intdigest
-_move = ctypes.memmove
+_move = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+_move_small = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
 
 
 Pieces = tuple[tuple[int, int, int, int], ...]
@@ -146,7 +155,7 @@ class ReadItem:
     block: int
     parts: int
     outcome: Outcome = Outcome.BUSY
-    digests: bytes = b""
+    digests: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -191,30 +200,34 @@ class ReadJob(Job):
         return [item for read in self.reads for item, _, opening, _ in read.items if opening]
 
     def _judge(self, item: ReadItem, base: int, pieces: Pieces, memory: Memory, got: int) -> None:
+        """Hashes every piece where it lies, and copies them only if all are right; neighbours in one go."""
         view, digests = memory.view, item.digests
-        for part, _, length, at in pieces:
+        source, target = memory.address + base, item.target.address
+        runs: list[list[int]] = []
+        for part, low, length, at in pieces:
             start = base + at
-            expected = int.from_bytes(digests[8 * part : 8 * part + 8], "little")
-            if start + length > got or _digest(view[start : start + length]) != expected:
+            if start + length > got or _digest(view[start : start + length]) != digests[part]:
                 item.outcome = Outcome.CORRUPT
                 return
-        source, target = memory.address + base, item.target.address
-        for _, low, length, at in pieces:
-            _move(target + low, source + at, length)
+            if runs and runs[-1][0] + runs[-1][2] == low and runs[-1][1] + runs[-1][2] == at:
+                runs[-1][2] += length
+            else:
+                runs.append([low, at, length])
+        for low, at, length in runs:
+            (_move if length >= SMALL_BYTES else _move_small)(target + low, source + at, length)
 
     def _judge_header(self, item: ReadItem, block: memoryview, seed: int) -> None:
-        header = read_header(block, seed) if len(block) == BLOCK_BYTES else None
-        there = (self.segment.number, self.generation, item.block)
-        if header is None or (header.segment, header.generation, header.block) != there:
+        place = (self.segment.number, self.generation, item.block)
+        facts = check_header(block, seed, place, item.parts) if len(block) == BLOCK_BYTES else None
+        if facts is None:
             item.outcome = Outcome.CORRUPT
             return
-        payload, want = header.payload, item.want
-        if (payload.name, payload.size, payload.part_bytes) != (want.name, want.size, want.part_bytes):
+        key, ordinal, size, part_bytes, digests = facts
+        want = item.want
+        if (key, ordinal) != want.name or size != want.size or part_bytes != want.part_bytes:
             item.outcome = Outcome.MISS  # the record is right and the question is not
-        elif payload.parts != item.parts:
-            item.outcome = Outcome.CORRUPT
         else:
-            item.digests = payload.digests
+            item.digests = struct.unpack(f"<{len(digests) >> 3}Q", digests)
 
 
 def plan_reads(found: Sequence[tuple[Segment, ReadItem]]) -> list[ReadJob]:
@@ -261,26 +274,27 @@ class WriteJob(Job):
         self.items: list[WriteItem] = []
         self.vectors = 0
         self.blocks = 0
+        self.end = 0
         self._on_release = on_release
 
-    def takes(self, segment: Segment, item: WriteItem) -> bool:
-        """Whether this record can go in the same call."""
-        if not self.items:
-            return True
-        end = self.items[-1].place.block + self.items[-1].place.length
-        return (
-            segment is self.segment
-            and item.place.block == end
-            and (self.blocks + item.place.length) * BLOCK_BYTES <= WRITE_BYTES
-            and len(self.items) < HEADERS_MAX
-            and self.vectors + _vectors(item) <= VECTORS_MAX
-        )
-
-    def add(self, item: WriteItem) -> None:
-        """Takes a record in."""
+    def add(self, item: WriteItem) -> bool:
+        """Takes a record in, if it can go in the same call."""
+        segment, _, block, length = item.place
+        payload = item.payload
+        vectors = 1 + 2 * len(runs_of(payload.parts, payload.part_bytes, payload.size))
+        if self.items and (
+            segment is not self.segment
+            or block != self.end
+            or (self.blocks + length) * BLOCK_BYTES > WRITE_BYTES
+            or len(self.items) >= HEADERS_MAX
+            or self.vectors + vectors > VECTORS_MAX
+        ):
+            return False
         self.items.append(item)
-        self.vectors += _vectors(item)
-        self.blocks += item.place.length
+        self.vectors += vectors
+        self.blocks += length
+        self.end = block + length
+        return True
 
     def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
         """One gathered write."""
@@ -318,11 +332,6 @@ class WriteJob(Job):
         self._on_release(self.segment)
 
 
-def _vectors(item: WriteItem) -> int:
-    payload = item.payload
-    return 1 + 2 * len(runs_of(payload.parts, payload.part_bytes, payload.size))
-
-
 def _block(scratch: Scratch, at: int, content: bytes | memoryview) -> memoryview:
     """A block of private memory with this content and zeros behind it, so that no old bytes reach the disk."""
     block = scratch.memory.view[at : at + BLOCK_BYTES]
@@ -333,7 +342,7 @@ def _block(scratch: Scratch, at: int, content: bytes | memoryview) -> memoryview
 def _fill(block: memoryview, content: bytes | memoryview) -> None:
     length = len(content)
     block[:length] = content
-    block[length:] = bytes(BLOCK_BYTES - length)
+    block[length:] = _ZEROS[length:]
 
 
 def _aligned(run: Buffer) -> Buffer:
@@ -346,9 +355,9 @@ def plan_writes(items: Sequence[WriteItem], on_release: Callable[[Segment], None
     """Jobs for records that have their places, neighbours in one write."""
     jobs: list[WriteJob] = []
     for item in items:
-        if not jobs or not jobs[-1].takes(item.place.segment, item):
+        if not jobs or not jobs[-1].add(item):
             jobs.append(WriteJob(item.place.segment, on_release))
-        jobs[-1].add(item)
+            jobs[-1].add(item)
     return jobs
 
 
