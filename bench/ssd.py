@@ -112,6 +112,7 @@ class Ours:
         """Seconds to write every entry and to make all durable; the round before is given up first, off the clock."""
         old, self.places = self.places, [0] * self.count
         self.tier.free(old)
+        await self.tier.flush()
 
         async def work(batch: list[int]) -> None:
             answers = await self.tier.write(
@@ -260,7 +261,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of the ratios that count")
     parser.add_argument("--mib", type=int, default=512, help="bytes of one run")
-    parser.add_argument("--threads", type=int, default=4, help="threads of the tier")
+    parser.add_argument("--threads", type=int, default=8, help="threads of the tier")
     parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the restart")
     parser.add_argument("--restarts", type=int, default=5, help="restarts")
     parser.add_argument("--directory", type=Path, default=CACHE_DIR, help="where the SSD is")

@@ -59,7 +59,7 @@ class Settings:
     ssd_files_max: int = 4096
     disk_free_floor_bytes: int = FLOOR_BYTES_MIN
     page_bytes: int = PAGE_BYTES
-    ssd_threads: int = 4
+    ssd_threads: int = 8
     ssd_deadline_s: float = 2.0
     queue_bytes: int = 64 * MIB
     high_mark: float = 0.95

@@ -58,7 +58,7 @@ class SsdTier:
         *,
         files_max: int = 10_000,
         segment_bytes: int = 0,
-        threads: int = 4,
+        threads: int = 8,
         deadline_s: float = 10.0,
         disk_free_floor_bytes: int = 0,
         clock: Clock | None = None,
