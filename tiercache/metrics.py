@@ -126,8 +126,8 @@ class _Histogram:
 class Metrics:
     """The numbers of one cache. Every method is safe in any thread and holds one short lock.
 
-    A series is a metric and its label values. It starts to exist at first use; those without labels exist from the
-    beginning, so that a rate over them is never undefined.
+    A series is a metric and its label values. It starts to exist at first use: what this process never counted is
+    absent, not zero.
     """
 
     __slots__ = ("_histograms", "_lock", "_values")
@@ -135,9 +135,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._histograms: dict[_Key, _Histogram] = {}
-        self._values: dict[_Key, int | float] = {
-            (metric.name, "", "", ""): 0 for metric in METRICS if not metric.labels
-        }
+        self._values: dict[_Key, int | float] = {}
 
     def add(self, name: str, amount: float = 1, *, tier: str = "", kind: str = "", operation: str = "") -> None:
         """Adds to a counter (or to a gauge, where a negative amount is right too)."""

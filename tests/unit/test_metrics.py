@@ -65,10 +65,12 @@ def test_unknown_names_and_labels_are_bugs() -> None:
     assert metrics.value("tiercache_hitz_total") == 0
 
 
-def test_series_without_labels_exist_from_the_beginning() -> None:
-    snapshot = Metrics().snapshot()
-    assert snapshot["tiercache_merged_loads_total"] == 0
-    assert "tiercache_hits_total" not in snapshot
+def test_what_was_never_counted_is_absent_and_not_zero() -> None:
+    metrics = Metrics()
+    assert metrics.snapshot() == {}
+    assert metrics.text() == "\n"
+    metrics.add("tiercache_merged_loads_total", 0)
+    assert metrics.snapshot() == {"tiercache_merged_loads_total": 0}
 
 
 def test_histogram_counts_each_value_once() -> None:

@@ -155,6 +155,5 @@ async def _read(reader: PageReader, pin: Pin, start: int, stop: int) -> None:
 
 
 def _origin_counts(cache: Cache) -> tuple[int, int]:
-    numbers = cache.metrics.snapshot()
-    requests = sum(value for name, value in numbers.items() if name.startswith("tiercache_origin_requests_total"))
-    return int(requests), int(numbers["tiercache_origin_bytes_total"])
+    total = cache.metrics.total
+    return int(total("tiercache_origin_requests_total")), int(total("tiercache_origin_bytes_total"))
