@@ -547,6 +547,22 @@ def test_a_copy_in_limbo_comes_back_when_the_children_go(filled):
     assert index.release() == ([0], [])
 
 
+def test_a_reader_keeps_its_chain_when_its_leaf_is_lost(filled):
+    """One pin of the leaf holds the chain in memory, also after the leaf's own copy was given up as corrupt."""
+    index, blocks = filled.index, chain(3)
+    slots = filled.put_chain(blocks)
+    filled.place(slots, SSD)
+    match = index.match_chain(blocks)
+    assert index.unplace(slots[2:], MEMORY, forced=True).locations.tolist() == [-1]
+    assert not len(index.unplace(slots[::-1], MEMORY).slots)
+    filled.place(slots[2:], MEMORY)
+    assert not len(index.unplace(slots[1::-1], MEMORY).slots)
+    index.validate()
+    assert index.release(match) == ([2], [])
+    index.validate()
+    assert index.unplace(slots[::-1], MEMORY).slots.tolist() == slots[::-1].tolist()
+
+
 def test_a_held_copy_is_due_once_there_is_another(filled):
     index, blocks = filled.index, chain(2)
     parent = filled.put_chain(blocks[:1])

@@ -26,7 +26,7 @@ def check(entries: Entries) -> None:
     _expect(not slots.state[0] and not slots.pin[0] and not slots.where[0], "row 0 is nobody")
     _expect(slots.evicting == int((slots.state == State.EVICTING).sum()), "EVICTING slots are counted")
     _check_names(entries, live)
-    _check_chains(slots, live)
+    _check_chains(entries, live)
     _check_payloads(slots, live)
     for slot in live:
         _check_slot(entries, slot)
@@ -62,8 +62,9 @@ def _check_names(entries: Entries, live: list[int]) -> None:
     _expect(len(runs) == names.runs.rows.used, "every row of a run is in use or free")
 
 
-def _check_chains(slots: Slots, live: list[int]) -> None:
+def _check_chains(entries: Entries, live: list[int]) -> None:
     """Counts of children, and depths."""
+    slots = entries.slots
     kids: Counter[int] = Counter()
     memory_kids: Counter[int] = Counter()
     for slot in live:
@@ -73,6 +74,7 @@ def _check_chains(slots: Slots, live: list[int]) -> None:
         if parent := slots.parents[slot]:
             kids[parent] += 1
             memory_kids[parent] += slots.wheres[slot] & 1
+            memory_kids[parent] += sum(tier == 0 for tier, _ in entries.limbo.get(slot, ()))
             _expect(bool(slots.states[parent]), "a parent outlives its children")
             _expect(slots.depths[slot] == slots.depths[parent] + 1, "a block is one deeper than its parent")
         else:

@@ -48,7 +48,8 @@ class Entries:
         """Held slots whose children have gone: next in line."""
         self._freed: list[list[int]] = [[] for _ in range(TIERS)]
         self.limbo: dict[int, list[tuple[int, int]]] = {}
-        """Copies given up while their slot was in use: (tier, location), freed when it is not."""
+        """Copies given up while their slot was in use: (tier, location), freed when it is not. One in memory counts as
+        its parent's child there all the while: the pin that keeps it keeps the copies above it, too."""
 
     # -- use ----------------------------------------------------------------------------------------------------------
     def touch(self, slots: I64 | int) -> None:
@@ -263,8 +264,8 @@ class Entries:
                 self.limbo.setdefault(slot, []).append((tier, location))
             else:
                 locations[i] = location
-            if tier == TierId.MEMORY:
-                self._leave_memory(slot)
+                if tier == TierId.MEMORY:
+                    self._leave_memory(slot)
             if not columns.wheres[slot] and columns.states[slot] >= RESIDENT:
                 columns.change_one(slot, State.EVICTING)
                 self.settle(slot)
@@ -307,6 +308,8 @@ class Entries:
             return
         for tier, location in self.limbo.pop(slot, ()):
             self._freed[tier].append(location)
+            if tier == TierId.MEMORY:
+                self._leave_memory(slot)
         if columns.states[slot] != EVICTING:
             return
         if not columns.forms[slot] & DEAD_BIT:
