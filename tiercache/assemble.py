@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -16,7 +17,7 @@ from tiercache.index import Index
 from tiercache.metrics import Metrics
 from tiercache.policy import POLICIES
 from tiercache.settings import Settings, load
-from tiercache.sync import BlockingCache, io_loop, wait
+from tiercache.sync import BlockingCache, io_loop, runs_here, wait
 
 if TYPE_CHECKING:
     import asyncio
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from tiercache.tier import Tier
 
 log = logging.getLogger(__name__)
+
+CLOSE_S_MAX = 30.0
+"""A look at whether a directory has been closed is taken at least so often."""
 
 
 def build(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
@@ -68,16 +72,23 @@ class _Shared:
 
 
 _shared: dict[str, _Shared] = {}
+_closing: dict[str, threading.Event] = {}
+"""Directories whose cache is being closed: whoever opens one again waits for that."""
 _lock = threading.Lock()
 
 
 def _forget_after_fork() -> None:
-    """A forked child has none of the parent's threads, and must not write into the memory it shares with the parent."""
+    """A forked child has none of the parent's threads, and must not write into the memory it shares with the parent.
+
+    What the parent opened is never destroyed in the child: RocksDB would write to the parent's files on its way out.
+    """
     global _lock  # it may be held by a thread that does not exist in the child
     _lock = threading.Lock()
     for shared in _shared.values():
         shared.cache.disown()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(shared.cache))
     _shared.clear()
+    _closing.clear()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
@@ -86,32 +97,50 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 def acquire(settings: Settings) -> Cache:
     """The process's one running cache for settings.directory, on the I/O loop; give it back with `release`."""
     directory = os.path.realpath(settings.directory)
-    with _lock:
-        shared = _shared.get(directory)
-        if shared is None:
-            loop = io_loop()
-            cache = build(replace(settings, directory=directory), SystemClock(), Metrics())
+    loop = io_loop()
+    on_loop = runs_here(loop)
+    while True:
+        with _lock:
+            closing = _closing.get(directory)
+            if closing is None or on_loop:  # the loop cannot wait for itself: the directory is locked, as for others
+                return _acquire(replace(settings, directory=directory), loop, on_loop=on_loop)
+        closing.wait(CLOSE_S_MAX)
+
+
+def _acquire(settings: Settings, loop: asyncio.AbstractEventLoop, *, on_loop: bool) -> Cache:
+    """`acquire` under the lock."""
+    shared = _shared.get(settings.directory)
+    if shared is None:
+        cache = build(settings, SystemClock(), Metrics())
+        if on_loop:
+            cache.begin()
+        else:
             wait(cache.start(), loop)
-            shared = _shared[directory] = _Shared(cache, loop)
-        elif shared.cache.settings != replace(settings, directory=directory):
-            log.warning("%s is already open in this process with other settings; those stay", directory)
-        shared.holders += 1
-        return shared.cache
+        shared = _shared[settings.directory] = _Shared(cache, loop)
+    elif shared.cache.settings != settings:
+        log.warning("%s is already open in this process with other settings; those stay", settings.directory)
+    shared.holders += 1
+    return shared.cache
 
 
 def release(cache: Cache) -> None:
     """Gives back a cache from `acquire`; the last holder closes it. Unknown caches are ignored: a fork forgot them."""
     with _lock:
-        for directory, shared in _shared.items():
-            if shared.cache is cache:
-                shared.holders -= 1
-                if shared.holders > 0:
-                    return
-                del _shared[directory]
-                break
-        else:
+        directory = next((name for name, shared in _shared.items() if shared.cache is cache), None)
+        if directory is None:
             return
-    wait(cache.close(), shared.loop)
+        shared = _shared[directory]
+        shared.holders -= 1
+        if shared.holders > 0:
+            return
+        del _shared[directory]
+        closing = _closing[directory] = threading.Event()
+    try:
+        wait(cache.close(), shared.loop)
+    finally:
+        with _lock:
+            _closing.pop(directory, None)
+        closing.set()
 
 
 def open_origin(

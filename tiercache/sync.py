@@ -7,6 +7,7 @@ directory then are one cache.
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, TypeVar
 
 from tiercache.buffers import Buffer, new_bytes
@@ -29,6 +30,9 @@ WAIT_S_MAX = 600.0
 """No blocking call waits longer than this: everything under it has a deadline of its own, so this never decides."""
 
 
+CANCEL_S_MAX = 5.0
+
+
 def io_loop() -> asyncio.AbstractEventLoop:
     """The process's I/O loop, started at first use."""
     from fsspec.asyn import get_loop  # costs 40 ms, and `import tiercache` must not pay it
@@ -37,23 +41,40 @@ def io_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the caller is itself on this loop, and so must not wait for it."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
 def wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
     """Runs a coroutine on the I/O loop and waits for it in this thread."""
-    try:
-        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is loop:
+    if runs_here(loop):
         work.close()
         raise ConfigError("a blocking call on the I/O loop would wait for itself: use the async face (`.core`) there")
-    future = asyncio.run_coroutine_threadsafe(work, loop)
+    ended = threading.Event()
+
+    async def watched() -> T:
+        try:
+            return await work
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(watched(), loop)
     try:
         return future.result(WAIT_S_MAX)
-    except TimeoutError:
-        if future.done():
+    except BaseException as fault:
+        if future.done() and not future.cancelled():
             raise
+        # The caller goes away, by Ctrl-C perhaps: its buffers must not be written to any more when this returns.
         future.cancel()
-        raise UnavailableError(f"the cache did not answer within {WAIT_S_MAX:.0f} s: go on without it") from None
+        ended.wait(CANCEL_S_MAX)
+        if isinstance(fault, TimeoutError):
+            message = f"the cache did not answer within {WAIT_S_MAX:.0f} s: go on without it"
+            raise UnavailableError(message) from None
+        raise
 
 
 def as_name(called: Called) -> Name:

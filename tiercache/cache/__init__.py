@@ -71,17 +71,20 @@ class Cache:
         self._recovery = Recovery(self.tiers)
         self._storing = Storing(self.tiers, self._recovery, self._dirtied)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._forever: list[asyncio.Task[None]] = []
         self._closed = False
         self._nudged = False
 
     async def start(self) -> None:
-        """Starts the background work on the running loop: recovery, the SSD writer, eviction."""
+        """As `begin`, for callers elsewhere."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the background work (recovery, SSD writer, eviction) on the loop that is the cache's from now on."""
         self._loop = asyncio.get_running_loop()
         if self.tiers.ssd is not None:
             self._recovery.begin(self._tasks)
-            self._forever = [self._tasks.start(self._demotion.run(), "write to SSD")]
-        else:
-            self._forever = []
+            self._forever.append(self._tasks.start(self._demotion.run(), "write to SSD"))
         self._forever.append(self._tasks.start(self._pressure.run(), "evict from memory"))
 
     # -- any thread, memory only ---------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ ORDER_PAUSE_S = 120.0
 """The order of use is handed to the SSD tier at closing, and with a flush after this long."""
 RECLAIM_ROUNDS_MAX = 8
 SAMPLE = 1024
+ROOMY_SHARE = 0.6
+"""Below this share of the capacity in live entries, room is made of dead space only."""
 KEEP_SHARE = 0.5
 """At most this share of a reclaimed segment is written again."""
 
@@ -272,22 +274,24 @@ class Demotion:
         slots = slots[known]
         facts = index.facts(slots)
         order = index.policies[TierId.SSD].order(slots)
-        keep_bytes_max = int(facts.size.sum(dtype=np.int64) * KEEP_SHARE)
-        keep = plan_reclaim(order, facts.size, self._threshold(), keep_bytes_max)
+        keep = self._worth_keeping(order, facts.size)
         gone = index.unplace(slots[~keep], TierId.SSD)
         dropped = set(gone.locations.tolist())
         kept = [location for location in facts.ssd_location.tolist() if location not in dropped]
         moved = dict(await ssd.reclaim(kept, dead + sorted(dropped)))
         self._tiers.metrics.add("tiercache_evictions_total", len(dropped), tier="ssd")
         self._settle(slots, moved, kept)
-        return (
-            sum(
-                size
-                for location, size in zip(facts.ssd_location.tolist(), facts.size.tolist(), strict=True)
-                if location in dropped
-            )
-            or 1
-        )
+        rewritten = np.isin(facts.ssd_location, list(moved))
+        return max(1, self._tiers.settings.segment_bytes - int(facts.size[rewritten].sum(dtype=np.int64)))
+
+    def _worth_keeping(self, order: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        """While the tier as a whole has room, a segment is emptied for its dead space alone and nothing is given up."""
+        ssd, index = self._tiers.ssd, self._tiers.index
+        assert ssd is not None
+        live_bytes = int(index.facts(index.residents(TierId.SSD)).size.sum(dtype=np.int64))
+        if live_bytes < ROOMY_SHARE * ssd.status().capacity_bytes:
+            return np.ones(len(order), bool)
+        return plan_reclaim(order, sizes, self._threshold(), int(sizes.sum(dtype=np.int64) * KEEP_SHARE))
 
     def _settle(self, slots: npt.NDArray[np.int64], moved: dict[int, int], kept: list[int]) -> None:
         """Points slots to where their payloads went, and forgets the copies that did not arrive."""

@@ -63,7 +63,7 @@ async def mixed(loop: SimLoop) -> None:
 async def cold_readers(loop: SimLoop) -> None:
     """Many cold readers of one file, some of whom give up: every part is asked of the origin exactly once."""
     rng = derive(loop.seed, "cold")
-    world = World(loop, memory_bytes=MIB, ssd_bytes=rng.choice([0, 8 * MIB]))
+    world = World(loop, memory_bytes=MIB, ssd_bytes=rng.choice([0, 9 * MIB]))
     cache = await world.open()
     stat = world.publish("file", 0, FILE_BYTES)
     run = world.page_run(stat)

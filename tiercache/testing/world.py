@@ -56,7 +56,7 @@ class World:
         loop: SimLoop,
         *,
         memory_bytes: int = 256 * KIB,
-        ssd_bytes: int = 8 * MIB,
+        ssd_bytes: int = 9 * MIB,
         segment_bytes: int = MIB,
         slots_max: int = 1024,
         rates: Mapping[str, Mapping[Fault, float]] | None = None,
