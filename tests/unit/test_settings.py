@@ -104,7 +104,7 @@ def test_which_file_counts(machine: Machine) -> None:
     named = machine.cwd / "named.toml"
     named.write_text("ssd_threads = 7\n")
     assert load(with_environ(machine, TIERCACHE_CONFIG="named.toml")).ssd_threads == 7
-    assert load(with_environ(machine, TIERCACHE_CONFIG="")).ssd_threads == 4
+    assert load(with_environ(machine, TIERCACHE_CONFIG="")).ssd_threads == 8
 
 
 @pytest.mark.parametrize(
