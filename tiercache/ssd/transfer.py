@@ -12,6 +12,7 @@ the sources' owners until then, so that their memory is not unmapped.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -42,6 +43,7 @@ WRITE_BYTES = (1 << 20) + (64 << 10)
 """And written so: calls of a page and its header each keep the threads evenly busy, and measured best."""
 GAP_BYTES = 64 << 10
 """Parts with less than this between them are read in one call, the gap included."""
+HUGE_BYTES = 2 << 20
 SMALL_BYTES = 32 << 10
 """A copy below this is over before the GIL could be given away and had back."""
 VECTORS_MAX = 512
@@ -65,7 +67,11 @@ class Memory:
     """An aligned span of private memory."""
 
     def __init__(self, length: int) -> None:
-        self.buffer = Buffer.of(mmap.mmap(-1, length), writable=True)
+        memory = mmap.mmap(-1, length)
+        if length >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # fewer pages to pin for each call, where the kernel has huge ones
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self.buffer = Buffer.of(memory, writable=True)
         self.view = self.buffer.view()
         self.address = self.buffer.address
 
