@@ -333,7 +333,7 @@ def drive(examples: int, steps: int) -> None:
 
 @pytest.mark.slow
 def test_the_cache_refines_a_dictionary_that_may_forget() -> None:
-    drive(120, 40)
+    drive(80, 40)
 
 
 @pytest.mark.nightly
