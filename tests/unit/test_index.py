@@ -73,6 +73,7 @@ def test_transitions_are_what_the_design_says():
     assert State.MOVING not in TRANSITIONS[State.PENDING]
 
 
+@pytest.mark.skipif(not __debug__, reason="asserts are off")
 def test_a_forbidden_transition_is_caught(filled):
     slots = filled.put_pages(b"k" * 16, [0])
     with pytest.raises(AssertionError, match="not allowed"):

@@ -11,6 +11,7 @@ from tiercache.index.runs import PageRuns, fold, folds
 from tiercache.index.table import RowStack, RowTable
 
 
+@pytest.mark.skipif(not __debug__, reason="asserts are off")
 def test_rows_are_consecutive_until_they_are_recycled():
     rows = RowStack(10)
     assert rows.take(4).tolist() == [1, 2, 3, 4]
@@ -58,6 +59,7 @@ def test_table_against_a_dictionary(crowded):
         assert find(some) == [twin.get(key, 0) for key in some]
 
 
+@pytest.mark.skipif(not __debug__, reason="asserts are off")
 def test_discarding_a_stranger_is_caught():
     table = RowTable(10)
     table.add(1, 2)
