@@ -194,12 +194,18 @@ def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, 
 # -- a million entries ------------------------------------------------------------------------------------------------
 
 
+def environment() -> dict[str, str]:
+    """That of the children: they keep compiled modules, as an installed package does."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def child(*words: object) -> tuple[float, dict[str, float]]:
     """Runs one of the processes to its end: seconds from its start to the `end` it told, and all that it told, as
     seconds after its start where they are times."""
     start = time.monotonic()
     command = [sys.executable, "-m", "bench.ssd_child", *map(str, words)]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
+    told = json.loads(done.stdout)
     for name in ("imported", "opened", "end"):
         told[name] -= start
     return told["end"], told
@@ -208,7 +214,7 @@ def child(*words: object) -> tuple[float, dict[str, float]]:
 def run_and_kill(*words: object) -> None:
     """Starts one of the processes, and ends it with kill -9 when it is ready."""
     command = [sys.executable, "-m", "bench.ssd_child", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         os.kill(process.pid, signal.SIGKILL)
