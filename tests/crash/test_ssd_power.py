@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ CAPACITY_BYTES = 9 << 20
 HOME = "/home/cache"
 PART = 8192
 CUTS = 3
-SEEDS = int(os.environ.get("SSD_POWER_SEEDS", "40"))
+SEEDS, SEEDS_NIGHTLY = 40, 2000
 """Every seed is six lives with three to six crashes."""
 STEP = 10
 
@@ -174,8 +173,14 @@ async def survive(tier: SsdTier, ledger: Ledger) -> None:
     ledger.places = found
 
 
+FIRSTS = [
+    *range(0, SEEDS, STEP),
+    *(pytest.param(first, marks=pytest.mark.nightly) for first in range(SEEDS, SEEDS_NIGHTLY, STEP)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, SEEDS, STEP))
+@pytest.mark.parametrize("first", FIRSTS)
 def test_power_cuts(first: int) -> None:
     """Cut after cut on one disk, then a whole life in which everything that was promised must be there."""
     for seed in range(first, first + STEP):

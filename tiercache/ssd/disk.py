@@ -201,6 +201,7 @@ class Disk:
             self._note_growth(fault)
             return False
         self.space.begin(stream, segment)
+        self.growth = ""
         return True
 
     def _in_committer(self, work: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
