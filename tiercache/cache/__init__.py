@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache.tiers import MemoryTier
     from tiercache.clock import Clock
-    from tiercache.index import Index, Match, Reservation
+    from tiercache.index import Index, Match, Reservation, SlotFacts
     from tiercache.lease import Load, PageRun
     from tiercache.metrics import Metrics
     from tiercache.settings import Settings
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 CLOSE_PATIENCE_S = 10.0
 FEW = 8
 """Pages up to which a look-up one by one is faster than arrays (bench/memory.py)."""
+MANY = 64
+"""Names up to which the same holds for entries by name."""
 INLINE_BYTES_MAX = 4 << 20
 """A put of more than this copies in a worker thread, so that the loop is never held for longer than some 0.5 ms."""
 
@@ -112,10 +114,15 @@ class Cache:
     def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
         """A lease on whole entries, or None unless every one of them is in memory now."""
         tiers = self._open()
+        if not tiers.expiries and len(names) <= MANY:
+            slots, places = tiers.index.hit_whole(names)
+            if len(slots) < len(names):
+                tiers.end_of_few(slots)(True)
+                return None
+            return Lease([Outcome.HIT] * len(names), places, tiers.memory, tiers.end_of_few(slots))
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
-        whole = (match.slots >= 0) & (facts.memory_parts == _all_parts(facts.size, facts.part_bytes))
-        if not (whole & ~tiers.expired(facts.expiry_s)).all():
+        if not ((match.slots >= 0) & self._whole(facts)).all():
             tiers.release(match)
             return None
         return Lease([Outcome.HIT] * len(names), facts.memory_location, tiers.memory, tiers.end_of(match))
@@ -125,7 +132,7 @@ class Cache:
         tiers = self._open()
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
-        whole = (facts.memory_parts == _all_parts(facts.size, facts.part_bytes)) & ~tiers.expired(facts.expiry_s)
+        whole = self._whole(facts)
         length = len(whole) if whole.all() else int(whole.argmin())
         locations = facts.memory_location[:length]
         return Lease([Outcome.HIT] * length, locations, tiers.memory, tiers.end_of(match))
@@ -136,28 +143,39 @@ class Cache:
         """Copies whole entries from memory to the start of each target: HIT, MISS where it is not in memory as a whole,
         CORRUPT where a digest differed (the copy is then gone from memory). The GIL is released while bytes move."""
         tiers = self._open()
+        if not tiers.expiries and len(names) <= MANY:
+            slots, places = tiers.index.hit_whole(names)
+            try:
+                return self._copy_out(names, places, targets, verify)
+            finally:
+                tiers.end_of_few(slots)(True)
         match = tiers.index.match(names)
         try:
-            return self._copy_out(match.slots, targets, verify)
+            facts = tiers.index.facts(match.slots)
+            places = np.where((match.slots >= 0) & self._whole(facts), facts.memory_location, -1).tolist()
+            return self._copy_out(names, places, targets, verify)
         finally:
             tiers.release(match)
 
-    def _copy_out(self, slots: npt.NDArray[np.int64], targets: Sequence[Buffer], verify: bool) -> list[Outcome]:
+    def _whole(self, facts: SlotFacts) -> npt.NDArray[np.bool_]:
+        """Which entries are in memory with all of their parts, and in time."""
+        present: npt.NDArray[np.bool_] = facts.memory_parts == _all_parts(facts.size, facts.part_bytes)
+        return present & ~self.tiers.expired(facts.expiry_s)
+
+    def _copy_out(
+        self, names: Sequence[Name], places: list[int], targets: Sequence[Buffer], verify: bool
+    ) -> list[Outcome]:
+        """Copies from pinned places in memory (-1: none) to targets; what is damaged is forgotten."""
         tiers = self.tiers
-        facts = tiers.index.facts(slots)
-        whole = (
-            (slots >= 0)
-            & (facts.memory_parts == _all_parts(facts.size, facts.part_bytes))
-            & ~tiers.expired(facts.expiry_s)
-        )
-        outcomes = [Outcome.MISS] * len(slots)
-        chosen = np.flatnonzero(whole).tolist()
-        locations = facts.memory_location[whole].tolist()
-        copied = tiers.memory.copy_out(locations, [targets[i] for i in chosen], verify=verify)
+        outcomes = [Outcome.MISS] * len(places)
+        chosen = [i for i, place in enumerate(places) if place >= 0]
+        copied = tiers.memory.copy_out([places[i] for i in chosen], [targets[i] for i in chosen], verify=verify)
         for i, outcome in zip(chosen, copied, strict=True):
             outcomes[i] = outcome
             if outcome is Outcome.CORRUPT:
-                tiers.lose(slots[i : i + 1], TierId.MEMORY)
+                match = tiers.index.match(names[i : i + 1])
+                tiers.lose(match.slots[match.slots >= 0], TierId.MEMORY)
+                tiers.release(match)
                 tiers.metrics.add("tiercache_corruptions_total", 1, tier="memory")
         tiers.metrics.add("tiercache_hits_total", outcomes.count(Outcome.HIT), tier="memory", kind="object")
         return outcomes
@@ -282,6 +300,7 @@ class Cache:
         await self._recovery.find([Name(run.key, ordinal) for ordinal in ordinals])
         tiers.expiries |= bool(run.expiry_s)
         tiers.purge([Name(run.key, ordinal) for ordinal in ordinals])
+        tiers.make_slots(len(ordinals))
         reservation = tiers.index.reserve_pages(
             run.key,
             np.asarray(ordinals, np.int32),

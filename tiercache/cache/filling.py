@@ -281,8 +281,10 @@ class Filling:
         memory.commit([share.location], [share.parts], [part_digests(buffer, part_bytes, share.parts)])
         slots = np.array([share.slot], np.int64)
         if self._extents.get(share.slot) == share.location:
-            del self._extents[share.slot]
-            self._tiers.place(slots, TierId.MEMORY, [share.location], [share.parts])
+            # Refused where the slot has got a copy from elsewhere. Then the extent stays ours, and is given back when
+            # the last load into it has ended: another one may still be writing there.
+            if not index.place(slots, TierId.MEMORY, [share.location], np.array([share.parts], np.uint64)):
+                del self._extents[share.slot]
         elif int(index.facts(slots).memory_location[0]) == share.location:
             index.add_parts(slots, TierId.MEMORY, np.array([share.parts], np.uint64))
 

@@ -38,6 +38,9 @@ class Pressure:
     async def relieve(self) -> None:
         """Evicts from above the high mark to the low mark; what the SSD lacks is copied there first."""
         tiers, settings = self._tiers, self._tiers.settings
+        slots_max = tiers.index.slots_max
+        if tiers.index.used > slots_max * settings.high_mark:
+            tiers.make_slots(slots_max - int(slots_max * settings.low_mark))
         status = tiers.memory.status()
         over = bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark)
         count = 1

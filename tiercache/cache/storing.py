@@ -77,6 +77,7 @@ class Storing:
             )
         self._tiers.expiries |= bool(terms.expiry_s)
         self._tiers.purge(names)
+        self._tiers.make_slots(len(names))
         self._recovery.revive(names)
         return sizes.astype(np.uint32), np.array([part_bytes_for(int(size)) for size in sizes], np.uint32)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tiercache.settings import Settings
 
 VICTIMS_BATCH = 64
+SLOT_ROUNDS_MAX = 4
+"""Batches of victims in a row that free no slot, before the search for slots is given up."""
 ROOM_ROUNDS_MAX = 64
 """Rounds of eviction for one reservation: enough to clear any fragment, few enough to answer FULL soon."""
 
@@ -189,3 +191,24 @@ class Tiers:
         self.memory.free(locations)
         self.metrics.add("tiercache_evictions_total", len(locations), tier="memory")
         return sum(sizes.get(location, 0) for location in locations)
+
+    def make_slots(self, count: int) -> None:
+        """Forgets the oldest entries in every tier until `count` slots of the index are free, as far as they may go.
+
+        Used slots are bounded like bytes: small entries fill the table long before they fill an SSD.
+        """
+        index = self.index
+        most = max(0, index.slots_max - count)
+        # First what is on the SSD: its order of use hears of hits in memory too. Then what never got there.
+        for tier in (TierId.SSD, TierId.MEMORY) if self.ssd is not None else (TierId.MEMORY,):
+            refused = 0
+            while (over := index.used - most) > 0 and refused < SLOT_ROUNDS_MAX:
+                victims = index.victims(tier, min(over, VICTIMS_BATCH))
+                if not len(victims):
+                    break
+                self.forget(victims)
+                if tier is TierId.SSD and self.ssd is not None:
+                    gone = index.unplace(victims, tier)
+                    self.ssd.free([location for location in gone.locations.tolist() if location >= 0])
+                    self.metrics.add("tiercache_evictions_total", len(gone.locations), tier="ssd")
+                refused = 0 if index.used < most + over else refused + 1

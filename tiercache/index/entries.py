@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from tiercache.model import Name
     from tiercache.policy import Policy
 
     I64 = npt.NDArray[np.int64]
@@ -110,6 +111,28 @@ class Entries:
             self.touch(row)
         return rows, locations
 
+    def hit_whole(self, names: Sequence[Name]) -> tuple[list[int], list[int]]:
+        """See Index.hit_whole."""
+        columns, find = self.slots, self.names.find
+        states, payloads, sizes, steps = columns.states, columns.payloads, columns.sizes, columns.steps
+        rows: list[int] = []
+        locations: list[int] = []
+        for key, ordinal in names:
+            row = find(key, ordinal)
+            payload = payloads[row]
+            if states[row] >= RESIDENT:
+                wanted = (1 << (-(-sizes[row] // steps[payload]) or 1)) - 1
+                if columns.memory_parts[payload] & wanted == wanted:
+                    rows.append(row)
+                    locations.append(columns.memory_locations[payload])
+                    continue
+            locations.append(-1)
+        for row in rows:
+            columns.pins[row] += 1
+        if rows:
+            self.touch(np.unique(rows))
+        return rows, locations
+
     def drain(self) -> Freed | None:
         """What may be freed since the last call."""
         if not self._freed[0] and not self._freed[1]:
@@ -127,13 +150,18 @@ class Entries:
         where = columns.where.take(slots)
         state = columns.state.take(slots)
         nameless = (columns.form.take(slots) & DEAD_BIT) != 0
-        surplus = np.flatnonzero(((where & bit) != 0) | (state == State.ABSENT) | ((state == EVICTING) & ~nameless))
+        idle = (state == EVICTING) & ~nameless & (columns.pin.take(slots) == 0)
+        surplus = np.flatnonzero(((where & bit) != 0) | (state == State.ABSENT) | idle)
         unwanted: list[int] = []
         if len(surplus):
             unwanted = locations[surplus].tolist()
             fine = np.ones(len(slots), bool)
             fine[surplus] = False
             slots, locations, parts = slots[fine], locations[fine], parts[fine]
+            state, nameless = state[fine], nameless[fine]
+        holes = slots[(state == EVICTING) & ~nameless]
+        if len(holes):  # lost their last copy while somebody who holds them brought the next one
+            columns.change(holes, State.PENDING)
         rows = columns.payload.take(slots)
         columns.location[tier][rows] = locations
         columns.parts[tier][rows] = parts

@@ -158,6 +158,16 @@ class Index:
                 self._pins += len(ordinals)
             return found
 
+    def hit_whole(self, names: Sequence[Name]) -> tuple[list[int], list[int]]:
+        """A few names of entries that are in memory whole: slots of those that are, pinned one by one, and for each
+        name its place in memory or -1. Undo with `release_few`."""
+        with self.lock:
+            if self._pins + len(names) > PINS_MAX:
+                return [], [-1] * len(names)
+            found = self._entries.hit_whole(names)
+            self._pins += len(found[0])
+            return found
+
     def release_few(self, slots: Sequence[int]) -> Freed | None:
         """Undoes one `hit_few`."""
         with self.lock:

@@ -122,6 +122,7 @@ class Slots:
         for column in self.location:  # payload row 0, that of slots not in use, lies nowhere
             column[0] = -1
         self.memory_locations, self.memory_parts = self.location[0].data, self.parts[0].data
+        self.sizes, self.steps = self.size.data, self.part_bytes.data
         self.states, self.forms, self.pins = self.state.data, self.form.data, self.pin.data
         self.wheres, self.helds = self.where.data, self.held.data
         self.depths, self.payloads, self.runs = self.depth.data, self.payload.data, self.run.data
