@@ -56,10 +56,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     held = Bundle("held")
 
-    @initialize(seed=st.integers(0, 1 << 20), memory=st.sampled_from([128, 512]), ssd=st.sampled_from([0, 9, 12]))
-    def begin(self, seed: int, memory: int, ssd: int) -> None:
+    @initialize(
+        seed=st.integers(0, 1 << 20),
+        memory=st.sampled_from([128, 512]),
+        ssd=st.sampled_from([0, 9, 12]),
+        slots=st.sampled_from([30, 1024]),
+    )
+    def begin(self, seed: int, memory: int, ssd: int, slots: int) -> None:
         self.loop = SimLoop(seed)
-        self.world = World(self.loop, memory_bytes=memory * KIB, ssd_bytes=ssd * MIB, rates=RATES)
+        self.world = World(self.loop, memory_bytes=memory * KIB, ssd_bytes=ssd * MIB, slots_max=slots, rates=RATES)
         self.model = self.world.model
         self.generations = dict.fromkeys(range(10), 0)
         self.versions = [0, 0]

@@ -41,6 +41,7 @@ async def mixed(loop: SimLoop) -> None:
         loop,
         memory_bytes=rng.choice([128, 256, 1024]) * KIB,
         ssd_bytes=rng.choice([0, 9 * MIB, 12 * MIB]),
+        slots_max=rng.choice([40, 1024]),
         rates=RATES if rng.random() < 0.7 else None,
     )
     await world.open()
