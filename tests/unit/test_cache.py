@@ -296,6 +296,22 @@ def test_pages_without_room_are_full_and_leave_no_slot() -> None:
     run(scene)
 
 
+def test_a_full_index_forgets_its_oldest_entries() -> None:
+    async def scene(cache: Cache, _: HandClock) -> None:
+        most = cache.settings.slots_max
+        for start in range(0, 2 * most, 512):
+            names = [name(str(i)) for i in range(start, start + 512)]
+            assert await cache.put(names, [b"x"] * 512) == [Outcome.HIT] * 512
+            assert cache.tiers.index.used <= most
+        assert (await cache.get_into([name("0")], [target(1)])) == [Outcome.MISS]
+        source = Source(4 * PAGE)
+        file = PageRun(b"k" * 32, 4 * PAGE, PAGE, 65536)
+        with await cache.read_pages(file, range(4), [1] * 4, source.load) as lease:
+            assert lease.outcomes == [Outcome.HIT] * 4
+
+    run(scene, memory_bytes=64 * MIB)
+
+
 def test_misuse_is_told_with_the_way_out() -> None:
     async def scene(cache: Cache, _: HandClock) -> None:
         with pytest.raises(CapacityError, match="memory_bytes"):
