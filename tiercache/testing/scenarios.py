@@ -68,7 +68,6 @@ async def cold_readers(loop: SimLoop) -> None:
     cache = await world.open()
     stat = world.publish("file", 0, FILE_BYTES)
     run = world.page_run(stat)
-    asked: set[int] = set()
 
     async def reader(number: int) -> None:
         mine = derive(loop.seed, "reader", number)
@@ -85,14 +84,60 @@ async def cold_readers(loop: SimLoop) -> None:
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
             raise result
+    check_asked_once(world)
+    await asyncio.sleep(1)
+    await world.check_quiet()
+    await world.close()
+
+
+async def rotten(loop: SimLoop) -> None:
+    """Everything on the SSD has rotted: readers of parts of the same pages get right bytes, for one request a part."""
+    rng = derive(loop.seed, "rotten")
+    world = World(loop, memory_bytes=MIB)
+    cache = await world.open()
+    stat = world.publish("file", 0, FILE_BYTES)
+    run = world.page_run(stat)
+    everything = [world.whole_page(run, ordinal) for ordinal in range(6)]
+    (await cache.read_pages(run, list(range(6)), everything, world.loader(stat, run))).release()
+    await cache.flush()
+    cache.tiers.evict(MIB)
+    assert world.disk is not None
+    for path, file in world.disk.files.items():
+        if path.endswith(".seg") and rng.random() < 0.9:
+            file.seen[:] = bytes(byte ^ 4 for byte in file.seen)
+    world.origin.reads.clear()
+
+    async def reader(number: int) -> None:
+        mine = derive(loop.seed, "reader", number)
+        ordinals = sorted(mine.sample(range(6), mine.randrange(1, 4)))
+        maps = [mine.randrange(1, 16) & world.whole_page(run, ordinal) or 1 for ordinal in ordinals]
+        await asyncio.sleep(mine.choice([0, 0, 0.01]))
+        with await cache.read_pages(run, ordinals, maps, world.loader(stat, run)) as lease:
+            for i, ordinal in enumerate(ordinals):
+                if lease.outcomes[i] is not Outcome.HIT:
+                    raise ModelError(f"page {ordinal} is {lease.outcomes[i].name}")
+                world.check_page(lease, i, ("file", 0), run, ordinal, maps[i])
+            await asyncio.sleep(mine.uniform(0, 0.1))
+            for i, ordinal in enumerate(ordinals):
+                world.check_page(lease, i, ("file", 0), run, ordinal, maps[i])
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(12):
+            group.create_task(reader(number))
+    check_asked_once(world)
+    await asyncio.sleep(5)
+    await world.check_quiet()
+    await world.close()
+
+
+def check_asked_once(world: World) -> None:
+    """Raises ModelError if any part of the one file was asked of the origin twice."""
+    asked: set[int] = set()
     for _, span in world.origin.reads:
         parts = set(range(span.start // PART_BYTES, -(-(span.start + span.length) // PART_BYTES)))
         if parts & asked:
             raise ModelError(f"parts {sorted(parts & asked)} were asked of the origin twice")
         asked |= parts
-    await asyncio.sleep(1)
-    await world.check_quiet()
-    await world.close()
 
 
 async def durable(loop: SimLoop) -> None:
@@ -255,7 +300,7 @@ async def deadlines(loop: SimLoop) -> None:
 
 
 SCENARIOS: dict[str, Callable[[SimLoop], Coroutine[object, object, None]]] = {
-    scenario.__name__: scenario for scenario in (mixed, cold_readers, durable, crowded, deadlines)
+    scenario.__name__: scenario for scenario in (mixed, cold_readers, rotten, durable, crowded, deadlines)
 }
 
 
