@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from tiercache.buffers import Buffer
 from tiercache.errors import UnavailableError
 from tiercache.keys import object_key
+from tiercache.metrics import Metrics
 from tiercache.model import Name, Outcome
+from tiercache.pages.reader import PageReader
 from tiercache.testing.faults import Fault
-from tiercache.testing.lab import FILE_BYTES, RATES, Lab
+from tiercache.testing.lab import CALL_S_MAX, FILE_BYTES, ORIGIN_FAULTS, RATES, Lab
 from tiercache.testing.model import ModelError, made_bytes
 from tiercache.testing.simloop import SimLoop, derive, simulate
 from tiercache.testing.world import (
@@ -31,6 +33,7 @@ from tiercache.testing.world import (
 )
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Coroutine, Sequence
 
 
@@ -138,6 +141,80 @@ def check_asked_once(world: World) -> None:
         if parts & asked:
             raise ModelError(f"parts {sorted(parts & asked)} were asked of the origin twice")
         asked |= parts
+
+
+class Library:
+    """Readers of files through the page reader, and writers of new versions of them."""
+
+    def __init__(self, world: World) -> None:
+        assert world.cache is not None
+        self.world, self.changing = world, True
+        rng = derive(world.loop.seed, "library")
+        self.reader = PageReader(
+            world.cache, world.origin, settings=world.settings, clock=world.clock, metrics=Metrics()
+        )
+        self.sizes = [rng.choice([0, 700, 65_536, 300_000]) for _ in range(3)]
+        self.versions = [0, 0, 0]
+        self.labels: dict[str, object] = {}
+        for file in range(3):
+            self.publish(file)
+
+    def publish(self, file: int) -> None:
+        """The next version of a file, of the same size."""
+        self.versions[file] += 1
+        stat = self.world.publish(f"file{file}", self.versions[file], self.sizes[file])
+        self.labels[stat.version] = (stat.path, self.versions[file])
+
+    async def act(self, number: int) -> None:
+        """One reader, who now and then writes."""
+        rng = derive(self.world.loop.seed, "files", number, self.changing)
+        for _ in range(12):
+            file = rng.randrange(3)
+            begun = self.world.loop.time()
+            try:
+                await self.read(rng, file)
+            except ORIGIN_FAULTS:
+                if not self.world.dice["origin"].on and not self.changing:
+                    raise
+            if self.world.loop.time() - begun > CALL_S_MAX:
+                raise ModelError(f"a read took {self.world.loop.time() - begun:.1f} virtual seconds")
+            if self.changing and rng.random() < 0.1:
+                self.publish(file)
+
+    async def read(self, rng: random.Random, file: int) -> None:
+        """Opens a file, reads a range of the version that it was opened as, and looks ahead."""
+        pin = await self.reader.open(f"file{file}")
+        if isinstance(pin, Outcome):
+            raise UnavailableError("injected: not there")
+        await asyncio.sleep(rng.uniform(0, 0.05))
+        size = self.sizes[file]
+        start = rng.randrange(size + 1)
+        stop = rng.choice([start + 100, start + 100_000, size])
+        answer = await self.reader.read(pin, start, stop)
+        if answer != made_bytes(self.labels[pin.stat.version], size)[start:stop]:
+            raise ModelError(f"file{file}: wrong bytes of version {pin.stat.version} from {start} to {stop}")
+        self.reader.prefetch(pin, start, size)
+
+
+async def files(loop: SimLoop) -> None:
+    """The page reader over an origin that fails and changes objects: bytes of one version or a clear fault, in time."""
+    rng = derive(loop.seed, "files")
+    rates = {"origin": RATES["origin"], "ssd": RATES["ssd"]}
+    world = World(loop, memory_bytes=MIB, ssd_bytes=rng.choice([0, 9 * MIB]), rates=rates)
+    await world.open()
+    library = Library(world)
+    for library.changing, failing in ((True, True), (True, False), (False, False)):
+        if failing:
+            world.faults_on("origin", "ssd")
+        async with asyncio.TaskGroup() as group:
+            for number in range(5):
+                group.create_task(library.act(number))
+        world.faults_off()
+        # Facts are believed for a while: what changed before must be forgotten, and old loads must have ended.
+        await asyncio.sleep(10 * ORIGIN_DEADLINE_S)
+    await library.reader.close()
+    await world.check_quiet()
+    await world.close()
 
 
 async def durable(loop: SimLoop) -> None:
@@ -300,7 +377,7 @@ async def deadlines(loop: SimLoop) -> None:
 
 
 SCENARIOS: dict[str, Callable[[SimLoop], Coroutine[object, object, None]]] = {
-    scenario.__name__: scenario for scenario in (mixed, cold_readers, rotten, durable, crowded, deadlines)
+    scenario.__name__: scenario for scenario in (mixed, cold_readers, rotten, files, durable, crowded, deadlines)
 }
 
 
