@@ -337,5 +337,3 @@ def test_a_closed_cache_says_so() -> None:
             await cache.lease([name("a")])
 
     asyncio.run(play())
-
-
