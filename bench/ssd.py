@@ -3,7 +3,9 @@
 - `read_ratio_*`, `write_ratio_*`: bytes a second of 1 MiB and 256 KiB entries through SsdTier (headers, digests and
   full keys verified on every read; records and rows synced at the end of every write run) over fio's (psync, direct=1,
   synced at the end) with the thread count of 1, 2, 4, 8 that did best in the median. All sides take turns in every
-  round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist.
+  round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist, and both have 8 MiB of
+  memory that they write from and read into.
+- `read_cold_ratio_*`, `write_cold_ratio_*`: the same, our side with memory that no cache of the host holds.
 - `read_ratio`, `write_ratio`: the smaller of the two sizes.
 - `restart_s`: a fresh process opens a directory of a million entries and loads the index; from the start of the process
   to the last entry loaded, the rows' files put out of the page cache before.
@@ -38,7 +40,10 @@ from tiercache.tier import Want
 
 MIB = 1 << 20
 JOBS = (1, 2, 4, 8)
-POOL_BYTES = 64 * MIB
+POOL_BYTES = 8 * MIB
+"""Entries are written from, and read into, this much memory, over and over: what fio's eight threads have of it."""
+COLD_BYTES = 128 * MIB
+"""The memory of the `cold` rows: more than any cache of the host holds."""
 BATCH_BYTES = 32 * MIB
 IN_FLIGHT = 2
 
@@ -72,16 +77,18 @@ class Fio:
 class Ours:
     """The tier with one size of entries."""
 
-    def __init__(self, home: Path, size_bytes: int, entry_bytes: int, threads: int) -> None:
+    def __init__(
+        self, home: Path, size_bytes: int, entry_bytes: int, threads: int, pool_bytes: int = POOL_BYTES
+    ) -> None:
         self.count = size_bytes // entry_bytes
         self.entry_bytes = entry_bytes
         # Two rounds fit beside each other, so that segments are reused from the third round on.
         self.tier = SsdTier(str(home), size_bytes * 5 // 2, segment_bytes=64 * MIB, threads=threads)
-        self.source = Buffer.of(mmap.mmap(-1, POOL_BYTES), writable=True)
-        self.target = Buffer.of(mmap.mmap(-1, POOL_BYTES), writable=True)
-        self.source.array()[:] = bytearray(random.Random(entry_bytes).randbytes(POOL_BYTES))
+        self.source = Buffer.of(mmap.mmap(-1, pool_bytes), writable=True)
+        self.target = Buffer.of(mmap.mmap(-1, pool_bytes), writable=True)
+        self.source.array()[:] = bytearray(random.Random(entry_bytes).randbytes(pool_bytes))
         self.target.array()[:] = 1
-        self.per_pool = POOL_BYTES // entry_bytes
+        self.per_pool = pool_bytes // entry_bytes
         digests = [part_digests(self._piece(self.source, i), PART_BYTES) for i in range(self.per_pool)]
         parts = all_parts(entry_bytes, PART_BYTES)
         self.payloads = [
@@ -149,6 +156,7 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
     fio = Fio(home / "fio.dat", size_bytes)
     for entry_bytes in (MIB, MIB // 4):
         ours = Ours(home / "tier", size_bytes, entry_bytes, options.threads)
+        cold = Ours(home / "cold", size_bytes, entry_bytes, options.threads, COLD_BYTES)
         taken: dict[str, list[float]] = {}
         for turn in range(options.rounds + 3):
             sides: list[tuple[str, float]] = []
@@ -159,6 +167,8 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
                 if jobs == 0:
                     sides.append(("write/tier", await ours.write()))
                     sides.append(("read/tier", await ours.read()))
+                    sides.append(("write/cold", await cold.write()))
+                    sides.append(("read/cold", await cold.read()))
                 else:
                     sides.append((f"write/fio{jobs}", fio.run("write", entry_bytes, jobs)))
                     sides.append((f"read/fio{jobs}", fio.run("randread", entry_bytes, jobs)))
@@ -166,12 +176,13 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
                 for name, seconds in sides:
                     taken.setdefault(name, []).append(seconds)
                 say(f"{entry_bytes >> 10} KiB: " + " ".join(f"{n} {size_bytes / s / 1e9:.2f}" for n, s in sides))
-        await ours.tier.close()
-        shutil.rmtree(home / "tier")
+        for side, name in ((ours, "tier"), (cold, "cold")):
+            await side.tier.close()
+            shutil.rmtree(home / name)
         for kind in worst:
-            figure = ratio_figure(kind, entry_bytes, size_bytes, taken)
+            figure = ratio_figure(kind, entry_bytes, size_bytes, taken, "tier")
             worst[kind].append(figure)
-            figures.append(figure)
+            figures += [figure, ratio_figure(kind, entry_bytes, size_bytes, taken, "cold")]
     for kind, pair in worst.items():
         value = min(f.value for f in pair if f.value is not None)
         figures.append(Figure(f"{kind}_ratio", value, 0.90, at_most=False, note="the smaller of 1 MiB and 256 KiB"))
@@ -179,16 +190,19 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
     return figures
 
 
-def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, list[float]]) -> Figure:
+def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, list[float]], side: str) -> Figure:
     """Our speed over that of fio's best thread count."""
     best = min(JOBS, key=lambda jobs: median(taken[f"{kind}/fio{jobs}"]))
-    mine = taken[f"{kind}/tier"]
+    mine = taken[f"{kind}/{side}"]
     raw: dict[str, Json] = {"bytes": size_bytes, "seconds_tier": mine}
     raw.update({f"seconds_fio_{jobs}_threads": taken[f"{kind}/fio{jobs}"] for jobs in JOBS})
     raw["gb_per_s"] = {name: size_bytes / median(values) / 1e9 for name, values in taken.items() if kind in name}
-    name = f"{kind}_ratio_{'1m' if entry_bytes == MIB else '256k'}"
+    size = "1m" if entry_bytes == MIB else "256k"
     value = median_ratio(taken[f"{kind}/fio{best}"], mine)
-    return Figure(name, value, 0.90, at_most=False, raw=raw, note=f"fio's best: {best} threads")
+    if side == "cold":
+        note = f"ours with {COLD_BYTES >> 20} MiB of memory, which no cache holds; fio keeps its {POOL_BYTES >> 20}"
+        return Figure(f"{kind}_cold_ratio_{size}", value, None, at_most=False, raw=raw, note=note)
+    return Figure(f"{kind}_ratio_{size}", value, 0.90, at_most=False, raw=raw, note=f"fio's best: {best} threads")
 
 
 # -- a million entries ------------------------------------------------------------------------------------------------
