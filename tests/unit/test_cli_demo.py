@@ -56,7 +56,7 @@ def make_report(folder: Path, digests: dict[str, str]) -> Report:
         one = Pass(name, name)
         for query in ("Q1", "Q2"):
             digest = digests.get(f"{name} {query}", "d")
-            one.add({"query": query, "seconds": 1.0, "digest": digest, "requests": 2, "bytes": 3})
+            one.add({"query": query, "seconds": 1.0, "cpu_s": 1.0, "digest": digest, "requests": 2, "bytes": 3})
         made.passes.append(one)
     return made
 

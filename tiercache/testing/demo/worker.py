@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,11 +120,13 @@ def perform(phase: Phase) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stats_before = stats_of(fs)
         for at, query in enumerate(phase.queries):
+            used = time.process_time()
             ran = workload.run(query, phase.lake, fs)
+            used = time.process_time() - used
             after = counters.read()
             (folder / f"{at}.txt").write_text("\n".join(ran.lines), encoding="utf-8")
             say(
-                event="query", phase=name, query=query.name, seconds=ran.seconds, rows=len(ran.lines),
+                event="query", phase=name, query=query.name, seconds=ran.seconds, cpu_s=used, rows=len(ran.lines),
                 requests=after[0] - before[0], bytes=after[1] - before[1], digest=tpch.digest(ran.lines),
             )  # fmt: skip
             before = after
