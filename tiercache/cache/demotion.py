@@ -265,7 +265,7 @@ class Demotion:
 
     async def _reclaim(self, ssd: Reclaiming) -> int | None:
         index = self._tiers.index
-        locations = ssd.victim()
+        locations = [] if self._tiers.recovering else ssd.victim()
         if not locations:
             return None
         slots = index.slots_at(TierId.SSD, np.array(locations, np.int64))

@@ -50,6 +50,7 @@ class Recovery:
     def begin(self, tasks: Tasks) -> None:
         """Starts loading as a background task."""
         self.done = False
+        self._tiers.recovering = True
         tasks.start(self._run(), "recover from SSD")
 
     def stop(self) -> None:
@@ -79,6 +80,7 @@ class Recovery:
                 await loop.run_in_executor(None, self._load, facts)
             if not self._stopped:
                 await loop.run_in_executor(None, self._load_waiting)
+                self._tiers.recovering = False
         finally:
             self.done = True
             self._buried.clear()

@@ -51,6 +51,8 @@ class Tiers:
     ) -> None:
         self.index, self.memory, self.ssd = index, memory, ssd
         self.settings, self.clock, self.metrics = settings, clock, metrics
+        self.recovering = False
+        """Whether the SSD may hold entries that the index has not been told of: until then nothing there is garbage."""
         self.expiries = False
         """Whether any entry ever had an expiry: until then no look-up checks for it."""
         self._dropped: deque[Match | Reservation | list[int]] = deque()

@@ -332,6 +332,36 @@ async def crowded(loop: SimLoop) -> None:
     await world.close()
 
 
+async def recycled(loop: SimLoop) -> None:
+    """Values come and go on an SSD that they fill many times over; the few that stay are durable through power cuts."""
+    rng = derive(loop.seed, "recycled")
+    world = World(loop, memory_bytes=256 * KIB, ssd_bytes=10 * MIB)
+    cache = await world.open()
+    kept: dict[Name, bytes] = {}
+    for turn in range(rng.randrange(60, 160)):
+        values = {Crowd.name_of(turn * 10 + i): made_bytes((turn, i), rng.choice([20_000, 60_000])) for i in range(3)}
+        outcomes = await cache.put(list(values), list(values.values()), durable=True)
+        done = [name for name, outcome in zip(values, outcomes) if outcome is Outcome.HIT]
+        if len(kept) < 12 and done and rng.random() < 0.3:
+            kept[done[0]] = values[done[0]]
+        await cache.delete([name for name in values if name not in kept])
+        if rng.random() < 0.08:
+            writing = loop.create_task(cache.put([Crowd.name_of(-turn)], [made_bytes(turn, 60_000)], durable=True))
+            await asyncio.wait([writing], timeout=rng.uniform(0, 0.1))
+            await world.power_cut()
+            cache = await world.open()
+        if rng.random() < 0.1:
+            for name, value in kept.items():
+                target = bytearray(len(value))
+                outcome = (await cache.get_into([name], [Buffer.of(target, writable=True)]))[0]
+                if outcome is not Outcome.HIT or target != value:
+                    raise ModelError(f"turn {turn}: a durable value is {outcome.name} though there is room for all")
+        world.check()
+    await asyncio.sleep(5)
+    await world.check_quiet()
+    await world.close()
+
+
 async def deadlines(loop: SimLoop) -> None:
     """A hanging SSD costs a reader its deadline at most once, a hanging origin ends in a fault at its own."""
     rng = derive(loop.seed, "deadlines")
@@ -377,7 +407,8 @@ async def deadlines(loop: SimLoop) -> None:
 
 
 SCENARIOS: dict[str, Callable[[SimLoop], Coroutine[object, object, None]]] = {
-    scenario.__name__: scenario for scenario in (mixed, cold_readers, rotten, files, durable, crowded, deadlines)
+    scenario.__name__: scenario
+    for scenario in (mixed, cold_readers, rotten, files, durable, crowded, recycled, deadlines)
 }
 
 
