@@ -12,7 +12,16 @@ import pytest
 from tiercache.testing.scenarios import SCENARIOS, sweep
 from tiercache.testing.simloop import simulate
 
-SEEDS = {"mixed": 100, "cold_readers": 40, "rotten": 20, "files": 20, "durable": 12, "crowded": 8, "recycled": 16, "deadlines": 24}
+SEEDS = {
+    "mixed": 100,
+    "cold_readers": 40,
+    "rotten": 20,
+    "files": 20,
+    "durable": 12,
+    "crowded": 8,
+    "recycled": 16,
+    "deadlines": 24,
+}
 BLOCK = 20
 
 
