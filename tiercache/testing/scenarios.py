@@ -29,6 +29,7 @@ from tiercache.testing.world import (
     PAGE_BYTES,
     PART_BYTES,
     SSD_DEADLINE_S,
+    Chains,
     World,
 )
 
@@ -217,6 +218,67 @@ async def files(loop: SimLoop) -> None:
     await world.close()
 
 
+class Promises:
+    """Writers of values and chains, and what they were told is durable."""
+
+    def __init__(self, world: World, *, roomy: bool) -> None:
+        self.world, self.roomy, self.count = world, roomy, 0
+        self.kept: dict[Name, bytes] = {}
+        self.visible: dict[Name, bytes] = {}
+        self.chains: list[Chains] = []
+
+    async def write(self, number: int) -> None:
+        """Writes until it is cancelled."""
+        rng = derive(self.world.loop.seed, "writer", number, self.count)
+        while True:
+            self.count += 1
+            await (self.put_chain(rng) if rng.random() < 0.15 else self.put(rng))
+            if self.roomy and rng.random() < 0.15:
+                seen = dict(self.visible)
+                assert self.world.cache is not None
+                await self.world.cache.flush()
+                self.kept.update(seen)
+            await asyncio.sleep(rng.uniform(0, 0.1))
+
+    async def put(self, rng: random.Random) -> None:
+        """Some values, durable or not."""
+        names = [Name(object_key("sim", f"{self.count}/{i}")) for i in range(rng.randrange(1, 4))]
+        values = [made_bytes(name.key, rng.choice([10, 5000, 20_000])) for name in names]
+        safe = rng.random() < 0.4
+        assert self.world.cache is not None
+        outcomes = await self.world.cache.put(names, values, durable=safe)
+        done = {n: v for n, v, outcome in zip(names, values, outcomes) if outcome is Outcome.HIT}
+        (self.kept if safe else self.visible).update(done)
+
+    async def put_chain(self, rng: random.Random) -> None:
+        """A chain of its own, stored in two pieces, durable."""
+        chains = Chains(f"promise{self.count}", chains=1, blocks=5, width=rng.choice([16, 32]))
+        digests = chains.digests[0]
+        assert self.world.cache is not None
+        for some, parent in ((digests[:3], b""), (digests[3:], digests[2])):
+            values = [chains.value(digest) for digest in some]
+            outcomes = await self.world.cache.put_chain(some, values, parent=parent, durable=True)
+            if outcomes != [Outcome.HIT] * len(some):
+                return
+        self.chains.append(chains)
+
+    async def check(self) -> None:
+        """Raises ModelError unless every promise is kept."""
+        cache = self.world.cache
+        assert cache is not None
+        for name, value in self.kept.items():
+            target = bytearray(len(value))
+            outcome = (await cache.get_into([name], [Buffer.of(target, writable=True)]))[0]
+            if outcome is not Outcome.HIT or target != value:
+                raise ModelError(f"a durable value of {len(value)} bytes is {outcome.name} after a power cut")
+        for chains in self.chains:
+            with await cache.match(chains.digests[0]) as lease:
+                chains.check(lease, chains.digests[0])
+                if len(lease) != 5:
+                    raise ModelError(f"of a durable chain of 5 blocks {len(lease)} are there after a power cut")
+        self.visible.clear()
+
+
 async def durable(loop: SimLoop) -> None:
     """What was acknowledged as durable is there after a power cut at any moment, and after several."""
     rng = derive(loop.seed, "durable")
@@ -224,42 +286,16 @@ async def durable(loop: SimLoop) -> None:
     roomy = rng.random() < 0.5
     world = World(loop, memory_bytes=(8192 if roomy else 256) * KIB, ssd_bytes=16 * MIB)
     await world.open()
-    kept: dict[Name, bytes] = {}
-    visible: dict[Name, bytes] = {}
-    count = 0
-
-    async def write(number: int) -> None:
-        nonlocal count
-        mine = derive(loop.seed, "writer", number, count)
-        while True:
-            count += 1
-            names = [Name(object_key("sim", f"{count}/{i}")) for i in range(mine.randrange(1, 4))]
-            values = [made_bytes(name.key, mine.choice([10, 5000, 20_000])) for name in names]
-            safe = mine.random() < 0.4
-            assert world.cache is not None
-            outcomes = await world.cache.put(names, values, durable=safe)
-            done = {n: v for n, v, outcome in zip(names, values, outcomes) if outcome is Outcome.HIT}
-            (kept if safe else visible).update(done)
-            if roomy and mine.random() < 0.15:
-                seen = dict(visible)
-                await world.cache.flush()
-                kept.update(seen)
-            await asyncio.sleep(mine.uniform(0, 0.1))
-
+    promises = Promises(world, roomy=roomy)
     for _ in range(rng.randrange(1, 4)):
-        writers = [loop.create_task(write(number)) for number in range(3)]
+        writers = [loop.create_task(promises.write(number)) for number in range(3)]
         await asyncio.wait(writers, timeout=rng.uniform(0, 1.5))
         for writer in writers:
             if writer.done():
                 writer.result()
         await world.power_cut()
-        cache = await world.open()
-        for name, value in kept.items():
-            target = bytearray(len(value))
-            outcome = (await cache.get_into([name], [Buffer.of(target, writable=True)]))[0]
-            if outcome is not Outcome.HIT or target != value:
-                raise ModelError(f"a durable value of {len(value)} bytes is {outcome.name} after a power cut")
-        visible.clear()
+        await world.open()
+        await promises.check()
     await asyncio.sleep(5)
     await world.check_quiet()
     await world.close()
