@@ -99,7 +99,10 @@ class FileIO:
 
     def close(self, descriptor: int) -> None:
         """Gives a descriptor back."""
-        _locks.discard(descriptor)
+        if descriptor in _locks:
+            _locks.discard(descriptor)
+            # A child forked meanwhile has the same open file, and may not have come to closing it.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
     def unlink(self, path: str) -> None:
