@@ -338,7 +338,7 @@ def drive(examples: int, steps: int) -> None:
 
 @pytest.mark.slow
 def test_the_cache_refines_a_dictionary_that_may_forget() -> None:
-    drive(80, 40)
+    drive(150, 40)
 
 
 @pytest.mark.nightly
