@@ -3,8 +3,8 @@
 - `read_ratio_*`, `write_ratio_*`: bytes a second of 1 MiB and 256 KiB entries through SsdTier (headers, digests and
   full keys verified on every read; records and rows synced at the end of every write run) over fio's (psync, direct=1,
   synced at the end) with the thread count of 1, 2, 4, 8 that did best in the median. All sides take turns in every
-  round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist, and both have 8 MiB of
-  memory that they write from and read into.
+  round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist, fio reads the tier's own
+  files and writes to those of them that are free, and both have memory for eight entries to write from and read into.
 - `read_cold_ratio_*`, `write_cold_ratio_*`: the same, our side with memory that no cache of the host holds.
 - `read_ratio`, `write_ratio`: the smaller of the two sizes.
 - `restart_s`: a fresh process opens a directory of a million entries and loads the index; from the start of the process
@@ -35,13 +35,14 @@ from statistics import median
 from bench.common import CACHE_DIR, Figure, Json, arguments, drop_page_cache, emit, median_ratio, report, say, versions
 from tiercache.buffers import Buffer, part_digests
 from tiercache.model import PART_BYTES, Name, Outcome, Payload, all_parts
+from tiercache.ssd.records import split_location
 from tiercache.ssd.tier import SsdTier
 from tiercache.tier import Want
 
 MIB = 1 << 20
 JOBS = (1, 2, 4, 8)
-POOL_BYTES = 8 * MIB
-"""Entries are written from, and read into, this much memory, over and over: what fio's eight threads have of it."""
+POOL_ENTRIES = 8
+"""Entries are written from, and read into, memory for so many, over and over: fio's eight threads have a block each."""
 COLD_BYTES = 128 * MIB
 """The memory of the `cold` rows: more than any cache of the host holds."""
 BATCH_BYTES = 32 * MIB
@@ -50,40 +51,41 @@ IN_FLIGHT = 2
 
 @dataclass
 class Fio:
-    """fio on one file of its own."""
+    """fio on the tier's own segment files, so that both sides meet the same places of the disk and of its caches."""
 
-    path: Path
     size_bytes: int
     commands: list[str] = field(default_factory=list)
 
-    def run(self, kind: str, block_bytes: int, jobs: int) -> float:
-        """Seconds of one run over the whole file by `jobs` threads, as fio measured them."""
-        share = self.size_bytes // jobs
+    def run(self, kind: str, block_bytes: int, jobs: int, files: list[Path]) -> float:
+        """Seconds of one run over the files by `jobs` threads, each with files of its own, as fio measured them."""
         command = [
-            "fio", "--name=peer", f"--filename={self.path}", f"--rw={kind}", f"--bs={block_bytes}", "--direct=1",
-            "--ioengine=psync", "--thread", f"--numjobs={jobs}", f"--size={share}", f"--offset_increment={share}",
-            "--group_reporting", "--randrepeat=0", "--output-format=json",
+            "fio", "--output-format=json", "--group_reporting", f"--rw={kind}", f"--bs={block_bytes}", "--direct=1",
+            "--ioengine=psync", "--thread", "--randrepeat=0", "--fallocate=none", "--overwrite=1",
+            f"--size={self.size_bytes // jobs}",
         ]  # fmt: skip
         if kind == "write":
             command.append("--end_fsync=1")
-        if len(self.commands) < 16:
+        each = len(files) // jobs
+        for job in range(jobs):
+            mine = ":".join(str(path) for path in files[job * each : (job + 1) * each])
+            command += [f"--name=job{job}", f"--filename={mine}"]
+        if len(self.commands) < 8:
             self.commands.append(" ".join(command))
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         side = json.loads(done.stdout)["jobs"][0]["write" if kind == "write" else "read"]
-        assert side["io_bytes"] == share * jobs, side["io_bytes"]
+        assert side["io_bytes"] == self.size_bytes, side["io_bytes"]
         return float(side["io_bytes"] / side["bw_bytes"])
 
 
 class Ours:
     """The tier with one size of entries."""
 
-    def __init__(
-        self, home: Path, size_bytes: int, entry_bytes: int, threads: int, pool_bytes: int = POOL_BYTES
-    ) -> None:
+    def __init__(self, home: Path, size_bytes: int, entry_bytes: int, threads: int, pool_bytes: int) -> None:
+        self.home = home
         self.count = size_bytes // entry_bytes
         self.entry_bytes = entry_bytes
-        # Two rounds fit beside each other, so that segments are reused from the third round on.
-        self.tier = SsdTier(str(home), size_bytes * 5 // 2, segment_bytes=64 * MIB, threads=threads)
+        # Room for what is written, for fio's files beside it, and for a third of slack.
+        self.tier = SsdTier(str(home), size_bytes * 4, segment_bytes=size_bytes // 8, threads=threads)
         self.source = Buffer.of(mmap.mmap(-1, pool_bytes), writable=True)
         self.target = Buffer.of(mmap.mmap(-1, pool_bytes), writable=True)
         self.source.array()[:] = bytearray(random.Random(entry_bytes).randbytes(pool_bytes))
@@ -115,11 +117,31 @@ class Ours:
         step = max(1, BATCH_BYTES // self.entry_bytes)
         return [order[i : i + step] for i in range(0, len(order), step)]
 
-    async def write(self) -> float:
-        """Seconds to write every entry and to make all durable; the round before is given up first, off the clock."""
-        old, self.places = self.places, [0] * self.count
-        self.tier.free(old)
+    def files(self, *, live: bool) -> list[Path]:
+        """Eight of the segment files that hold entries, or of those that hold none."""
+        taken = {split_location(at)[0] for at in self.places}
+        every = sorted((self.home / "segments").glob("*.seg"))
+        chosen = [path for path in every if (int(path.stem, 16) in taken) is live]
+        return chosen[:8]
+
+    async def warm_up(self) -> None:
+        """Makes segments, and writes each once, before anything counts."""
+        old: list[int] = []
+        for _ in range(3):
+            await self.write()
+            old += self.places
+        self.places = old
+        await self.give_up()
+
+    async def give_up(self) -> None:
+        """Ends the round before: nothing lives any more."""
+        self.tier.free(self.places)
+        self.places = []
         await self.tier.flush()
+
+    async def write(self) -> float:
+        """Seconds to write every entry and to make all durable."""
+        self.places = [0] * self.count
 
         async def work(batch: list[int]) -> None:
             answers = await self.tier.write(
@@ -153,26 +175,16 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
     figures: list[Figure] = []
     size_bytes = options.mib * MIB
     worst: dict[str, list[Figure]] = {"read": [], "write": []}
-    fio = Fio(home / "fio.dat", size_bytes)
+    fio = Fio(size_bytes)
     for entry_bytes in (MIB, MIB // 4):
-        ours = Ours(home / "tier", size_bytes, entry_bytes, options.threads)
+        ours = Ours(home / "tier", size_bytes, entry_bytes, options.threads, POOL_ENTRIES * entry_bytes)
         cold = Ours(home / "cold", size_bytes, entry_bytes, options.threads, COLD_BYTES)
+        for side in (ours, cold):
+            await side.warm_up()
         taken: dict[str, list[float]] = {}
-        for turn in range(options.rounds + 3):
-            sides: list[tuple[str, float]] = []
-            order = list(JOBS)
-            random.Random(turn).shuffle(order)
-            mine = turn % (len(order) + 1)
-            for jobs in [*order[:mine], 0, *order[mine:]]:
-                if jobs == 0:
-                    sides.append(("write/tier", await ours.write()))
-                    sides.append(("read/tier", await ours.read()))
-                    sides.append(("write/cold", await cold.write()))
-                    sides.append(("read/cold", await cold.read()))
-                else:
-                    sides.append((f"write/fio{jobs}", fio.run("write", entry_bytes, jobs)))
-                    sides.append((f"read/fio{jobs}", fio.run("randread", entry_bytes, jobs)))
-            if turn >= 3:  # until then files were made and segments were new
+        for turn in range(options.rounds + 1):
+            sides = await one_round(ours, cold, fio, entry_bytes, random.Random(turn))
+            if turn:
                 for name, seconds in sides:
                     taken.setdefault(name, []).append(seconds)
                 say(f"{entry_bytes >> 10} KiB: " + " ".join(f"{n} {size_bytes / s / 1e9:.2f}" for n, s in sides))
@@ -190,6 +202,26 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
     return figures
 
 
+async def one_round(ours: Ours, cold: Ours, fio: Fio, entry_bytes: int, rng: random.Random) -> list[tuple[str, float]]:
+    """All sides write, in any order, and then all read; fio writes to files in which nothing lives."""
+    sides: list[tuple[str, float]] = []
+    for side in (ours, cold):
+        await side.give_up()
+    tiers = {"tier": ours, "cold": cold}
+    peers = {f"fio{jobs}": jobs for jobs in JOBS}
+    for who in rng.sample([*tiers, *peers], len(tiers) + len(peers)):
+        if who in tiers:
+            sides.append((f"write/{who}", await tiers[who].write()))
+        else:
+            sides.append((f"write/{who}", fio.run("write", entry_bytes, peers[who], ours.files(live=False))))
+    for who in rng.sample([*tiers, *peers], len(tiers) + len(peers)):
+        if who in tiers:
+            sides.append((f"read/{who}", await tiers[who].read()))
+        else:
+            sides.append((f"read/{who}", fio.run("randread", entry_bytes, peers[who], ours.files(live=True))))
+    return sides
+
+
 def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, list[float]], side: str) -> Figure:
     """Our speed over that of fio's best thread count."""
     best = min(JOBS, key=lambda jobs: median(taken[f"{kind}/fio{jobs}"]))
@@ -200,7 +232,7 @@ def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, 
     size = "1m" if entry_bytes == MIB else "256k"
     value = median_ratio(taken[f"{kind}/fio{best}"], mine)
     if side == "cold":
-        note = f"ours with {COLD_BYTES >> 20} MiB of memory, which no cache holds; fio keeps its {POOL_BYTES >> 20}"
+        note = f"ours with {COLD_BYTES >> 20} MiB of memory, which no cache holds; fio with a block for each thread"
         return Figure(f"{kind}_cold_ratio_{size}", value, None, at_most=False, raw=raw, note=note)
     return Figure(f"{kind}_ratio_{size}", value, 0.90, at_most=False, raw=raw, note=f"fio's best: {best} threads")
 
