@@ -197,7 +197,7 @@ class BlockingCache:
         """Returns when everything visible before the call is durable, as far as the SSD takes it."""
         wait(self.core.flush(), self.loop)
 
-    def stats(self) -> dict[str, int | float | str]:
+    def stats(self) -> dict[str, int | float]:
         """What the cache holds and did."""
         return self.core.stats()
 

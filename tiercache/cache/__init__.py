@@ -65,7 +65,7 @@ class Cache:
     ) -> None:
         self.tiers = Tiers(index, memory, ssd, settings=settings, clock=clock, metrics=metrics)
         self.settings, self.metrics = settings, metrics
-        self._tasks = Tasks()
+        self._tasks = Tasks(metrics)
         self._demotion = Demotion(self.tiers)
         self._pressure = Pressure(self.tiers, self._demotion)
         self._filling = Filling(self.tiers, self._tasks, self._dirtied)
@@ -381,19 +381,23 @@ class Cache:
         """Makes this object refuse every call: it came into a forked child, and the cache belongs to the parent."""
         self._closed = True
 
-    def stats(self) -> dict[str, int | float | str]:
-        """A flat table of what the cache holds and did: metrics by name, and the usage of each tier."""
-        rows: dict[str, int | float | str] = dict(self.metrics.snapshot())
-        for tier in (self.tiers.memory, self.tiers.ssd):
+    def stats(self) -> dict[str, int | float]:
+        """A flat table of what the cache holds and did: every metric by its full name (see metrics.METRICS)."""
+        metrics, tiers = self.metrics, self.tiers
+        for tier in (tiers.memory, tiers.ssd):
             if tier is not None:
                 status = tier.status()
-                rows[f"{status.name}_used_bytes"] = status.used_bytes
-                rows[f"{status.name}_capacity_bytes"] = status.capacity_bytes
-                rows[f"{status.name}_health"] = status.health.name.lower()
-        rows["entries"] = self.tiers.index.used
-        rows["queue_bytes"] = self._demotion.queue_bytes
-        rows["flights_merged"] = self._filling.flights.merged
-        return rows
+                metrics.set("tiercache_tier_health", int(status.health), tier=status.name)
+                metrics.set("tiercache_tier_used_bytes", status.used_bytes, tier=status.name)
+                metrics.set("tiercache_tier_capacity_bytes", status.capacity_bytes, tier=status.name)
+                metrics.set("tiercache_tier_used_files", status.used_files, tier=status.name)
+                metrics.set("tiercache_tier_capacity_files", status.capacity_files, tier=status.name)
+        metrics.set("tiercache_leases", tiers.index.pins)
+        metrics.set("tiercache_queue_bytes", self._demotion.queue_bytes)
+        metrics.set("tiercache_loads_in_flight", len(self._filling.flights))
+        metrics.set("tiercache_entries", tiers.index.used)
+        metrics.set("tiercache_index_bytes", tiers.index.memory_bytes())
+        return metrics.snapshot()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

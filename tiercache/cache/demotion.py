@@ -188,6 +188,7 @@ class Demotion:
         assert ssd is not None
         facts = tiers.index.facts(slots)
         new = (facts.memory_location >= 0) & ((facts.memory_parts & ~facts.ssd_parts) != 0)
+        new &= (facts.ssd_parts & ~facts.memory_parts) == 0  # else the old record could not be read, and stays
         slots = slots[new]
         if not len(slots):
             return
@@ -201,7 +202,13 @@ class Demotion:
             for i, location in zip(full, again, strict=True):
                 locations[i] = location
         written = np.array([i for i, location in enumerate(locations) if location >= 0], np.int64)
-        tiers.metrics.add("tiercache_demotions_dropped_total", len(slots) - len(written))
+        tiers.metrics.add_all(
+            [
+                ("tiercache_demotions_dropped_total", len(slots) - len(written), "", ""),
+                ("tiercache_demotions_total", len(written), "", ""),
+                ("tiercache_written_bytes_total", sum(payloads[i].size for i in written), "ssd", ""),
+            ]
+        )
         if not len(written):
             return
         self._settle_written(slots[written], [locations[i] for i in written], [payloads[i].parts for i in written])
@@ -279,10 +286,17 @@ class Demotion:
         dropped = set(gone.locations.tolist())
         kept = [location for location in facts.ssd_location.tolist() if location not in dropped]
         moved = dict(await ssd.reclaim(kept, dead + sorted(dropped)))
-        self._tiers.metrics.add("tiercache_evictions_total", len(dropped), tier="ssd")
         self._settle(slots, moved, kept)
-        rewritten = np.isin(facts.ssd_location, list(moved))
-        return max(1, self._tiers.settings.segment_bytes - int(facts.size[rewritten].sum(dtype=np.int64)))
+        rewritten = int(facts.size[np.isin(facts.ssd_location, list(moved))].sum(dtype=np.int64))
+        gained = max(1, self._tiers.settings.segment_bytes - rewritten)
+        self._tiers.metrics.add_all(
+            [
+                ("tiercache_evictions_total", len(dropped), "ssd", ""),
+                ("tiercache_reclaimed_bytes_total", gained, "ssd", ""),
+                ("tiercache_reinserted_bytes_total", rewritten, "ssd", ""),
+            ]
+        )
+        return gained
 
     def _worth_keeping(self, order: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         """While the tier as a whole has room, a segment is emptied for its dead space alone and nothing is given up."""

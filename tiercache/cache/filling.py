@@ -132,15 +132,18 @@ class Filling:
             )
         places = self._places(slots, facts.memory_location, lacking, outcomes)
         waits: list[asyncio.Future[None]] = []
+        merged = 0
         from_ssd: list[tuple[int, Share]] = []
         from_origin: list[tuple[int, Share]] = []
         for i, location in places:
             slot = int(slots[i])
             join = self.flights.join(slot, int(plan.ssd[i] | plan.origin[i]))
             waits += join.others
+            merged += len(join.others)
             for parts, shares in ((int(plan.ssd[i]), from_ssd), (int(plan.origin[i]), from_origin)):
                 if mine := parts & join.mine:
                     shares.append((int(i), Share(slot, mine, location, self.flights.begin(slot, mine))))
+        self._tiers.metrics.add("tiercache_merged_loads_total", merged)
         try:
             if from_ssd:
                 self._begin_ssd(from_ssd, facts.ssd_location, distrusted)
@@ -208,8 +211,14 @@ class Filling:
         ssd, memory, metrics = self._tiers.ssd, self._tiers.memory, self._tiers.metrics
         assert ssd is not None
         distrusted.update(share.slot for share in shares)  # until the answer says otherwise, also if none comes
+        began_s = self._tiers.clock.monotonic()
         try:
             outcomes = await ssd.read(wants, memory.buffers([share.location for share in shares]))
+            metrics.observe("tiercache_read_seconds", self._tiers.clock.monotonic() - began_s, tier="ssd")
+            read_bytes = sum(
+                share.parts.bit_count() * want.part_bytes for share, want in zip(shares, wants, strict=True)
+            )
+            metrics.add("tiercache_read_bytes_total", read_bytes, tier="ssd")
             for share, want, outcome in zip(shares, wants, outcomes, strict=True):
                 if outcome is Outcome.HIT:
                     self._land(share, want.part_bytes)

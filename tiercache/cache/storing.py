@@ -116,5 +116,11 @@ class Storing:
             if unplaced:
                 tiers.index.abandon(np.array(sorted(unplaced), np.int64))
             tiers.release(reservation)
+        tiers.metrics.add_all(
+            [
+                ("tiercache_puts_total", outcomes.count(Outcome.HIT), "", "object"),
+                ("tiercache_full_total", outcomes.count(Outcome.FULL), "memory", ""),
+            ]
+        )
         self._stored(visible)
         return outcomes

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from tiercache.metrics import Metrics
+
 log = logging.getLogger(__name__)
 
 
 class Tasks:
     """Owned tasks on one loop. A fault in one is logged and counted, never lost, and harms no other."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self.faults = 0
+        self._metrics = metrics
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -32,7 +34,7 @@ class Tasks:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
-            self.faults += 1
+            self._metrics.add("tiercache_internal_errors_total")
             log.error("background task %s of the cache failed; the cache goes on", task.get_name(), exc_info=fault)
 
     async def close(self, patience_s: float) -> None:

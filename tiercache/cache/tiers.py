@@ -137,7 +137,9 @@ class Tiers:
         match = self.index.match(names)
         try:
             found = match.slots[match.slots >= 0]
-            self.free(self.index.remove(found[self.expired(self.index.facts(found).expiry_s)]))
+            over = found[self.expired(self.index.facts(found).expiry_s)]
+            self.metrics.add("tiercache_expirations_total", len(over))
+            self.free(self.index.remove(over))
         finally:
             self.release(match)
 
@@ -191,8 +193,14 @@ class Tiers:
         gone = self.index.unplace(slots, TierId.MEMORY)
         locations = [location for location in gone.locations.tolist() if location >= 0]
         self.memory.free(locations)
-        self.metrics.add("tiercache_evictions_total", len(locations), tier="memory")
-        return sum(sizes.get(location, 0) for location in locations)
+        freed: int = sum(sizes.get(location, 0) for location in locations)
+        self.metrics.add_all(
+            [
+                ("tiercache_evictions_total", len(locations), "memory", ""),
+                ("tiercache_evicted_bytes_total", freed, "memory", ""),
+            ]
+        )
+        return freed
 
     def make_slots(self, count: int) -> None:
         """Forgets the oldest entries in every tier until `count` slots of the index are free, as far as they may go.

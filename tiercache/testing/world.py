@@ -189,7 +189,7 @@ class World:
         self.check()
         # An injected fault of the scan is the one that a background task may end with.
         injected = sum(n for (call, _), n in self.ssd.counts.items() if call == "scan") if self.ssd is not None else 0
-        if self.cache._tasks.faults > injected:
+        if self.cache.metrics.value("tiercache_internal_errors_total") > injected:
             raise ModelError("a background task of the cache failed: its log says why")
         if len(self.cache._filling.flights):
             raise ModelError("loads are under way and nobody waits for them")
