@@ -138,6 +138,11 @@ class Addressable(Protocol):
 class Reclaiming(Protocol):
     """What a log-structured tier adds: space comes back a segment at a time, and entries worth it are written again."""
 
+    @property
+    def segment_bytes(self) -> int:
+        """Size of a segment: the most that one reclaim can bring."""
+        ...
+
     def victim(self) -> list[int]:
         """Locations of the payloads that live in the segment best reclaimed next; empty when there is none."""
         ...

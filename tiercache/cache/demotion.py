@@ -288,7 +288,7 @@ class Demotion:
         moved = dict(await ssd.reclaim(kept, dead + sorted(dropped)))
         self._settle(slots, moved, kept)
         rewritten = int(facts.size[np.isin(facts.ssd_location, list(moved))].sum(dtype=np.int64))
-        gained = max(1, self._tiers.settings.segment_bytes - rewritten)
+        gained = max(1, ssd.segment_bytes - rewritten)
         self._tiers.metrics.add_all(
             [
                 ("tiercache_evictions_total", len(dropped), "ssd", ""),

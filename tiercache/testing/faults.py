@@ -282,6 +282,11 @@ class _Finding(Protocol):
 class FaultyLog(FaultyTier):
     """A faulty tier that reclaims its space: a reclaim may fail, hang or lose what it should keep."""
 
+    @property
+    def segment_bytes(self) -> int:
+        """As the inner tier's."""
+        return self._log.segment_bytes
+
     def victim(self) -> list[int]:
         return self._log.victim()
 
