@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tiercache.cache import Cache
 from tiercache.clock import SystemClock
 from tiercache.cpu.tier import MemoryTier
-from tiercache.errors import LockedError
+from tiercache.errors import ConfigError, LockedError
 from tiercache.index import Index
 from tiercache.metrics import Metrics
 from tiercache.policy import POLICIES
@@ -37,6 +37,8 @@ CLOSE_S_MAX = 30.0
 def build(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
     """A cache that has not been started. Blocking: it opens files. Where another process holds the directory, or the
     disk refuses, it says so in one line and goes on with memory alone."""
+    if settings.policy not in POLICIES:
+        raise ConfigError(f"policy must be one of {', '.join(sorted(POLICIES))}, not {settings.policy!r}")
     ssd = _open_ssd(settings, clock, metrics) if settings.ssd_bytes else None
     policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
     memory = MemoryTier(settings.memory_bytes)

@@ -35,11 +35,14 @@ SSD_BYTES_MIN = 256 * MIB
 """Less than this is not worth a tier by default; asked for by name, it may be smaller."""
 FLOOR_SHARE = 1 / 10
 FLOOR_BYTES_MIN = GIB
+FACTS_BYTES = 5 * MIB
+"""Least room for the facts of an SSD tier beside its segments."""
 META_FILES = 64
 """Files that the facts of an SSD tier may need beside its segments."""
 SLOT_BYTES_MEAN = 128 * KIB
 SLOTS_MIN, SLOTS_MAX = 1 << 16, 1 << 21
 
+UNBOUNDED = float(1 << 62)
 PREFIX = "TIERCACHE_"
 NOT_SETTINGS = frozenset({"TIERCACHE_CONFIG", "TIERCACHE_DATA"})
 """Environment names with our prefix that are no settings: where the file is, and where benchmarks find traces."""
@@ -124,9 +127,15 @@ class Rule:
     kind: Kind
     meaning: str
     low: float = 0
-    high: float = float(1 << 62)
+    high: float = UNBOUNDED
     whole: str = ""
     """What a share is a share of."""
+
+    def bounds(self) -> tuple[str, str]:
+        """The limits in words: "at least 2.0 MiB", " and at most 4.0 GiB"."""
+        sized = self.kind in (Kind.SIZE, Kind.SHARE_OR_SIZE)
+        low, high = (format_size(edge) if sized else f"{edge:g}" for edge in (self.low, self.high))
+        return f"at least {low}", f" and at most {high}" if self.high < UNBOUNDED else ""
 
 
 RULES: dict[str, Rule] = {
@@ -174,8 +183,9 @@ def _contradictions(s: Settings) -> list[str]:
             f"queue_bytes ({s.queue_bytes}) must not exceed memory_bytes ({s.memory_bytes})",
         ),
         (
-            0 < s.ssd_bytes < 4 * s.segment_bytes,
-            f"ssd_bytes ({s.ssd_bytes}) must be 0 or hold four segments of segment_bytes ({s.segment_bytes})",
+            0 < s.ssd_bytes < 4 * s.segment_bytes + FACTS_BYTES,
+            f"ssd_bytes ({s.ssd_bytes}) must be 0, or {4 * s.segment_bytes + FACTS_BYTES} or more: four segments of "
+            f"segment_bytes ({s.segment_bytes}), and room for their facts",
         ),
         (
             bool(s.ssd_bytes) and s.segment_bytes < 2 * s.page_bytes,
@@ -215,7 +225,8 @@ def _checked(name: str, rule: Rule, value: object, source: str) -> str | int | f
     if isinstance(parsed, str):
         return parsed
     if not rule.low <= parsed <= rule.high:
-        raise ConfigError(f"{name} from {source} must be from {rule.low:g} to {rule.high:g}, not {parsed!r}")
+        low, high = rule.bounds()
+        raise ConfigError(f"{name} from {source} must be {low}{high}, not {parsed!r}")
     return parsed
 
 

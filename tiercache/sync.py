@@ -88,6 +88,25 @@ def as_name(called: Called) -> Name:
     return Name(check_key(called))
 
 
+def as_names(called: Sequence[Called]) -> list[Name]:
+    """Names of a batch; a single name is refused, for its letters would pass for names."""
+    if isinstance(called, str | bytes | Name):
+        raise ConfigError(f"every call takes lists: pass [{called!r}] instead of {called!r}")
+    return [as_name(each) for each in called]
+
+
+def as_sources(values: Sequence[object]) -> list[Buffer]:
+    """Spans of a batch of values with the buffer protocol."""
+    sources = []
+    for value in values:
+        try:
+            sources.append(value if isinstance(value, Buffer) else Buffer.of(value))  # type: ignore[arg-type]
+        except TypeError:
+            kind = type(value).__name__
+            raise ConfigError(f"a value is bytes-like (bytes, a NumPy array, ...), not {kind}: encode it") from None
+    return sources
+
+
 class BlockingCache:
     """A cache for threads. `core` is the async Cache on `loop`; close it, or use it as a context manager."""
 
@@ -113,13 +132,15 @@ class BlockingCache:
         BUSY: another thread is storing that name. FULL: no room. A name that is there keeps its value (entries are
         immutable: delete it first, or give a changed object another name).
         """
-        where = [as_name(name) for name in names]
+        where = as_names(names)
         if len(where) != len(values):
             raise ConfigError(f"put got {len(where)} names and {len(values)} values: give one value for each name")
         if durable:
-            work = self.core.put(where, values, kind=kind, scope=scope, cost_s=cost_s, ttl_s=ttl_s, durable=True)
+            work = self.core.put(
+                where, as_sources(values), kind=kind, scope=scope, cost_s=cost_s, ttl_s=ttl_s, durable=True
+            )
             return wait(work, self.loop)
-        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # memoryview itself checks
+        sources = as_sources(values)
         return self.core.store(where, sources, Terms(kind, scope, cost_s, self.core.expiry(ttl_s)))
 
     def put_chain(
@@ -137,12 +158,12 @@ class BlockingCache:
             raise ConfigError(f"put_chain got {len(digests)} digests and {len(values)} values: give one for each")
         if not digests:
             return []
-        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # memoryview itself checks
+        sources = as_sources(values)
         return self.core.store_chain(digests, sources, Terms(kind, scope, cost_s), parent=parent)
 
     def get(self, names: Sequence[Called], *, verify: bool | None = None) -> list[bytes | Outcome]:
         """The values as bytes, or why there is none."""
-        where = [as_name(name) for name in names]
+        where = as_names(names)
         found: list[bytes | Outcome] = [Outcome.FULL] * len(where)
         rest = list(range(len(where)))
         while rest:
@@ -169,7 +190,9 @@ class BlockingCache:
         self, names: Sequence[Called], targets: Sequence[object], *, verify: bool | None = None
     ) -> list[Outcome]:
         """Copies each value to the start of its target (a writable buffer at least as large)."""
-        where = [as_name(name) for name in names]
+        where = as_names(names)
+        if len(where) != len(targets):
+            raise ConfigError(f"get_into got {len(where)} names and {len(targets)} targets: give one target for each")
         into = [t if isinstance(t, Buffer) else Buffer.of(t, writable=True) for t in targets]  # type: ignore[arg-type]
         outcomes = self.core.get_into_resident(where, into, verify=self._verify(verify))
         rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
@@ -181,7 +204,7 @@ class BlockingCache:
 
     def lease(self, names: Sequence[Called]) -> Lease:
         """A lease on values in place, brought to memory from the SSD where needed; look at its `outcomes`."""
-        where = [as_name(name) for name in names]
+        where = as_names(names)
         resident = self.core.lease_names_resident(where)
         return resident if resident is not None else wait(self.core.lease(where), self.loop)
 
@@ -191,11 +214,13 @@ class BlockingCache:
 
     def delete(self, names: Sequence[Called]) -> list[Outcome]:
         """Forgets values in every tier: HIT for each that was there, GONE where there was none."""
-        return wait(self.core.delete([as_name(name) for name in names]), self.loop)
+        return wait(self.core.delete(as_names(names)), self.loop)
 
-    def flush(self) -> None:
-        """Returns when everything visible before the call is durable, as far as the SSD takes it."""
+    def flush(self) -> bool:
+        """Returns when everything visible before the call is durable, as far as the SSD takes it; False where there is
+        no SSD tier, and nothing is durable."""
         wait(self.core.flush(), self.loop)
+        return self.core.tiers.ssd is not None
 
     def stats(self) -> dict[str, int | float]:
         """What the cache holds and did."""

@@ -211,8 +211,10 @@ def test_made_directly_frozen_and_picklable() -> None:
 
 
 def test_small_tiers_get_small_segments(machine: Machine) -> None:
-    settings = load(machine, ssd_bytes="8MiB", memory_bytes="4MiB")
+    settings = load(machine, ssd_bytes="16MiB", memory_bytes="4MiB")
     assert settings.segment_bytes == 2 * MIB
+    with pytest.raises(ConfigError, match="13631488 or more"):
+        load(machine, ssd_bytes="8MiB", memory_bytes="4MiB")
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ class Cache:
         """Stores whole entries. HIT is visible; with `durable=True` it also survives kill -9 and power loss, and what
         could not be made durable is FULL."""
         self._check_durable(durable)
-        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # checked by memoryview itself
+        sources = [value if isinstance(value, Buffer) else Buffer.of(value) for value in values]  # type: ignore[arg-type]
         terms = Terms(kind, scope, cost_s, self.expiry(ttl_s))
         return await self._stored(lambda: self.store(names, sources, terms), sources, names if durable else ())
 
@@ -227,7 +227,7 @@ class Cache:
     ) -> list[Outcome]:
         """As `put`, for blocks of one chain in order; `parent` is the digest of the stored block that they continue."""
         self._check_durable(durable)
-        sources = [Buffer.of(value) for value in values]  # type: ignore[arg-type]  # checked by memoryview itself
+        sources = [value if isinstance(value, Buffer) else Buffer.of(value) for value in values]  # type: ignore[arg-type]
         terms = Terms(kind, scope, cost_s, self.expiry(ttl_s))
         names = [Name(digest) for digest in digests] if durable else ()
         return await self._stored(lambda: self.store_chain(digests, sources, terms, parent=parent), sources, names)

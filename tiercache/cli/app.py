@@ -223,7 +223,10 @@ def warm(
         output.print_json(done.facts())
         return
     fetched = f"{format_size(done.fetched_bytes)} fetched in {done.origin_requests:,} requests"
-    output.console().print(f"{done.files:,} files, {format_size(done.size_bytes)}; {fetched}", soft_wrap=True)
+    output.console().print(
+        f"{done.files:,} files, {format_size(done.kept_bytes)} kept of {format_size(done.size_bytes)}; {fetched}",
+        soft_wrap=True,
+    )
 
 
 @app.command()

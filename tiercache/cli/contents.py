@@ -48,6 +48,8 @@ def with_tier(settings: Settings, work: Callable[[SsdTier], Awaitable[Any]]) -> 
     """
     from tiercache.ssd.tier import SsdTier
 
+    if not settings.ssd_bytes:
+        raise UnavailableError("ssd_bytes is 0: there is no SSD tier to look at")
     place = Path(settings.directory)
     if not (place / "FORMAT").is_file():
         raise UnavailableError(f"no cache in {place}: nothing was ever written there, or --directory is wrong")

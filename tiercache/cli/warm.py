@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from tiercache import assemble
 from tiercache.cli.files import below, finish, split_url
-from tiercache.errors import UnavailableError
+from tiercache.errors import ConfigError, UnavailableError
 from tiercache.settings import format_size
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Warmed:
     files: int = 0
     size_bytes: int = 0
     fetched_bytes: int = 0
+    kept_bytes: int = 0
+    """Of `size_bytes`, what is on the SSD now (or in memory, where there is no SSD)."""
     origin_requests: int = 0
     skipped: int = 0
     """Files without a version that can be trusted: they are always read at their origin."""
@@ -87,7 +91,9 @@ def warm(settings: Settings, urls: Sequence[str], options: Mapping[str, Any], pr
     with _heard() as said:
         cache = assemble.acquire(settings)
     try:
-        if settings.ssd_bytes and cache.tiers.ssd is None:
+        if not settings.ssd_bytes:
+            raise ConfigError("ssd_bytes is 0: nothing would be kept beyond this command; give the cache an SSD tier")
+        if cache.tiers.ssd is None:
             why = said[-1].partition(";")[0] if said else f"{settings.directory} cannot be used"
             raise UnavailableError(f"{why}: nothing would be kept")
         return finish(_warm_all(cache, urls, options, progress))
@@ -109,7 +115,9 @@ async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any
         kept = [(reader, pin) for reader, pin in work if reader.run_of(pin) is not None]
         done.skipped = len(work) - len(kept)
         if done.skipped:
-            progress.note(f"{done.skipped} files have no version that can be trusted yet and stay at their origin")
+            settle_s = cache.settings.mtime_settle_s
+            why = f"they have no ETag and were modified less than {settle_s:g} s ago (mtime_settle_s): try again later"
+            progress.note(f"{done.skipped} of {len(work)} files stay at their origin; {why}")
         done.files, done.size_bytes = len(kept), sum(pin.stat.size for _, pin in kept)
         room = cache.settings.ssd_bytes or cache.settings.memory_bytes
         if done.size_bytes > room:
@@ -118,6 +126,10 @@ async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any
         before = _origin_counts(cache)
         await _read_windows(cache, kept, progress)
         after = _origin_counts(cache)
+        done.kept_bytes = sum(_kept_bytes(cache, reader, pin) for reader, pin in kept)
+        if done.kept_bytes < done.size_bytes:
+            lost = format_size(done.size_bytes - done.kept_bytes)
+            progress.note(f"{lost} could not be kept: raise ssd_bytes, or memory_bytes and run it again")
         done.origin_requests, done.fetched_bytes = after[0] - before[0], after[1] - before[1]
         return done
     finally:
@@ -152,6 +164,23 @@ async def _read_windows(cache: Cache, kept: Sequence[tuple[PageReader, Pin]], pr
 
 async def _read(reader: PageReader, pin: Pin, start: int, stop: int) -> None:
     await reader.read(pin, start, stop)
+
+
+def _kept_bytes(cache: Cache, reader: PageReader, pin: Pin) -> int:
+    """Bytes of a file version that the SSD has."""
+    run, index = reader.run_of(pin), cache.tiers.index
+    if run is None or not run.size:
+        return 0
+    match = index.match_pages(run.key, np.arange(-(-run.size // run.page_bytes), dtype=np.int32))
+    try:
+        facts = index.facts(match.slots[match.slots >= 0])
+        maps = facts.ssd_parts if cache.tiers.ssd is not None else facts.memory_parts
+        sizes, steps = facts.size.tolist(), facts.part_bytes.tolist()
+        return sum(
+            min(size, parts.bit_count() * step) for size, step, parts in zip(sizes, steps, maps.tolist(), strict=True)
+        )
+    finally:
+        cache.tiers.release(match)
 
 
 def _origin_counts(cache: Cache) -> tuple[int, int]:

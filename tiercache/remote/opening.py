@@ -95,7 +95,9 @@ def _filesystem(protocol: str, options: dict[str, Any]) -> Any:
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"no origin for {protocol}://: {error}") from error
+        extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}.get(protocol)
+        hint = f"; pip install tiercache[{extra}]" if extra else ""
+        raise ConfigError(f"no origin for {protocol}://: {error}{hint}") from error
     own: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if issubclass(kind, AsyncFileSystem):
         own["asynchronous"] = True

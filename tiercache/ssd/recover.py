@@ -179,7 +179,14 @@ def _open_locked(io: FileIO, path: str, caps: Caps, lock: int) -> Directory:
         if geometry is None:
             counters["format_damaged"] += content is not None or copied is not None
             geometry = copied
-        if geometry is None or caps.segments_max(geometry[0]) < SEGMENTS_LEAST:
+        if geometry is not None and caps.segments_max(geometry[0]) < SEGMENTS_LEAST:
+            least_bytes = SEGMENTS_LEAST * geometry[0] + caps.rows_bytes + OTHER_BYTES
+            raise ConfigError(
+                f"{path} was made for a larger cap: it has segments of {geometry[0]} bytes and needs ssd_bytes of "
+                f"{least_bytes} and {ROWS_FILES + OTHER_FILES + SEGMENTS_LEAST} files or more; "
+                "raise the caps, or remove the directory"
+            )
+        if geometry is None:
             rows = _start_over(io, path, caps, rows)
             geometry = caps.choose_segment_bytes(), io.token()
         text = format_text(*geometry)

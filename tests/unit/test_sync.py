@@ -1,0 +1,89 @@
+"""The blocking face: what threads see, what it says of misuse, and that opening again finds everything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import tiercache
+from tiercache import keys
+from tiercache.errors import ClosedError, ConfigError
+from tiercache.model import Outcome
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIONS = {"memory_bytes": "16MiB", "ssd_bytes": "256MiB", "segment_bytes": "8MiB"}
+
+
+def test_a_round_through_memory_ssd_and_a_new_opening(tmp_path: Path) -> None:
+    values = [np.random.default_rng(i).bytes(1 << 20) for i in range(40)]
+    names = [f"value/{i}" for i in range(40)]
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        for start in range(0, 40, 8):
+            stored = cache.put(names[start : start + 8], values[start : start + 8], durable=True)
+            assert stored == [Outcome.HIT] * 8
+        assert cache.get(names) == values  # more than memory holds
+        assert cache.flush()
+        targets = [np.empty(1 << 20, np.uint8) for _ in names]
+        assert cache.get_into(names, targets) == [Outcome.HIT] * 40
+        assert [target.tobytes() for target in targets] == values
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        assert cache.get([*names, "other"]) == [*values, Outcome.MISS]
+        assert cache.delete(["value/3", "other"]) == [Outcome.HIT, Outcome.GONE]
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        assert cache.get(["value/3", "value/4"]) == [Outcome.MISS, values[4]]
+
+
+def test_chains(tmp_path: Path) -> None:
+    digests = keys.chain(keys.namespace("model"), [bytes([i]) for i in range(30)])
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        assert cache.put_chain(digests[:20], [b"k" * 1000] * 20) == [Outcome.HIT] * 20
+        cache.flush()
+    with tiercache.open(tmp_path, **OPTIONS) as cache, cache.match(digests) as lease:
+        assert len(lease) == 20
+        assert bytes(lease.view(19)) == b"k" * 1000
+
+
+def test_misuse_is_told_with_the_way_out(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        with pytest.raises(ConfigError, match=r"pass \['ab'\]"):
+            cache.get("ab")
+        with pytest.raises(ConfigError, match="2 names and 1 values"):
+            cache.put(["a", "b"], [b"x"])
+        with pytest.raises(ConfigError, match="bytes-like"):
+            cache.put(["a"], ["text"])
+        with pytest.raises(ConfigError, match="1 names and 0 targets"):
+            cache.get_into(["a"], [])
+        with pytest.raises(ConfigError, match="read-only"):
+            cache.get_into(["a"], [b"x"])
+        with pytest.raises(ConfigError, match="16 or 32 bytes"):
+            cache.get([b"short"])
+    cache.close()
+    with pytest.raises(ClosedError):
+        cache.get(["a"])
+
+
+def test_an_unknown_policy_is_refused_and_holds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="policy must be one of lru"):
+        tiercache.open(tmp_path, **OPTIONS, policy="lfu")
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        assert cache.flush()
+
+
+def test_a_smaller_cap_never_empties_a_directory(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, memory_bytes="16MiB", ssd_bytes="256MiB", segment_bytes="32MiB") as cache:
+        cache.put(["a"], [b"kept"], durable=True)
+    with pytest.raises(ConfigError, match="raise the caps"):
+        tiercache.open(tmp_path, memory_bytes="16MiB", ssd_bytes="32MiB")
+    with tiercache.open(tmp_path, memory_bytes="16MiB", ssd_bytes="256MiB") as cache:
+        assert cache.get(["a"]) == [b"kept"]
+
+
+def test_memory_alone_says_that_nothing_is_durable(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, memory_bytes="16MiB", ssd_bytes=0) as cache:
+        assert not cache.flush()
+        with pytest.raises(ConfigError, match="ssd_bytes"):
+            cache.put(["a"], [b"x"], durable=True)
