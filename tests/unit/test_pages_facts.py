@@ -66,6 +66,9 @@ def test_versions():
     assert version_of(Stat("p", 5, "", 990.5), 1000.0, 10.0) == ""  # it may change again within its resolution
     assert version_of(Stat("p", 5, "", 1990.0), 1000.0, 10.0) == ""  # a clock that is ahead proves nothing
     assert version_of(Stat("p", 5), 1000.0, 10.0) == ""
+    # A weak ETag promises the same meaning, not the same bytes.
+    assert version_of(Stat("p", 5, 'W/"etag', 990.0), 1000.0, 10.0) == "m5:990.0"
+    assert version_of(Stat("p", 5, 'W/"etag'), 1000.0, 10.0) == ""
 
 
 def test_remembered_values_expire_are_bounded_and_forgotten():

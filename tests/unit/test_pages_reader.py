@@ -275,17 +275,41 @@ def test_what_finds_no_room_is_read_around_the_cache():
     asyncio.run(main())
 
 
+def test_a_pin_that_outlives_its_reader_is_read_in_the_pages_of_the_next():
+    async def main():
+        origin, _, first = world()
+        pin = await first.open("f")
+        assert await first.read(pin, 0, 1000) == DATA[:1000]
+        cache = DictCache()
+        other = Settings("/nowhere", 4 << 20, 0, page_bytes=4 * PAGE, queue_bytes=0, tail_bytes=0, readahead_bytes=0)
+        again = PageReader(cache, origin, settings=other, clock=SystemClock(), metrics=Metrics(), part_bytes=PART)
+        target = bytearray(5000)
+        for reader in (again, first, again):
+            for start in (0, PAGE + 100, 5 * PAGE - 17):
+                assert await reader.read(pin, start, start + 5000) == DATA[start : start + 5000]
+                assert reader.read_resident(pin, start, start + 5000) == DATA[start : start + 5000]
+                assert reader.read_resident_into(pin, start, start + 5000, Buffer.of(target, writable=True))
+                assert target == DATA[start : start + 5000]
+        assert first.run_of(pin).key != again.run_of(pin).key
+        assert {key for key, _ in cache.pages} == {again.run_of(pin).key}
+        origin.identity = "another reader's rights"
+        stranger = PageReader(cache, origin, settings=other, clock=SystemClock(), metrics=Metrics(), part_bytes=PART)
+        assert not stranger.is_resident(pin, 0, 1000)
+
+    asyncio.run(main())
+
+
 def test_damaged_pages_are_dropped_and_read_anew():
     async def main():
         origin, cache, reader = world()
         pin = await reader.open("f")
         await reader.read(pin, 0, 2 * PAGE)
-        page = cache.pages[pin.run.key, 1]
+        page = cache.pages[reader.run_of(pin).key, 1]
         page.buffer.view()[100] ^= 1
         assert reader.read_resident(pin, 0, 2 * PAGE) is None
         assert await reader.read(pin, 0, 2 * PAGE) == DATA[: 2 * PAGE]
-        assert (pin.run.key, 1) not in cache.pages
-        assert (pin.run.key, 0) in cache.pages
+        assert (reader.run_of(pin).key, 1) not in cache.pages
+        assert (reader.run_of(pin).key, 0) in cache.pages
         assert await reader.read(pin, 0, 2 * PAGE) == DATA[: 2 * PAGE]
         assert origin.asked[1:] == [(0, 2 * PAGE), (PAGE, 2 * PAGE), (PAGE, 2 * PAGE)]
         assert cache.pinned == 0

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tiercache.metrics import Metrics
     from tiercache.origin import Origin
     from tiercache.pages.geometry import Range
-    from tiercache.pages.versions import Pin
+    from tiercache.pages.versions import Layout, Pin
     from tiercache.settings import Settings
 
 T = TypeVar("T")
@@ -87,10 +87,10 @@ class PageReader:
         self.origin, self.settings = origin, settings
         self.facts = FileFacts(origin, patience=settings, clock=clock, metrics=metrics)
         self._cache, self._clock, self._metrics = cache, clock, metrics
-        self._page_bytes = settings.page_bytes
         self._part_bytes = part_bytes or geometry.part_bytes_of(settings.page_bytes)
+        self._layout: Layout = (origin.identity, settings.page_bytes, self._part_bytes)
         self._limits = Limits(settings.request_bytes_max, settings.merge_gap_bytes)
-        self._batch_pages = max(1, min(BATCH_BYTES_MAX, settings.memory_bytes // 4) // self._page_bytes)
+        self._batch_pages = max(1, min(BATCH_BYTES_MAX, settings.memory_bytes // 4) // settings.page_bytes)
         self._verify = settings.verify_copies
         self._cost_s = 0.0
         self._prefetches: set[asyncio.Task[None]] = set()
@@ -124,7 +124,7 @@ class PageReader:
         if run is None or not data:
             return
         start = size - len(data)
-        ordinals, parts = geometry.inside(start, size, size, self._page_bytes, self._part_bytes)
+        ordinals, parts = geometry.inside(start, size, size, run.page_bytes, run.part_bytes)
         source = Buffer.of(data)
 
         async def load(gaps: Sequence[Gap], landed: Landed) -> None:
@@ -142,39 +142,39 @@ class PageReader:
 
     def read_resident(self, pin: Pin, start: int, stop: int) -> bytes | None:
         """Bytes [start, stop), within the file, if all are in memory; any thread, and no hop through the loop."""
-        run = pin.run or self.run_of(pin)
+        run = self.run_of(pin)
         if run is None:
             return None
-        ordinals, parts = geometry.cover(start, stop, self._page_bytes, self._part_bytes)
+        ordinals, parts = geometry.cover(start, stop, run.page_bytes, run.part_bytes)
         lease = self._cache.lease_resident(run.key, ordinals, parts)
         if lease is None:
             return None
         value, target = new_bytes(stop - start)
         try:
-            return None if self._copy_out(lease, enumerate(ordinals), (start, stop), target)[0] else value
+            return None if self._copy_out(run, lease, enumerate(ordinals), (start, stop), target)[0] else value
         finally:
             lease.release()
 
     def read_resident_into(self, pin: Pin, start: int, stop: int, target: Buffer) -> bool:
         """As `read_resident`, into memory of the caller (undefined after False)."""
-        run = pin.run or self.run_of(pin)
+        run = self.run_of(pin)
         if run is None:
             return False
-        ordinals, parts = geometry.cover(start, stop, self._page_bytes, self._part_bytes)
+        ordinals, parts = geometry.cover(start, stop, run.page_bytes, run.part_bytes)
         lease = self._cache.lease_resident(run.key, ordinals, parts)
         if lease is None:
             return False
         try:
-            return not self._copy_out(lease, enumerate(ordinals), (start, stop), target)[0]
+            return not self._copy_out(run, lease, enumerate(ordinals), (start, stop), target)[0]
         finally:
             lease.release()
 
     def is_resident(self, pin: Pin, start: int, stop: int) -> bool:
         """Whether all of [start, stop) is in memory now; any thread."""
-        run = pin.run or self.run_of(pin)
+        run = self.run_of(pin)
         if run is None:
             return False
-        ordinals, parts = geometry.cover(start, stop, self._page_bytes, self._part_bytes)
+        ordinals, parts = geometry.cover(start, stop, run.page_bytes, run.part_bytes)
         lease = self._cache.lease_resident(run.key, ordinals, parts)
         if lease is not None:
             lease.release()
@@ -247,25 +247,26 @@ class PageReader:
             batch = slice(first, first + self._batch_pages)
             lease: Lease = yield self._cache.read_pages(run, ordinals[batch], parts[batch], self._load(pin, run))
             with lease:
-                left, bad = self._deliver(lease, ordinals[batch], spans, targets)
+                left, bad = self._deliver(run, lease, ordinals[batch], spans, targets)
             if bad:
                 yield self._drop(run, bad)
             if left:
                 yield self._around(pin, left)
 
     def _deliver(
-        self, lease: Lease, ordinals: Sequence[int], spans: Sequence[Range], targets: Sequence[Buffer]
+        self, run: PageRun, lease: Lease, ordinals: Sequence[int], spans: Sequence[Range], targets: Sequence[Buffer]
     ) -> tuple[list[Share], list[int]]:
         """Copies what this batch of pages has of the spans; answers what it did not give, and damaged pages."""
         places = {ordinal: place for place, ordinal in enumerate(ordinals)}
-        low, high = ordinals[0] * self._page_bytes, (ordinals[-1] + 1) * self._page_bytes
+        low, high = ordinals[0] * run.page_bytes, (ordinals[-1] + 1) * run.page_bytes
         left: list[Share] = []
         bad: list[int] = []
         for (span_start, span_stop), target in zip(spans, targets, strict=True):
             start, stop = max(span_start, low), min(span_stop, high)
             if start < stop:
-                touched = range(start // self._page_bytes, (stop - 1) // self._page_bytes + 1)
+                touched = range(start // run.page_bytes, (stop - 1) // run.page_bytes + 1)
                 rest, damaged = self._copy_out(
+                    run,
                     lease,
                     ((places[ordinal], ordinal) for ordinal in touched),
                     (start, stop),
@@ -276,11 +277,11 @@ class PageReader:
         return left, bad
 
     def _copy_out(
-        self, lease: Lease, pages: Iterable[tuple[int, int]], span: Range, target: Buffer
+        self, run: PageRun, lease: Lease, pages: Iterable[tuple[int, int]], span: Range, target: Buffer
     ) -> tuple[list[Share], list[int]]:
         """Copies a span out of `pages`, (item of the lease, ordinal) each; answers as `_deliver`."""
         start, stop = span
-        page_bytes, verify = self._page_bytes, self._verify
+        page_bytes, verify = run.page_bytes, self._verify
         left: list[Share] = []
         bad: list[int] = []
         for item, ordinal in pages:
@@ -337,11 +338,16 @@ class PageReader:
 
     def run_of(self, pin: Pin) -> PageRun | None:
         """The pages of a version; None when it has no version, so that nothing of it may be kept."""
-        if pin.run is None and pin.version:
-            stat = pin.stat
-            key = page_key(self.origin.identity, stat.path, pin.version, self._page_bytes, self._part_bytes)
-            pin.run = PageRun(key, stat.size, self._page_bytes, self._part_bytes, cost_s=self._cost_s)
-        return pin.run
+        if not pin.version:
+            return None
+        kept = pin.run
+        if kept is not None and kept[0] == self._layout:
+            return kept[1]
+        identity, page_bytes, part_bytes = self._layout
+        key = page_key(identity, pin.stat.path, pin.version, page_bytes, part_bytes)
+        run = PageRun(key, pin.stat.size, page_bytes, part_bytes, cost_s=self._cost_s)
+        pin.run = self._layout, run
+        return run
 
     def _load(self, pin: Pin, run: PageRun) -> Load:
         """What the cache calls to have gaps filled."""
@@ -354,7 +360,7 @@ class PageReader:
                     waiting[piece.gap] += 1
 
             async def fetch(request: Request) -> None:
-                await self._fetch(pin, (request.start, request.stop), self._targets(request, gaps))
+                await self._fetch(pin, (request.start, request.stop), self._targets(run, request, gaps))
                 done: list[int] = []
                 for piece in request.pieces:
                     waiting[piece.gap] -= 1
@@ -366,7 +372,7 @@ class PageReader:
 
         return load
 
-    def _targets(self, request: Request, gaps: Sequence[Gap]) -> list[Buffer]:
+    def _targets(self, run: PageRun, request: Request, gaps: Sequence[Gap]) -> list[Buffer]:
         """Where the bytes of a request go, in order; holes go to memory that nobody looks at."""
         targets: list[Buffer] = []
         at = request.start
@@ -374,7 +380,7 @@ class PageReader:
             if piece.start > at:
                 targets.append(new_bytes(piece.start - at)[1])
             gap = gaps[piece.gap]
-            targets.append(gap.target.slice(piece.start - gap.ordinal * self._page_bytes, piece.stop - piece.start))
+            targets.append(gap.target.slice(piece.start - gap.ordinal * run.page_bytes, piece.stop - piece.start))
             at = piece.stop
         return targets
 

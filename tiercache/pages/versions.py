@@ -1,8 +1,9 @@
 """Identity of file versions, and what is remembered of an origin's facts for a short time.
 
 A version is what the origin names (ETag or version id) with the size, else size and modification time, provided that
-this time lies at least `settle_s` before the look: within its resolution a file can change and keep its time. A file
-without a version is read around the cache.
+this time lies at least `settle_s` before the look: within its resolution a file can change and keep its time. A weak
+ETag (W/"...") promises the same meaning, not the same bytes: it is none. A file without a version is read around the
+cache.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Layout = tuple[str, int, int]
+"""What pages a reader makes: the origin's identity, page_bytes, part_bytes."""
+
 
 def version_of(stat: Stat, looked_s: float, settle_s: float) -> str:
     """Version of a file as it was seen at wall time `looked_s`; empty when it has none that can be trusted."""
-    if stat.version:
+    if stat.version and not stat.version.startswith("W/"):
         return f"v{stat.size}:{stat.version}"
     if stat.mtime_s is not None and looked_s - stat.mtime_s >= settle_s:
         return f"m{stat.size}:{stat.mtime_s!r}"
@@ -38,8 +42,9 @@ class Pin:
         """`version` is empty when this file has none that can be trusted."""
         self.stat = stat
         self.version = version
-        self.run: PageRun | None = None
-        """Its pages, once a reader has decided on their geometry; never without a version."""
+        self.run: tuple[Layout, PageRun] | None = None
+        """Its pages as one reader makes them, told together: a handle may outlive its reader, and the next one may make
+        other pages. See PageReader.run_of."""
 
 
 class Remembered(Generic[T]):
