@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.ssd import rows as codec
+from tiercache.ssd.records import location_of
 from tiercache.ssd.recover import keys_of, state_value
 from tiercache.ssd.scan import read_segment_rows
 from tiercache.ssd.segments import LIVE, Life, Segment, Space
@@ -74,6 +75,25 @@ def put_back(space: Space, batch: Batch, orders: dict[bytes, bytes]) -> None:
         space.states.update(dict.fromkeys(batch.states))
         for key, value in batch.orders.items():
             orders.setdefault(key, value)
+
+
+def give_up(space: Space, batch: Batch) -> list[int]:
+    """Buries what was acknowledged in segments whose sync failed, and answers its locations; tombstones stay due.
+
+    What was written there after the batch was taken goes too: the system tells of a failed sync once, and the next
+    one succeeds whether or not those bytes reached the medium.
+    """
+    with space.lock:
+        lost: list[int] = []
+        for due in batch.failed:
+            segment = due.segment
+            base = location_of(segment.number, segment.generation, 0)
+            locations = [base | block for _, block in (*due.facts, *segment.unsaved)]
+            lost += [location for location in locations if space.look(location) is not None]
+            segment.stones[:0] = due.stones
+        batch.due = [due for due in batch.due if due not in batch.failed]
+        space.bury(lost)
+        return lost
 
 
 def sync_segment(io: FileIO, batch: Batch, due: Due) -> None:

@@ -14,7 +14,7 @@ from tiercache.errors import UnavailableError
 from tiercache.ssd import commit, recover
 from tiercache.ssd.health import Pulse, words
 from tiercache.ssd.meta import RowsError
-from tiercache.ssd.records import BLOCK_BYTES, location_of
+from tiercache.ssd.records import BLOCK_BYTES
 from tiercache.ssd.segments import WRITES, Life, Place, Segment
 from tiercache.ssd.transfer import Job, Scratch
 from tiercache.tier import Health
@@ -57,6 +57,8 @@ class Disk:
         self.orders: dict[bytes, bytes] = {}
         self.rows_usage = io.usage(directory.rows_path)
         self.growth = ""
+        self.losses = 0
+        """How many acknowledged records were given up so far, because they may not have reached the medium."""
         self.committer = ThreadPoolExecutor(1, "tiercache-rows")
         self._clock = clock
         self._deadline_s = deadline_s
@@ -68,6 +70,7 @@ class Disk:
         self._rolls: dict[int, asyncio.Future[bool]] = {}
         self._commit_lock = asyncio.Lock()
         self._late: set[Job] = set()
+        self._lost: list[int] = []
         self._ended = 0
         self._committed = 0
         self._merged = 0
@@ -270,20 +273,32 @@ class Disk:
             if self._committed >= wanted and not self.orders:
                 return
             batch = commit.take(self.space, self.orders)
+            refusal: OSError | None = None
             try:
                 await self._sync_segments(batch)
                 await self._in_committer(self._commit, batch)
-            except RowsError as fault:
+            except OSError as fault:
+                refusal = fault
+            self._note_lost(commit.give_up(self.space, batch))
+            if refusal is not None:
                 commit.put_back(self.space, batch, self.orders)
-                self._rows_failed(fault)
-                raise UnavailableError(str(fault)) from fault
+                self._rows_failed(refusal)
+                raise UnavailableError(str(refusal)) from refusal
             if batch.failed:
-                for due in batch.failed:
-                    base = location_of(due.segment.number, due.segment.generation, 0)
-                    self.space.bury([base | block for _, block in due.facts])
                 self.pulse.write_failed(OSError(errno.EIO, "a segment could not be synced"))
                 raise UnavailableError("a segment could not be synced: what was written there last is forgotten")
             self._committed = max(self._committed, batch.changes)
+
+    def _note_lost(self, locations: list[int]) -> None:
+        with self.space.lock:
+            self.losses += len(locations)
+            self._lost += locations
+
+    def take_lost(self) -> list[int]:
+        """Locations that were acknowledged and given up since the last call; for any thread."""
+        with self.space.lock:
+            lost, self._lost = self._lost, []
+            return lost
 
     async def _sync_segments(self, batch: commit.Batch) -> None:
         loop = asyncio.get_running_loop()
@@ -311,7 +326,7 @@ class Disk:
         except OSError:
             self.counters["witness_faults"] += 1  # the older one is as true, and says less
 
-    def _rows_failed(self, fault: RowsError) -> None:
+    def _rows_failed(self, fault: OSError) -> None:
         self.counters["rows_faults"] += 1
         self._rows_broken = True
         self.pulse.write_failed(fault)

@@ -79,6 +79,7 @@ class SsdTier:
         self._unsaved_bytes = 0
         self._saving: asyncio.Future[None] | None = None
         self._closed = False
+        self._losses_told = 0
         self.counters = opened.counters
         """What happened so far: reads, hits, writes, corrupt, faults, deadlines, reclaims, damage found at opening."""
 
@@ -115,6 +116,7 @@ class SsdTier:
         self.counters["writes"] += len(items)
         if self._unsaved_bytes >= COMMIT_BYTES:
             await self._save()
+            answers = [at if at < 0 or self._space.look(at) else int(Outcome.BUSY) for at in answers]
         return answers
 
     async def _save(self) -> None:
@@ -185,9 +187,24 @@ class SsdTier:
 
     async def flush(self) -> None:
         """Returns when every write and free before the call is durable. Raises UnavailableError if that cannot be:
-        what could not be made durable is either tried again by the next flush, or forgotten by the tier."""
+        what could not be made durable is either tried again by the next flush, or given up, and then `lost` names it.
+        What a commit in the background gave up is told so too, by every flush until one ended that told it."""
+        disk, told = self._enter(), self._losses_told
         self._unsaved_bytes = 0
-        await self._enter().flush()
+        try:
+            await disk.flush()
+        except UnavailableError:
+            self._losses_told = disk.losses
+            raise
+        if disk.losses > told:
+            self._losses_told = disk.losses
+            raise UnavailableError("the disk lost what had been written: it is forgotten")
+
+    def lost(self) -> list[int]:
+        """Locations that `write` had answered and that the tier gave up by itself since the last call, because a sync
+        failed; for any thread. They may name what was freed meanwhile. Call it after every flush, also after one that
+        raised, when the answers of earlier writes are noted, and forget those copies."""
+        return self._disk.take_lost()
 
     async def close(self) -> None:
         """Flushes if the disk lets it, and gives everything back but what a hanging disk still holds."""
