@@ -159,6 +159,9 @@ class BlockingCache:
         if not digests:
             return []
         sources = as_sources(values)
+        if not self.core.recovered:
+            work = self.core.put_chain(digests, sources, parent=parent, kind=kind, scope=scope, cost_s=cost_s)
+            return wait(work, self.loop)
         return self.core.store_chain(digests, sources, Terms(kind, scope, cost_s), parent=parent)
 
     def get(self, names: Sequence[Called], *, verify: bool | None = None) -> list[bytes | Outcome]:
@@ -166,12 +169,20 @@ class BlockingCache:
         where = as_names(names)
         found: list[bytes | Outcome] = [Outcome.FULL] * len(where)
         rest = list(range(len(where)))
+        damaged = False
         while rest:
             with self.lease([where[i] for i in rest]) as lease:
                 for at, i in enumerate(rest):
                     found[i] = self._copied(lease, at, self._verify(verify))
-            again = [i for i in rest if found[i] is Outcome.FULL]
-            if len(again) == len(rest):
+            again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
+            if bad := [i for i in again if found[i] is Outcome.CORRUPT]:
+                self.core.quarantine([where[i] for i in bad])
+                if damaged:  # twice in one call: a miss is always allowed
+                    for i in bad:
+                        found[i] = Outcome.MISS
+                    break
+                damaged = True
+            elif len(again) == len(rest):
                 break
             rest = again  # more than memory holds at a time: in steps
         return found
@@ -217,8 +228,8 @@ class BlockingCache:
         return wait(self.core.delete(as_names(names)), self.loop)
 
     def flush(self) -> bool:
-        """Returns when everything visible before the call is durable, as far as the SSD takes it; False where there is
-        no SSD tier, and nothing is durable."""
+        """Returns when everything visible before the call is durable; False where there is no SSD tier, and nothing is.
+        Raises UnavailableError where the SSD did not take some of it."""
         wait(self.core.flush(), self.loop)
         return self.core.tiers.ssd is not None
 

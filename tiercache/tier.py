@@ -150,8 +150,9 @@ class Reclaiming(Protocol):
     async def reclaim(self, keep: Sequence[int], drop: Sequence[int]) -> list[tuple[int, int]]:
         """Rewrites the payloads at `keep`, gives up those at `drop` and frees their segment.
 
-        Answers (old, new) pairs of what was kept; a payload that could not be rewritten is absent from the answer and
-        gone. Old locations stay readable until the answer. Facts rows move with their payloads, durably enough that
+        Answers (old, new) pairs of what was kept. A pair (old, old) says that the payload stays where it was, since
+        the medium is not well enough to move it: the segment is then not free. A payload that is absent from the
+        answer could not be read, or had no room, and is gone. Old locations stay readable until the answer. Facts rows move with their payloads, durably enough that
         a crash at any moment leaves every payload readable at one of the two places, or forgotten, never wrong.
         """
         ...
@@ -163,4 +164,13 @@ class Remembering(Protocol):
 
     def note_order(self, locations: npt.NDArray[np.int64], ticks: npt.NDArray[np.uint32]) -> None:
         """Takes the order of everything that lives; durable with the next flush. Must not block."""
+        ...
+
+
+@runtime_checkable
+class Losing(Protocol):
+    """What a tier adds that may lose what it had already taken: a sync that failed takes unsynced records with it."""
+
+    def lost(self) -> list[int]:
+        """Locations given up by the tier itself since the last call; any thread."""
         ...

@@ -87,3 +87,56 @@ def test_memory_alone_says_that_nothing_is_durable(tmp_path: Path) -> None:
         assert not cache.flush()
         with pytest.raises(ConfigError, match="ssd_bytes"):
             cache.put(["a"], [b"x"], durable=True)
+
+
+def test_terms_out_of_range_are_refused_and_leak_nothing(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        for terms in ({"scope": 70_000}, {"scope": -1}, {"cost_s": float("nan")}, {"cost_s": -1.0}):
+            with pytest.raises(ConfigError, match=next(iter(terms))):
+                cache.put(["a", "b"], [b"x", b"y"], **terms)  # type: ignore[arg-type]
+        assert cache.put(["far"], [b"x"], ttl_s=1e10) == [Outcome.HIT]
+        assert cache.core.tiers.index.used == 1
+        cache.core.tiers.index.validate()
+
+
+def test_damage_in_memory_is_counted_once_and_the_ssd_answers(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        cache.put(["a", "b"], [b"x" * 100_000, b"y" * 100_000])
+        cache.flush()
+        cache.put(["only here"], [b"z" * 1000])
+        for name in ("a", "b", "only here"):
+            with cache.lease([name]) as lease:
+                lease.buffer(0).array()[5] ^= 1
+        target = bytearray(100_000)
+        assert cache.get(["a"]) == [b"x" * 100_000]
+        assert cache.get_into(["b"], [target]) == [Outcome.HIT]
+        assert target == b"y" * 100_000
+        assert cache.get(["only here", "a"]) == [Outcome.MISS, b"x" * 100_000]
+        assert cache.core.metrics.total("tiercache_corruptions_total") == 3
+
+
+def test_leases_that_are_only_dropped_do_not_use_up_the_pins(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        cache.put(["a"], [b"x"])
+        for _ in range(70_000):
+            lease = cache.lease(["a"])
+            view = lease.array(0)
+            lease.release()
+            del view
+        assert cache.delete(["a"]) == [Outcome.HIT]
+        assert cache.get(["a"]) == [Outcome.MISS]
+
+
+def test_what_a_batch_fills_the_disk_with_is_not_garbage(tmp_path: Path) -> None:
+    """A batch larger than the room left reclaims segments while its own records are hardly written."""
+    options = {"memory_bytes": "64MiB", "ssd_bytes": "24MiB", "segment_bytes": "4MiB"}
+    names = [f"v{i}" for i in range(27)]
+    values = [np.random.default_rng(i).bytes(600 << 10) for i in range(27)]
+    with tiercache.open(tmp_path, **options) as cache:
+        stored = cache.put(names, values, durable=True)
+        kept = [name for name, outcome in zip(names, stored, strict=True) if outcome is Outcome.HIT]
+        assert kept
+    with tiercache.open(tmp_path, **options) as cache:
+        got = dict(zip(names, cache.get(names), strict=True))
+        assert [name for name in kept if not isinstance(got[name], bytes)] == []
+        assert all(got[name] == value for name, value in zip(names, values, strict=True) if name in kept)

@@ -22,7 +22,7 @@ from tiercache.cache.recovery import Recovery
 from tiercache.cache.storing import Storing
 from tiercache.cache.tasks import Tasks
 from tiercache.cache.tiers import Tiers
-from tiercache.errors import ClosedError, ConfigError
+from tiercache.errors import ClosedError, ConfigError, UnavailableError
 from tiercache.lease import Lease
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EXPIRY_S_MAX = (1 << 32) - 1
+"""The last moment that an entry can expire at, in the year 2106."""
 CLOSE_PATIENCE_S = 10.0
 FEW = 8
 """Pages up to which a look-up one by one is faster than arrays (bench/memory.py)."""
@@ -70,6 +72,7 @@ class Cache:
         self._pressure = Pressure(self.tiers, self._demotion)
         self._filling = Filling(self.tiers, self._tasks, self._dirtied)
         self._demotion.filling = self._filling
+        self.tiers.nudge = self._nudge
         self._recovery = Recovery(self.tiers)
         self._storing = Storing(self.tiers, self._recovery, self._dirtied)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -173,12 +176,18 @@ class Cache:
         for i, outcome in zip(chosen, copied, strict=True):
             outcomes[i] = outcome
             if outcome is Outcome.CORRUPT:
-                match = tiers.index.match(names[i : i + 1])
-                tiers.lose(match.slots[match.slots >= 0], TierId.MEMORY)
-                tiers.release(match)
-                tiers.metrics.add("tiercache_corruptions_total", 1, tier="memory")
+                self.quarantine([names[i]])
         tiers.metrics.add("tiercache_hits_total", outcomes.count(Outcome.HIT), tier="memory", kind="object")
         return outcomes
+
+    def quarantine(self, names: Sequence[Name]) -> None:
+        """The memory copies of these were found damaged: they are counted and never looked at again; the next reader
+        gets the entry from the SSD, or misses."""
+        tiers = self.tiers
+        match = tiers.index.match(names)
+        tiers.lose(np.unique(match.slots[match.slots >= 0]), TierId.MEMORY)
+        tiers.release(match)
+        tiers.metrics.add("tiercache_corruptions_total", len(names), tier="memory")
 
     def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:
         """Puts whole lone entries into memory from any thread (visible, not durable): HIT where the entry is there now,
@@ -211,6 +220,7 @@ class Cache:
         self._check_durable(durable)
         sources = [value if isinstance(value, Buffer) else Buffer.of(value) for value in values]  # type: ignore[arg-type]
         terms = Terms(kind, scope, cost_s, self.expiry(ttl_s))
+        await self._recovery.find(names)
         return await self._stored(lambda: self.store(names, sources, terms), sources, names if durable else ())
 
     async def put_chain(
@@ -229,8 +239,11 @@ class Cache:
         self._check_durable(durable)
         sources = [value if isinstance(value, Buffer) else Buffer.of(value) for value in values]  # type: ignore[arg-type]
         terms = Terms(kind, scope, cost_s, self.expiry(ttl_s))
-        names = [Name(digest) for digest in digests] if durable else ()
-        return await self._stored(lambda: self.store_chain(digests, sources, terms, parent=parent), sources, names)
+        names = [Name(digest) for digest in digests]
+        await self._recovery.find([*names, Name(parent)] if parent else names)
+        return await self._stored(
+            lambda: self.store_chain(digests, sources, terms, parent=parent), sources, names if durable else ()
+        )
 
     async def _stored(
         self, store: Callable[[], list[Outcome]], sources: Sequence[Buffer], durable: Sequence[Name]
@@ -242,9 +255,9 @@ class Cache:
             outcomes = await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, store))
         if not durable:
             return outcomes
-        await self._demotion.flush()
-        match = self.tiers.index.match(durable)
+        match = self.tiers.index.match(durable)  # held from before the flush: nothing takes their place meanwhile
         try:
+            await self._demotion.flush()
             facts = self.tiers.index.facts(match.slots)
             kept = (match.slots >= 0) & (facts.ssd_parts == _all_parts(facts.size, facts.part_bytes))
         finally:
@@ -276,6 +289,7 @@ class Cache:
         """Copies whole entries to the start of each target, from memory or the SSD: HIT, or why not."""
         outcomes = self.get_into_resident(names, targets, verify=verify)
         rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
+        damaged = False
         while rest:
             with await self.lease([names[i] for i in rest]) as lease:
                 for at, i in enumerate(rest):
@@ -284,8 +298,15 @@ class Cache:
                         size = lease.buffer(at).length
                         _check_room(i, size, targets[i].length)
                         outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
-            again = [i for i in rest if outcomes[i] is Outcome.FULL]
-            if len(again) == len(rest):
+            again = [i for i in rest if outcomes[i] in (Outcome.FULL, Outcome.CORRUPT)]
+            if bad := [i for i in again if outcomes[i] is Outcome.CORRUPT]:
+                self.quarantine([names[i] for i in bad])
+                if damaged:  # twice in one call: a miss is always allowed
+                    for i in bad:
+                        outcomes[i] = Outcome.MISS
+                    break
+                damaged = True
+            elif len(again) == len(rest):
                 break
             rest = again  # more than memory holds at a time: in steps
         return outcomes
@@ -342,19 +363,20 @@ class Cache:
         """Forgets entries in every tier: HIT for each that was there. Bytes under a lease stay until it ends."""
         tiers = self._open()
         await self._recovery.find(names)
-        match = tiers.index.match(names)
-        try:
-            there = match.slots >= 0
-            tiers.free(tiers.index.remove(match.slots[there]))
-            self._recovery.bury(names)
-        finally:
-            tiers.release(match)
-        return [Outcome.HIT if found else Outcome.GONE for found in there.tolist()]
+        freed, there = tiers.index.remove_names(names)
+        tiers.free(freed)
+        self._recovery.bury(names)
+        return [Outcome.HIT if found else Outcome.GONE for found in there]
 
     async def flush(self) -> None:
-        """Returns when what was visible before the call is durable on the SSD, as far as the SSD takes it."""
+        """Returns when what was visible before the call is durable on the SSD. Raises UnavailableError if some of it
+        could not be: the SSD is full, read-only, or lost it. Without an SSD tier nothing is durable or raised."""
         self._open()
-        await self._demotion.flush()
+        left = await self._demotion.flush()
+        if left:
+            status = self.tiers.ssd.status() if self.tiers.ssd is not None else None
+            why = f": {status.reason}" if status is not None and status.reason else ""
+            raise UnavailableError(f"{left} entries are not durable, the SSD tier did not take them{why}")
 
     async def close(self) -> None:
         """Writes what is queued, ends every task, closes the tiers. Idempotent."""
@@ -404,7 +426,14 @@ class Cache:
     def _open(self) -> Tiers:
         if self._closed:
             raise ClosedError("this cache was closed: open it again with tiercache.open(...)")
+        if self.tiers.noted:
+            self.tiers.drain()
         return self.tiers
+
+    @property
+    def recovered(self) -> bool:
+        """Whether everything that the SSD remembers is in the index; until then puts ask the SSD first."""
+        return self._recovery.done
 
     def expiry(self, ttl_s: float | None) -> int:
         """Expiry of an entry put now, in whole seconds since the epoch; 0 for never."""
@@ -412,7 +441,7 @@ class Cache:
             return 0
         if ttl_s <= 0:
             raise ConfigError(f"ttl_s must be positive, not {ttl_s}: leave it out for an entry that does not expire")
-        return int(self.tiers.clock.wall() + ttl_s) + 1
+        return min(int(self.tiers.clock.wall() + ttl_s) + 1, EXPIRY_S_MAX)
 
     def _check_durable(self, durable: bool) -> None:
         if durable and self.tiers.ssd is None:

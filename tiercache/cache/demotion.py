@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.model import Form, Kind, Outcome, Payload, TierId
+from tiercache.model import Form, Kind, Payload, TierId
 from tiercache.placement import plan_reclaim
-from tiercache.tier import Reclaiming, Remembering
+from tiercache.tier import Losing, Reclaiming, Remembering
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from tiercache.buffers import Buffer
     from tiercache.cache.filling import Filling
     from tiercache.cache.tiers import Tiers
     from tiercache.index import SlotFacts
@@ -123,21 +124,21 @@ class Demotion:
                 batch.append(slot)
         return batch
 
-    async def flush(self, *, last: bool = False) -> None:
-        """Returns when everything that memory had before the call is durable, as far as the SSD takes it.
+    async def flush(self, *, last: bool = False) -> int:
+        """Returns when what memory had before the call is durable; answers how many entries the SSD did not take.
 
         One lock is held from the first write to the end of the flush of the disk: whatever the index says is on the SSD
         when this returns was there before the disk was flushed. `last`: nothing comes after it.
         """
         ssd, index = self._tiers.ssd, self._tiers.index
         if ssd is None:
-            return
+            return 0
         with self._queue_lock:
             self._dirty.clear()
             self._bytes = 0
         async with self._writing:
             unsaved = index.unsaved()
-            sizes = np.cumsum(index.facts(unsaved).size, dtype=np.int64)
+            sizes = np.cumsum(index.sizes(unsaved), dtype=np.int64)
             start = 0
             while start < len(unsaved):
                 reach = int(sizes[start]) + self._batch_bytes
@@ -148,7 +149,18 @@ class Demotion:
             if last or now - self._ordered_at_s > ORDER_PAUSE_S:
                 self._ordered_at_s = now
                 self._note_order()
-            await ssd.flush()
+            try:
+                await ssd.flush()
+            finally:
+                self._forget_lost()
+            return len(np.intersect1d(unsaved, index.unsaved()))
+
+    def _forget_lost(self) -> None:
+        """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved."""
+        ssd: object = self._tiers.ssd
+        if isinstance(ssd, Losing) and (lost := ssd.lost()):
+            slots = self._tiers.index.slots_at(TierId.SSD, np.array(lost, np.int64))
+            self._tiers.lose(slots[slots >= 0], TierId.SSD)
 
     def _note_order(self) -> None:
         """Tells a tier that remembers it in which order its entries were used."""
@@ -156,7 +168,7 @@ class Demotion:
         if isinstance(ssd, Remembering):
             index = self._tiers.index
             slots = index.residents(TierId.SSD)
-            ssd.note_order(index.facts(slots).ssd_location, index.policies[TierId.SSD].order(slots))
+            ssd.note_order(index.locations(slots, TierId.SSD), index.policies[TierId.SSD].order(slots))
 
     async def write(self, slots: npt.NDArray[np.int64]) -> None:
         """Copies the memory parts of these slots to the SSD, where they differ, if the SSD takes anything now."""
@@ -195,23 +207,32 @@ class Demotion:
         facts = tiers.index.facts(slots)
         payloads = self._payloads(slots, facts)
         sources = tiers.memory.buffers(facts.memory_location.tolist())
+        left = await self._put(slots, payloads, sources)
+        if len(left) and tiers.ssd_writable and await self.make_room(sum(payloads[i].size for i in left)):
+            left = left[await self._put_again(slots, payloads, sources, left)]
+        tiers.metrics.add("tiercache_demotions_dropped_total", len(left))
+
+    async def _put_again(
+        self, slots: npt.NDArray[np.int64], payloads: list[Payload], sources: list[Buffer], left: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        some = left.tolist()
+        return await self._put(slots[left], [payloads[i] for i in some], [sources[i] for i in some])
+
+    async def _put(
+        self, slots: npt.NDArray[np.int64], payloads: list[Payload], sources: list[Buffer]
+    ) -> npt.NDArray[np.int64]:
+        """Writes records and points their slots to them at once: what no slot points to is garbage to a reclaim.
+        Answers which found no room."""
+        ssd, metrics = self._tiers.ssd, self._tiers.metrics
+        assert ssd is not None
         locations = await ssd.write(payloads, sources)
-        full = [i for i, location in enumerate(locations) if location == Outcome.FULL]
-        if full and await self.make_room(sum(payloads[i].size for i in full)):
-            again = await ssd.write([payloads[i] for i in full], [sources[i] for i in full])
-            for i, location in zip(full, again, strict=True):
-                locations[i] = location
-        written = np.array([i for i, location in enumerate(locations) if location >= 0], np.int64)
-        tiers.metrics.add_all(
-            [
-                ("tiercache_demotions_dropped_total", len(slots) - len(written), "", ""),
-                ("tiercache_demotions_total", len(written), "", ""),
-                ("tiercache_written_bytes_total", sum(payloads[i].size for i in written), "ssd", ""),
-            ]
-        )
-        if not len(written):
-            return
-        self._settle_written(slots[written], [locations[i] for i in written], [payloads[i].parts for i in written])
+        written = [i for i, location in enumerate(locations) if location >= 0]
+        metrics.add("tiercache_demotions_total", len(written))
+        metrics.add("tiercache_written_bytes_total", sum(payloads[i].size for i in written), tier="ssd")
+        if written:
+            parts = [payloads[i].parts for i in written]
+            self._settle_written(slots[written], [locations[i] for i in written], parts)
+        return np.array([i for i, location in enumerate(locations) if location < 0], np.int64)
 
     def _settle_written(self, slots: npt.NDArray[np.int64], locations: list[int], parts: list[int]) -> None:
         """New records: the first copy of a slot, or one that replaces an older record with fewer parts."""
@@ -302,7 +323,7 @@ class Demotion:
         """While the tier as a whole has room, a segment is emptied for its dead space alone and nothing is given up."""
         ssd, index = self._tiers.ssd, self._tiers.index
         assert ssd is not None
-        live_bytes = int(index.facts(index.residents(TierId.SSD)).size.sum(dtype=np.int64))
+        live_bytes = int(index.sizes(index.residents(TierId.SSD)).sum(dtype=np.int64))
         if live_bytes < ROOMY_SHARE * ssd.status().capacity_bytes:
             return np.ones(len(order), bool)
         return plan_reclaim(order, sizes, self._threshold(), int(sizes.sum(dtype=np.int64) * KEEP_SHARE))

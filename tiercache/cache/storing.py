@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tiercache.buffers import copy, part_digests
-from tiercache.errors import CapacityError
+from tiercache.errors import CapacityError, ConfigError
 from tiercache.model import Name, Outcome, State, TierId, all_parts, part_bytes_for
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tiercache.cache.tiers import Tiers
     from tiercache.index import Reservation
     from tiercache.model import Terms
+
+
+SCOPE_MAX = 65_535
 
 
 class Storing:
@@ -75,6 +79,10 @@ class Storing:
                 f"an entry of {int(sizes.max())} bytes can never fit: memory takes at most {most} in one piece; "
                 "split the value, or raise memory_bytes"
             )
+        if not 0 <= terms.scope <= SCOPE_MAX:
+            raise ConfigError(f"scope must be a whole number from 0 to {SCOPE_MAX}, not {terms.scope!r}")
+        if not (math.isfinite(terms.cost_s) and terms.cost_s >= 0):
+            raise ConfigError(f"cost_s must be a number of seconds, not {terms.cost_s!r}")
         self._tiers.expiries |= bool(terms.expiry_s)
         self._tiers.purge(names)
         self._tiers.make_slots(len(names))

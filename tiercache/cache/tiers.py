@@ -14,7 +14,7 @@ from tiercache.model import ALIGN_BYTES, Outcome, TierId
 from tiercache.tier import Addressable, Health, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiercache.settings import Settings
 
 VICTIMS_BATCH = 64
+NOTES_MANY = 256
 SLOT_ROUNDS_MAX = 4
 """Batches of victims in a row that free no slot, before the search for slots is given up."""
 ROOM_ROUNDS_MAX = 64
@@ -55,6 +56,8 @@ class Tiers:
         """Whether the SSD may hold entries that the index has not been told of: until then nothing there is garbage."""
         self.expiries = False
         """Whether any entry ever had an expiry: until then no look-up checks for it."""
+        self.nudge: Callable[[], None] = lambda: None
+        """Wakes the background work; safe anywhere."""
         self._dropped: deque[Match | Reservation | list[int]] = deque()
 
     # -- pins and space ------------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class Tiers:
             if safely:
                 self.release(pin)
             else:
-                self._dropped.append(pin)
+                self._note(pin)
 
         return end
 
@@ -75,11 +78,22 @@ class Tiers:
 
         def end(safely: bool) -> None:
             if not safely:
-                self._dropped.append(slots)
+                self._note(slots)
             elif (freed := self.index.release_few(slots)) is not None:
                 self.free(freed)
 
         return end
+
+    @property
+    def noted(self) -> bool:
+        """Whether leases ended of which only a note was made."""
+        return bool(self._dropped)
+
+    def _note(self, pin: Match | Reservation | list[int]) -> None:
+        """Inside a garbage collection, perhaps: takes no lock, and wakes the loop when many notes wait."""
+        self._dropped.append(pin)
+        if len(self._dropped) % NOTES_MANY == 0:
+            self.nudge()
 
     def release(self, *pins: Match | Reservation) -> None:
         """Gives pins back, and the space of what was deleted under them."""
@@ -134,14 +148,10 @@ class Tiers:
         """Forgets those of `names` whose time is over, so that they can be put anew."""
         if not self.expiries:
             return
-        match = self.index.match(names)
-        try:
-            found = match.slots[match.slots >= 0]
-            over = found[self.expired(self.index.facts(found).expiry_s)]
-            self.metrics.add("tiercache_expirations_total", len(over))
-            self.free(self.index.remove(over))
-        finally:
-            self.release(match)
+        now_s = int(self.clock.wall())
+        freed, gone = self.index.remove_names(names, expired_by_s=now_s)
+        self.metrics.add("tiercache_expirations_total", sum(gone))
+        self.free(freed)
 
     def expired(self, expiries_s: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         """Which of these moments have passed."""

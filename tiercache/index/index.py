@@ -373,6 +373,19 @@ class Index:
             self._entries.kill(int(slot) for slot in slots)
             return self._entries.drain() or Freed([], [])
 
+    def remove_names(self, names: Sequence[Name], *, expired_by_s: int | None = None) -> tuple[Freed, list[bool]]:
+        """remove() by name, in one step and without pins; with `expired_by_s` only what expires by then.
+        Answers what may be freed now, and which names went."""
+        find, slots = self._names.find, self._slots
+        with self.lock:
+            rows = [find(key, ordinal) for key, ordinal in names]
+            going = [
+                slots.states[row] >= RESIDENT and (expired_by_s is None or 0 < int(slots.expiry_s[row]) <= expired_by_s)
+                for row in rows
+            ]
+            self._entries.kill(row for row, goes in zip(rows, going, strict=True) if goes)
+            return self._entries.drain() or Freed([], []), going
+
     def abandon(self, slots: I64) -> None:
         """Fillers give up: PENDING slots go (when their last pin does)."""
         with self.lock:
@@ -429,10 +442,17 @@ class Index:
         here = (slots.where[:top] & (1 << TierId.MEMORY)) != 0
         return np.flatnonzero(here & (lacking != 0) & (slots.state[:top] >= RESIDENT))
 
+    def sizes(self, slots: I64) -> npt.NDArray[np.uint32]:
+        """Sizes of slots as of about now: for estimates over many, so without the lock."""
+        return self._slots.size.take(slots)
+
+    def locations(self, slots: I64, tier: TierId) -> I64:
+        """Locations of slots in a tier, likewise."""
+        return self._slots.location[tier].take(self._slots.payload.take(slots))
+
     def residents(self, tier: TierId) -> I64:
-        """All slots with a copy in a tier."""
-        with self.lock:
-            return np.flatnonzero((self._slots.where[: self._slots.rows.top] & (1 << tier)) != 0)
+        """All slots with a copy in a tier, as of about now; without the lock."""
+        return np.flatnonzero((self._slots.where[: self._slots.rows.top] & (1 << tier)) != 0)
 
     def sample(self, tier: TierId, count: int, rng: np.random.Generator) -> I64:
         """At most `count` slots with a copy in a tier, drawn at random; fewer in a sparse index."""

@@ -178,6 +178,8 @@ class _Loader:
             slots = known[old]
             facts = self.facts
             same = (columns.state.take(slots) >= State.RESIDENT) & (columns.size.take(slots) == facts.sizes[rows[old]])
+            # Only the key of a page names its bytes for good; another entry of this name may have been put meanwhile.
+            same &= facts.forms[rows[old]] == Form.PAGE
             same &= (columns.where.take(slots) & (1 << self.tier)) == 0
             same &= columns.part_bytes.take(columns.payload.take(slots)) == facts.part_bytes[rows[old]]
             joined = old[same]
