@@ -6,16 +6,21 @@ import asyncio
 import random
 import urllib.request
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
 import boto3
 import fsspec
 import pytest
 from botocore.config import Config
+from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
 from tiercache.errors import ChangedError
+from tiercache.origin import Stat
+from tiercache.remote.landing import differ
 from tiercache.remote.opening import open_origin
 from tiercache.remote.retry import Patience, RetryingOrigin
 from tiercache.testing.faultproxy import FaultProxy, Faults
@@ -196,6 +201,76 @@ def test_s3fs_gets_over_faults(tmp_path):
         s3_place(server.url, opened_by_s3fs, proxy) as place,
     ):
         asyncio.run(check())
+
+
+class Remembering(MemoryFileSystem):
+    """Blocking, with ETags, and facts from its own listings for as long as it lives."""
+
+    protocol = "remembering"
+    cachable = False
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.listed = {}
+
+    def _tagged(self, row):
+        return row if row["type"] != "file" else row | {"ETag": str(hash(self.store[row["name"]].getvalue()))}
+
+    def ls(self, path, detail=True, **kwargs):
+        rows = [self._tagged(row) for row in super().ls(path, detail=True)]
+        self.listed |= {row["name"]: row for row in rows}
+        return rows if detail else [row["name"] for row in rows]
+
+    def info(self, path, **kwargs):
+        path = self._strip_protocol(path)
+        return self.listed[path] if path in self.listed else self._tagged(super().info(path))
+
+    def invalidate_cache(self, path=None):
+        self.listed = {name: row for name, row in self.listed.items() if path and self._parent(name) != path}
+
+
+def test_a_weak_etag_alone_does_not_say_that_bytes_are_the_same():
+    weak = Stat("p", 5, 'W/"etag', 1.0)
+    assert not differ(weak, weak)
+    assert differ(weak, replace(weak, mtime_s=2.0))
+    assert differ(weak, replace(weak, version='W/"other'))
+    assert not differ(replace(weak, version="strong"), Stat("p", 5, "strong", 2.0))
+    assert differ(Stat("p", 5, "strong"), Stat("p", 6, "strong"))
+
+
+async def never_mixes(origin: Origin, folder: str, overwrite: Callable[[bytes], object]) -> None:
+    """A file that is listed, pinned and overwritten: the pin gets a clear error, a new look the new version."""
+    (stat,) = await origin.list(folder)
+    assert await read(origin, stat, 0, 5) == [DATA[:5]]
+    overwrite(DATA[::-1])
+    with pytest.raises(ChangedError):
+        await read(origin, stat, 0, 5)
+    (now,) = await origin.stat([stat.path])
+    assert now.version != stat.version
+    assert await read(origin, now, 0, 5) == [DATA[::-1][:5]]
+    await origin.close()
+
+
+def test_the_listings_a_given_filesystem_remembers_are_no_facts():
+    fs = Remembering()
+    fs.pipe_file("/d/f", DATA)
+    fs.ls("/d")
+    asyncio.run(never_mixes(open_origin("remembering", filesystem=fs), "/d", partial(Remembering().pipe_file, "/d/f")))
+
+
+def test_a_given_s3fs_is_asked_anew(tmp_path):
+    with S3Server(tmp_path) as server:
+        options = KEYS | {"endpoint_url": server.url, "client_kwargs": {"region_name": "us-east-1"}}
+        fs = fsspec.filesystem("s3", skip_instance_cache=True, **options)
+        other = fsspec.filesystem("s3", skip_instance_cache=True, asynchronous=False, **options)
+        other.mkdir("lake")
+        other.pipe_file("lake/d/f", DATA)
+        assert fs.ls("lake/d", detail=False) == ["lake/d/f"]
+        origin = open_origin("s3", filesystem=fs)
+        asyncio.run(never_mixes(origin, "lake/d", partial(other.pipe_file, "lake/d/f")))
+        assert fs.dircache  # the caller's own listings are the caller's
 
 
 class TestHttp(FaultyOriginTests):

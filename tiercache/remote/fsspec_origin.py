@@ -16,7 +16,7 @@ from tiercache.errors import ChangedError, OriginError, TierCacheError, Unavaila
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.origin import Span, Stat
-from tiercache.remote.landing import Landing, Threads
+from tiercache.remote.landing import Landing, Threads, differ
 from tiercache.remote.retry import DoubtfulError, ThrottledError
 
 if TYPE_CHECKING:
@@ -112,16 +112,24 @@ class FsspecOrigin:
             await self._fs._session.close()
 
     async def _stat(self, path: str) -> Stat | Outcome:
+        self._forget(path)
         info = await self._ask("head", path, "info", path)
         return Outcome.GONE if info is None else self._fact(path, info)
+
+    def _forget(self, path: str) -> None:
+        """Drops what the filesystem may remember of a path: a listing of yesterday is no fact, and must not be what a
+        pinned version is compared with. Many filesystems answer `info` from their listings, and not all of them have
+        a switch for that."""
+        for fs in (self._fs, getattr(self._fs, "sync_fs", None)):  # fsspec's wrapper for coroutines hides the other
+            if fs is not None:
+                fs.invalidate_cache(path)
+                fs.invalidate_cache(path.rstrip("/").rpartition("/")[0])
 
     async def _check(self, stat: Stat, found: Stat | Outcome) -> None:
         """Raises unless the object is still what was pinned: a change before or while the bytes came stays visible."""
         if not isinstance(found, Stat):
             raise ChangedError(f"{stat.path} was deleted while a version of it was read")
-        told = bool(stat.version and found.version)
-        changed = found.version != stat.version if told else found.mtime_s != stat.mtime_s
-        if changed or found.size != stat.size:
+        if differ(stat, found):
             raise ChangedError(f"{stat.path} changed while it was read")
 
     async def _read_matching(self, stat: Stat, span: Span) -> Any:
@@ -171,7 +179,7 @@ class FsspecOrigin:
 
     async def list(self, path: str) -> list[Stat] | Outcome:
         """See Origin."""
-        self._fs.invalidate_cache(path)
+        self._forget(path)
         rows = await self._ask("list", path, "ls", path, detail=True)
         if rows is None:
             return Outcome.GONE

@@ -14,7 +14,19 @@ from tiercache.errors import ClosedError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from tiercache.origin import Stat
+
 T = TypeVar("T")
+
+
+def differ(pinned: Stat, found: Stat) -> bool:
+    """Whether two looks at one object saw different bytes, as far as they tell. Weak ETags (W/) cannot say that bytes
+    are the same: there size and time must agree too."""
+    told = bool(pinned.version and found.version)
+    if pinned.size != found.size or (told and pinned.version != found.version):
+        return True
+    sure = told and not pinned.version.startswith("W/")
+    return not sure and pinned.mtime_s != found.mtime_s
 
 
 class Landing:

@@ -21,7 +21,7 @@ from tiercache.errors import ChangedError, OriginError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.origin import Span, Stat
-from tiercache.remote.landing import Landing, Threads
+from tiercache.remote.landing import Landing, Threads, differ
 from tiercache.remote.options import StoreOptions, bucket_region
 from tiercache.remote.retry import DoubtfulError, ThrottledError
 from tiercache.remote.split import InexpressibleError
@@ -129,9 +129,7 @@ class ObjectOrigin:
         found = self._fact(stat.path, result.meta)
         if tuple(result.range) != (span.start, span.start + span.length):
             raise DoubtfulError(f"{stat.path}: asked for {span}, got bytes {result.range}")
-        told = bool(stat.version and found.version)
-        changed = found.version != stat.version if told else found.mtime_s != stat.mtime_s
-        if changed or found.size != stat.size:
+        if differ(stat, found):
             raise ChangedError(
                 f"{stat.path} changed: {stat.version or stat.mtime_s} is now {found.version or found.mtime_s}"
             )

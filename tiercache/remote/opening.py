@@ -36,10 +36,11 @@ def open_origin(
 ) -> Origin:
     """An origin that retries within its deadline. Everything heavy is imported here, at the first use.
 
-    `options` are what `fsspec.filesystem(protocol, **options)` takes. `filesystem` is one that exists already; it is
-    used as it is. `through="fsspec"` asks for the filesystem where we have something faster. Object stores and HTTP
-    go through obstore when it is installed and can do what the options ask; else, and in a child forked after obstore
-    was used, through fsspec. Raises ConfigError for what cannot be opened.
+    `options` are what `fsspec.filesystem(protocol, **options)` takes. `filesystem` is one that exists already: one like
+    it, without a memory of listings, is made where it has coroutines, else it is used itself. `through="fsspec"` asks
+    for the filesystem where we have something faster. Object stores and HTTP go through obstore when it is installed
+    and can do what the options ask; else, and in a child forked after obstore was used, through fsspec. Raises
+    ConfigError for what cannot be opened.
     """
     from tiercache.remote.fsspec_origin import FsspecOrigin, LocalOrigin
 
@@ -48,7 +49,10 @@ def open_origin(
     inner: Origin | None = None
     if filesystem is not None:
         identity = _identity(protocol, options or getattr(filesystem, "storage_options", {}) or {})
-        inner = FsspecOrigin(filesystem, identity, threads=patience.concurrency, metrics=metrics)
+        own = _private(filesystem)
+        inner = FsspecOrigin(
+            own or filesystem, identity, owned=own is not None, threads=patience.concurrency, metrics=metrics
+        )
     elif through == "fsspec":
         pass
     elif protocol in OBJECT_PROTOCOLS:
@@ -109,6 +113,24 @@ def _filesystem(protocol: str, options: dict[str, Any]) -> Any:
         raise ConfigError(f"options of {protocol}://: {error}") from error
     if hasattr(fs, "retries"):
         # Patience retries, within a deadline and counted; a second loop inside would multiply with it.
+        fs.retries = 1
+    return fs
+
+
+def _private(given: Any) -> Any:
+    """A filesystem like a given one that works on the cache's loop and remembers no listings, or None.
+
+    Only for those with coroutines: they are made of their options. Others (archives, for one) may do anything when
+    they are made.
+    """
+    if not getattr(given, "async_impl", False):
+        return None
+    own = {"use_listings_cache": False, "skip_instance_cache": True, "asynchronous": True, "loop": None}
+    try:
+        fs = type(given)(*given.storage_args, **(given.storage_options | own))
+    except (TypeError, ValueError, RuntimeError):
+        return None  # such as a wrapper of another filesystem, which stays blocking: FsspecOrigin forgets for it
+    if hasattr(fs, "retries"):
         fs.retries = 1
     return fs
 
