@@ -71,12 +71,26 @@ class _Shared:
 
     def __init__(self, cache: Cache, loop: asyncio.AbstractEventLoop) -> None:
         self.cache, self.loop, self.holders = cache, loop, 0
+        self.begun = False
+
+    async def begin(self) -> None:
+        """Starts the cache's background work once; on the loop."""
+        self.begin_here()
+
+    def begin_here(self) -> None:
+        """As `begin`, for callers on the loop that must not wait."""
+        if not self.begun:
+            self.begun = True
+            self.cache.begin()
 
 
 _shared: dict[str, _Shared] = {}
+_opening: dict[str, threading.Event] = {}
+"""Directories that a thread is opening, without the lock: others wait for it to succeed or to fail."""
 _closing: dict[str, threading.Event] = {}
 """Directories whose cache is being closed: whoever opens one again waits for that."""
 _lock = threading.Lock()
+"""Held for moments only, never while files are opened or anybody is waited for: the loop takes it too."""
 
 
 def _forget_after_fork() -> None:
@@ -90,6 +104,7 @@ def _forget_after_fork() -> None:
         shared.cache.disown()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(shared.cache))
     _shared.clear()
+    _opening.clear()
     _closing.clear()
 
 
@@ -97,32 +112,63 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def acquire(settings: Settings) -> Cache:
-    """The process's one running cache for settings.directory, on the I/O loop; give it back with `release`."""
-    directory = os.path.realpath(settings.directory)
+    """The process's one running cache for settings.directory, on the I/O loop; give it back with `release`.
+
+    Callers on the loop wait for files at most, never for another thread that needs the loop.
+    """
+    settings = replace(settings, directory=os.path.realpath(settings.directory))
     loop = io_loop()
     on_loop = runs_here(loop)
-    while True:
-        with _lock:
-            closing = _closing.get(directory)
-            if closing is None or on_loop:  # the loop cannot wait for itself: the directory is locked, as for others
-                return _acquire(replace(settings, directory=directory), loop, on_loop=on_loop)
-        closing.wait(CLOSE_S_MAX)
-
-
-def _acquire(settings: Settings, loop: asyncio.AbstractEventLoop, *, on_loop: bool) -> Cache:
-    """`acquire` under the lock."""
-    shared = _shared.get(settings.directory)
-    if shared is None:
-        cache = build(settings, SystemClock(), Metrics())
-        if on_loop:
-            cache.begin()
-        else:
-            wait(cache.start(), loop)
-        shared = _shared[settings.directory] = _Shared(cache, loop)
-    elif shared.cache.settings != settings:
-        log.warning("%s is already open in this process with other settings; those stay", settings.directory)
-    shared.holders += 1
+    shared = None
+    while shared is None:
+        shared, busy = _hold(settings, on_loop=on_loop)
+        if busy is not None:
+            busy.wait(CLOSE_S_MAX)
+        elif shared is None:
+            shared = _build_shared(settings, loop)
+    if on_loop:
+        shared.begin_here()
+    elif not shared.begun:
+        try:
+            wait(shared.begin(), loop)
+        except BaseException:
+            release(shared.cache)
+            raise
     return shared.cache
+
+
+def _hold(settings: Settings, *, on_loop: bool) -> tuple[_Shared | None, threading.Event | None]:
+    """(the open cache, held once more; None), (None; what to wait for), or (None; None): this caller is to open it."""
+    directory = settings.directory
+    with _lock:
+        busy = _opening.get(directory)
+        if busy is None and not on_loop:  # the loop cannot wait for itself: the directory is locked, as for others
+            busy = _closing.get(directory)
+        if busy is not None:
+            return None, busy
+        shared = _shared.get(directory)
+        if shared is None:
+            _opening[directory] = threading.Event()
+            return None, None
+        shared.holders += 1
+    if shared.cache.settings != settings:
+        log.warning("%s is already open in this process with other settings; those stay", directory)
+    return shared, None
+
+
+def _build_shared(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Shared:
+    """Opens the cache that `_hold` left to this caller, held once; its background work has not begun."""
+    opening = _opening[settings.directory]
+    try:
+        shared = _Shared(build(settings, SystemClock(), Metrics()), loop)
+        shared.holders = 1
+        with _lock:
+            _shared[settings.directory] = shared
+        return shared
+    finally:
+        with _lock:
+            _opening.pop(settings.directory, None)
+        opening.set()
 
 
 def release(cache: Cache) -> None:
@@ -137,12 +183,26 @@ def release(cache: Cache) -> None:
             return
         del _shared[directory]
         closing = _closing[directory] = threading.Event()
+    if runs_here(shared.loop):  # which cannot wait for itself
+        task = shared.loop.create_task(cache.close())
+        _last_tasks.add(task)
+        task.add_done_callback(_last_tasks.discard)
+        task.add_done_callback(lambda _: _closed(directory, closing))
+        return
     try:
         wait(cache.close(), shared.loop)
     finally:
-        with _lock:
-            _closing.pop(directory, None)
-        closing.set()
+        _closed(directory, closing)
+
+
+_last_tasks: set[asyncio.Task[None]] = set()
+
+
+def _closed(directory: str, closing: threading.Event) -> None:
+    with _lock:
+        if _closing.get(directory) is closing:
+            del _closing[directory]
+    closing.set()
 
 
 def open_origin(

@@ -6,6 +6,7 @@ remembered of files must not follow them. They live here, are opened at first us
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import threading
@@ -16,10 +17,9 @@ import fsspec
 from tiercache import assemble
 from tiercache.errors import TierCacheError
 from tiercache.settings import load
-from tiercache.sync import io_loop, wait
+from tiercache.sync import io_loop, runs_here, wait
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Coroutine, Mapping
 
     from fsspec.spec import AbstractFileSystem
@@ -62,23 +62,20 @@ class Target:
 class Mount:
     """One target seen through one cache, in this process. `alive` becomes false when it was closed or forked away."""
 
-    def __init__(self, target: Target, settings: Mapping[str, Any]) -> None:
+    def __init__(self, target: Target, cache: Cache) -> None:
+        """`cache` is one from `assemble.acquire`; the mount gives it back when it is closed."""
         self.alive = True
         self.target = target
         self.loop: asyncio.AbstractEventLoop = io_loop()
-        self.cache: Cache = assemble.acquire(load(**settings))
-        try:
-            self.origin: Origin = assemble.open_origin(
-                target.protocol,
-                target.options,
-                filesystem=target.instance,
-                settings=self.cache.settings,
-                metrics=self.cache.metrics,
-            )
-            self.reader: PageReader = assemble.open_reader(self.cache, self.origin)
-        except BaseException:
-            assemble.release(self.cache)
-            raise
+        self.cache = cache
+        self.origin: Origin = assemble.open_origin(
+            target.protocol,
+            target.options,
+            filesystem=target.instance,
+            settings=cache.settings,
+            metrics=cache.metrics,
+        )
+        self.reader: PageReader = assemble.open_reader(cache, self.origin)
         self._filesystem: AbstractFileSystem | None = None
 
     @property
@@ -101,10 +98,17 @@ class Mount:
             assemble.release(self.cache)
 
 
-_mounts: dict[tuple[str, str], Mount] = {}
+Key = tuple[str, str]
+
+_mounts: dict[Key, Mount] = {}
+_opening: dict[Key, threading.Event] = {}
+"""Mounts that a thread is making, without the lock: other threads wait for it to succeed or to fail."""
 _lock = threading.Lock()
+"""Held for moments only, never while anything is opened: the loop takes it too."""
 _left_behind: list[Mount] = []
 """A parent's mounts in a forked child: kept, so that no destructor runs on what the parent still uses."""
+OPEN_S_MAX = 30.0
+"""A look at whether a mount has been made is taken at least so often."""
 
 
 def mount(target: Target, settings: Mapping[str, Any]) -> Mount:
@@ -112,9 +116,38 @@ def mount(target: Target, settings: Mapping[str, Any]) -> Mount:
     key = (target.token, repr(sorted(settings.items())))
     with _lock:
         found = _mounts.get(key)
-        if found is None or not found.alive:
-            found = _mounts[key] = Mount(target, settings)
+    if found is not None and found.alive:
         return found
+    # The cache first: that may wait for another cache to be closed, which nobody who waits for a mount should do.
+    cache = assemble.acquire(load(**settings))
+    made: Mount | None = None
+    mine = None
+    try:
+        while not runs_here(io_loop()):  # which never waits for a thread that may need it, and makes its own
+            with _lock:
+                found = _mounts.get(key)
+                if found is not None and found.alive:
+                    return found
+                opening = _opening.get(key)
+                if opening is None:
+                    mine = _opening[key] = threading.Event()
+                    break
+            opening.wait(OPEN_S_MAX)
+        fresh = Mount(target, cache)
+        with _lock:
+            found = _mounts.get(key)
+            if found is None or not found.alive:
+                made = _mounts[key] = fresh
+                return made
+        asyncio.run_coroutine_threadsafe(fresh.origin.close(), fresh.loop)
+        return found
+    finally:
+        if mine is not None:
+            with _lock:
+                _opening.pop(key, None)
+            mine.set()
+        if made is None:
+            assemble.release(cache)
 
 
 def close_all() -> None:
@@ -137,6 +170,7 @@ def _after_fork() -> None:
         each.alive = False
     _left_behind.extend(_mounts.values())
     _mounts.clear()
+    _opening.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

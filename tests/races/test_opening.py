@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 
 import tiercache
-from tiercache.model import Outcome
-from tiercache.sync import io_loop
+from tiercache import assemble
+from tiercache.buffers import Buffer
+from tiercache.cache import Cache
+from tiercache.clock import Clock
+from tiercache.metrics import Metrics
+from tiercache.model import Name, Outcome
+from tiercache.settings import Settings
+from tiercache.sync import io_loop, runs_here, wait
 from tiercache_connectors.fsspec_fs import TierCacheFileSystem
 
 MIB = 1 << 20
@@ -101,3 +107,113 @@ def test_a_filesystem_may_be_used_first_on_the_io_loop(tmp_path: Path) -> None:
         assert future.result(PATIENCE_S) == data
     finally:
         fs.close()
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one directory", "two directories"])
+def test_the_loop_opens_while_a_thread_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+    """Neither waits for the other with anything in hand that the other needs."""
+    data = os.urandom(1000)
+    file = tmp_path / "file"
+    file.write_bytes(data)
+    os.utime(file, (1, 1))
+    in_build, go_on = threading.Event(), threading.Event()
+    real = assemble.build
+
+    def build(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
+        in_build.set()
+        assert go_on.wait(PATIENCE_S)
+        return real(settings, clock, metrics)
+
+    monkeypatch.setattr(assemble, "build", build)
+    names = ["a", "a" if same else "b"]
+    one, two = (
+        TierCacheFileSystem(
+            "file", directory=str(tmp_path / name), memory_bytes=32 * MIB, ssd_bytes=0, skip_instance_cache=True
+        )
+        for name in names
+    )
+    opener = threading.Thread(target=lambda: one.mount, daemon=True)
+    opener.start()
+    assert in_build.wait(PATIENCE_S)
+    on_loop = threading.Event()
+
+    async def read() -> bytes:
+        on_loop.set()
+        return bytes(await two._cat_file(str(file)))
+
+    future = asyncio.run_coroutine_threadsafe(read(), io_loop())
+    assert on_loop.wait(PATIENCE_S)
+    go_on.set()
+    try:
+        assert future.result(PATIENCE_S) == data
+        opener.join(PATIENCE_S)
+        assert not opener.is_alive()
+        assert one.cat_file(str(file)) == data
+        assert (one.mount is two.mount) is same
+    finally:
+        one.close()
+        two.close()
+
+
+def test_a_thread_that_needs_the_loop_to_open_a_target_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some filesystems ask their server when they are made; the loop may want the same target meanwhile."""
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    os.utime(file, (1, 1))
+    fs = TierCacheFileSystem("file", directory=str(tmp_path / "cache"), memory_bytes=32 * MIB, ssd_bytes=0)
+    in_open, on_loop = threading.Event(), threading.Event()
+    real = assemble.open_origin
+
+    def open_origin(*args: object, **kwargs: object) -> object:
+        if not runs_here(io_loop()):
+            in_open.set()
+            assert on_loop.wait(PATIENCE_S)
+            wait(asyncio.sleep(0), io_loop())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(assemble, "open_origin", open_origin)
+    opener = threading.Thread(target=lambda: fs.cat_file(str(file)), daemon=True)
+    opener.start()
+    assert in_open.wait(PATIENCE_S)
+
+    async def read() -> bytes:
+        on_loop.set()
+        return bytes(await fs._cat_file(str(file)))
+
+    try:
+        assert asyncio.run_coroutine_threadsafe(read(), io_loop()).result(PATIENCE_S) == b"data"
+        opener.join(PATIENCE_S)
+        assert not opener.is_alive()
+        assert fs.cat_file(str(file)) == b"data"
+    finally:
+        fs.close()
+    assert os.path.realpath(tmp_path / "cache") not in assemble._shared
+
+
+def test_a_fault_while_opening_reaches_the_opener_and_the_next_tries_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = assemble.build
+
+    def broken(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
+        raise MemoryError
+
+    monkeypatch.setattr(assemble, "build", broken)
+    with pytest.raises(MemoryError):
+        tiercache.open(tmp_path, **OPTIONS)
+    monkeypatch.setattr(assemble, "build", real)
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        assert cache.put(["a"], [b"1"]) == [Outcome.HIT]
+
+
+def test_a_cache_may_be_opened_and_given_back_on_the_loop(tmp_path: Path) -> None:
+    async def use() -> bytes:
+        cache = tiercache.open(tmp_path, **OPTIONS)
+        assert await cache.core.put([Name(bytes(16))], [Buffer.of(b"kept")]) == [Outcome.HIT]
+        cache.close()
+        return b"done"
+
+    assert asyncio.run_coroutine_threadsafe(use(), io_loop()).result(PATIENCE_S) == b"done"
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        assert cache.core.tiers.ssd is not None
+        assert cache.get([bytes(16)]) == [b"kept"]
