@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,11 +133,12 @@ def test_what_a_batch_fills_the_disk_with_is_not_garbage(tmp_path: Path) -> None
     options = {"memory_bytes": "64MiB", "ssd_bytes": "24MiB", "segment_bytes": "4MiB"}
     names = [f"v{i}" for i in range(27)]
     values = [np.random.default_rng(i).bytes(600 << 10) for i in range(27)]
-    with tiercache.open(tmp_path, **options) as cache:
+    with tiercache.open(tmp_path / "cache", **options) as cache:
         stored = cache.put(names, values, durable=True)
         kept = [name for name, outcome in zip(names, stored, strict=True) if outcome is Outcome.HIT]
         assert kept
-    with tiercache.open(tmp_path, **options) as cache:
+        shutil.copytree(tmp_path / "cache", tmp_path / "crashed")  # as a crash now would leave it
+    with tiercache.open(tmp_path / "crashed", **options) as cache:
         got = dict(zip(names, cache.get(names), strict=True))
         assert [name for name in kept if not isinstance(got[name], bytes)] == []
         assert all(got[name] == value for name, value in zip(names, values, strict=True) if name in kept)

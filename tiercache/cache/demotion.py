@@ -35,10 +35,10 @@ ORDER_PAUSE_S = 120.0
 """The order of use is handed to the SSD tier at closing, and with a flush after this long."""
 RECLAIM_ROUNDS_MAX = 8
 SAMPLE = 1024
-ROOMY_SHARE = 0.6
-"""Below this share of the capacity in live entries, room is made of dead space only."""
 KEEP_SHARE = 0.5
 """At most this share of a reclaimed segment is written again."""
+ROOM_ATTEMPTS = 4
+"""Rounds of making room and writing for what found the SSD full."""
 
 
 class Demotion:
@@ -138,6 +138,8 @@ class Demotion:
             self._bytes = 0
         async with self._writing:
             unsaved = index.unsaved()
+            # With their generations, and the parts of now: a slot may get another entry, and a page more parts.
+            homes, parts = index.locations(unsaved, TierId.MEMORY), index.parts(unsaved, TierId.MEMORY)
             sizes = np.cumsum(index.sizes(unsaved), dtype=np.int64)
             start = 0
             while start < len(unsaved):
@@ -153,7 +155,8 @@ class Demotion:
                 await ssd.flush()
             finally:
                 self._forget_lost()
-            return len(np.intersect1d(unsaved, index.unsaved()))
+            left = (parts & ~index.parts(unsaved, TierId.SSD)) != 0
+            return int((left & (index.locations(unsaved, TierId.MEMORY) == homes)).sum())
 
     def _forget_lost(self) -> None:
         """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved."""
@@ -208,15 +211,12 @@ class Demotion:
         payloads = self._payloads(slots, facts)
         sources = tiers.memory.buffers(facts.memory_location.tolist())
         left = await self._put(slots, payloads, sources)
-        if len(left) and tiers.ssd_writable and await self.make_room(sum(payloads[i].size for i in left)):
-            left = left[await self._put_again(slots, payloads, sources, left)]
+        for _ in range(ROOM_ATTEMPTS):
+            some = left.tolist()
+            if not some or not tiers.ssd_writable or not await self.make_room(sum(payloads[i].size for i in some)):
+                break
+            left = left[await self._put(slots[left], [payloads[i] for i in some], [sources[i] for i in some])]
         tiers.metrics.add("tiercache_demotions_dropped_total", len(left))
-
-    async def _put_again(
-        self, slots: npt.NDArray[np.int64], payloads: list[Payload], sources: list[Buffer], left: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        some = left.tolist()
-        return await self._put(slots[left], [payloads[i] for i in some], [sources[i] for i in some])
 
     async def _put(
         self, slots: npt.NDArray[np.int64], payloads: list[Payload], sources: list[Buffer]
@@ -302,7 +302,7 @@ class Demotion:
         slots = slots[known]
         facts = index.facts(slots)
         order = index.policies[TierId.SSD].order(slots)
-        keep = self._worth_keeping(order, facts.size)
+        keep = self._worth_keeping(order, facts.size, ssd.segment_bytes)
         gone = index.unplace(slots[~keep], TierId.SSD)
         dropped = set(gone.locations.tolist())
         kept = [location for location in facts.ssd_location.tolist() if location not in dropped]
@@ -319,14 +319,15 @@ class Demotion:
         )
         return gained
 
-    def _worth_keeping(self, order: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
-        """While the tier as a whole has room, a segment is emptied for its dead space alone and nothing is given up."""
-        ssd, index = self._tiers.ssd, self._tiers.index
-        assert ssd is not None
-        live_bytes = int(index.sizes(index.residents(TierId.SSD)).sum(dtype=np.int64))
-        if live_bytes < ROOMY_SHARE * ssd.status().capacity_bytes:
+    def _worth_keeping(
+        self, order: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32], segment_bytes: int
+    ) -> npt.NDArray[np.bool_]:
+        """A segment that is mostly dead is emptied for its dead space alone. The tier names the one least alive:
+        if even that is mostly alive, the tier is full, and what was used least recently goes."""
+        live_bytes = int(sizes.sum(dtype=np.int64))
+        if live_bytes <= segment_bytes * KEEP_SHARE:
             return np.ones(len(order), bool)
-        return plan_reclaim(order, sizes, self._threshold(), int(sizes.sum(dtype=np.int64) * KEEP_SHARE))
+        return plan_reclaim(order, sizes, self._threshold(), int(live_bytes * KEEP_SHARE))
 
     def _settle(self, slots: npt.NDArray[np.int64], moved: dict[int, int], kept: list[int]) -> None:
         """Points slots to where their payloads went, and forgets the copies that did not arrive."""

@@ -450,6 +450,10 @@ class Index:
         """Locations of slots in a tier, likewise."""
         return self._slots.location[tier].take(self._slots.payload.take(slots))
 
+    def parts(self, slots: I64, tier: TierId) -> npt.NDArray[np.uint64]:
+        """Part maps of slots in a tier, likewise."""
+        return self._slots.parts[tier].take(self._slots.payload.take(slots))
+
     def residents(self, tier: TierId) -> I64:
         """All slots with a copy in a tier, as of about now; without the lock."""
         return np.flatnonzero((self._slots.where[: self._slots.rows.top] & (1 << tier)) != 0)

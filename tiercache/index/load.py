@@ -71,11 +71,23 @@ class _Loader:
     def take(self, rows: I64) -> None:
         """Pages and lone objects."""
         facts = self.facts
+        rows = self._not_dying(rows)
         for form in (Form.LONE, Form.PAGE):
             for width in (16, 32):
                 some = rows[(facts.forms[rows] == form) & (facts.widths[rows] == width)]
                 if len(some):
                     self._take_pages(some, width) if form == Form.PAGE else self._take_keys(some, width)
+
+    def _not_dying(self, rows: I64) -> I64:
+        """Rows of copies that were given up, while somebody still looks at them, are not taken back: their space goes
+        with the last look."""
+        columns, limbo = self.entries.slots, self.entries.limbo
+        if not columns.evicting and not limbo:
+            return rows
+        dying = columns.payload[np.flatnonzero(columns.state[: columns.rows.top] == State.EVICTING)]
+        given_up = [location for copies in limbo.values() for tier, location in copies if tier == self.tier]
+        locations = np.concatenate((columns.location[self.tier].take(dying), np.array(given_up, np.int64)))
+        return rows[~np.isin(self.facts.locations[rows], locations)]
 
     def _take_keys(self, rows: I64, width: int) -> None:
         """Lone objects with keys of one width."""
@@ -122,6 +134,9 @@ class _Loader:
 
     def take_blocks(self, rows: I64) -> I64:
         """Blocks, in ascending depth. Answers those whose parent is missing."""
+        rows = self._not_dying(rows)
+        if not len(rows):
+            return rows
         waiting: list[I64] = []
         depths = self.facts.ordinals[rows]
         cuts = np.flatnonzero(np.diff(depths)) + 1
