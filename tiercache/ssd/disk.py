@@ -6,6 +6,7 @@ import asyncio
 import errno
 import mmap
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from tiercache.ssd.health import Pulse, words
 from tiercache.ssd.meta import RowsError
 from tiercache.ssd.records import BLOCK_BYTES
 from tiercache.ssd.segments import WRITES, Life, Place, Segment
-from tiercache.ssd.transfer import Job, Scratch
+from tiercache.ssd.transfer import Job, ReadJob, Scratch
 from tiercache.tier import Health
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ SYNC_DEADLINES = 15
 """A sync may take so many deadlines: it waits for all that was written before, and no reader waits for it."""
 WITNESS_SEGMENTS = 64
 """The witness of the rows is written anew after so many segments, and at closing."""
+CLOSE_GRACE_S = 0.5
+"""Closing waits so long for calls that only just end; it blocks the loop, and does so on an ailing disk only."""
 GROWTH_PAUSE_S = 10.0
 """After the disk had no room for another segment, this long passes before the next try."""
 
@@ -59,6 +62,8 @@ class Disk:
         self.growth = ""
         self.losses = 0
         """How many acknowledged records were given up so far, because they may not have reached the medium."""
+        self.closing: threading.Thread | None = None
+        """After close, where late calls went on: waits for them and then unlocks the directory."""
         self.committer = ThreadPoolExecutor(1, "tiercache-rows")
         self._clock = clock
         self._deadline_s = deadline_s
@@ -68,6 +73,7 @@ class Disk:
         self._writers = ThreadPoolExecutor(threads, "tiercache-write")
         self._scratch = Scratch()
         self._rolls: dict[int, asyncio.Future[bool]] = {}
+        self._probes: list[asyncio.Future[None]] = []
         self._commit_lock = asyncio.Lock()
         self._late: set[Job] = set()
         self._lost: list[int] = []
@@ -238,12 +244,27 @@ class Disk:
             self.pulse.vanished()
 
     async def empty(self, segment: Segment) -> None:
-        """Gives a segment back in which nothing lives; leaves it where something does, or where the rows refuse."""
+        """Gives a segment back in which nothing lives; leaves it where something does, where the rows refuse, or where
+        they take longer than a deadline."""
+        started: list[Segment] = []
+        task = asyncio.ensure_future(self._empty(segment, started))
+        try:
+            await asyncio.wait([task], timeout=self._deadline_s)
+        finally:
+            if not task.done():
+                task.add_done_callback(_forget)
+                if not started:  # a commit is at work: the next one empties the segment by the way
+                    task.cancel()
+        if not task.done() and started:
+            self.pulse.hung(self._deadline_s)
+
+    async def _empty(self, segment: Segment, started: list[Segment]) -> None:
         async with self._commit_lock:
             with self.space.lock:
                 busy = segment.live_count or segment.pending or segment.writers
                 if busy or segment.life is not Life.SEALED:
                     return
+            started.append(segment)
             try:
                 await self._in_committer(commit.empty, self.space, self.directory.rows, segment)
             except RowsError as fault:
@@ -338,6 +359,7 @@ class Disk:
         if self.pulse.health is not Health.HEALTHY and self.pulse.probe_due():
             call = asyncio.get_running_loop().run_in_executor(self.committer, self._probe)
             call.add_done_callback(_forget)
+            self._probes = [*(probe for probe in self._probes if not probe.done()), call]
 
     def _probe(self) -> None:
         """Writes, syncs and reads a block in the directory, and opens the rows anew if they had failed."""
@@ -372,21 +394,38 @@ class Disk:
         self._rows_broken = False
 
     def close(self) -> None:
-        """Gives everything back but what a hanging call still holds."""
-        hung = self._commit_lock.locked()
+        """Gives everything back but what a hanging call still holds. While one may still change files, the directory
+        stays locked and nobody else can open it; the last of them unlocks it."""
+        calls: list[asyncio.Future[bool] | asyncio.Future[None]] = [*self._rolls.values(), *self._probes]
+        busy = self._commit_lock.locked() or not all(call.done() for call in calls)
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._writers.shutdown(wait=False, cancel_futures=True)
         self.committer.shutdown(wait=False, cancel_futures=True)
-        if not hung:
-            try:
-                if self._committed and self.pulse.health is Health.HEALTHY:
-                    self._write_witness()
-                self.directory.rows.close()
-            except RowsError:
-                self.counters["close_faults"] += 1
-        held = {job.segment for job in self._late if not job.ended}
+        late = [job for job in self._late if not job.ended]
+        reading = {job.segment for job in late if isinstance(job, ReadJob)}
+        if busy or any(not isinstance(job, ReadJob) for job in late):
+            self.closing = threading.Thread(
+                target=self._close_late, args=(reading,), name="tiercache-late", daemon=True
+            )
+            self.closing.start()
+            self.closing.join(CLOSE_GRACE_S)
+        else:
+            if self._committed and self.pulse.health is Health.HEALTHY:
+                self._write_witness()
+            self._close_files(reading)
+
+    def _close_late(self, reading: set[Segment]) -> None:
+        self._writers.shutdown(wait=True)
+        self.committer.shutdown(wait=True)
+        self._close_files(reading)
+
+    def _close_files(self, reading: set[Segment]) -> None:
+        try:
+            self.directory.rows.close()
+        except RowsError:
+            self.counters["close_faults"] += 1
         for segment in self.space.segments.values():
-            if segment.descriptor >= 0 and segment not in held and not hung:
+            if segment.descriptor >= 0 and segment not in reading:
                 self.io.close(segment.descriptor)
                 segment.descriptor = -1
         self.io.close(self.directory.lock)

@@ -264,30 +264,41 @@ class SsdTier:
         return self._space.live_bytes()
 
     async def reclaim(self, keep: Sequence[int], drop: Sequence[int]) -> list[tuple[int, int]]:
-        """Rewrites `keep`, gives up `drop`, and frees their segments as far as nothing else lives there."""
+        """Rewrites `keep`, gives up `drop`, and frees their segments as far as nothing else lives there. What could be
+        read, and did not get to its new place because the disk is not well or too slow, stays where it was."""
         self._enter()
         async with self._reclaim_lock:
+            space, pulse = self._space, self._disk.pulse
             sources: dict[Segment, None] = {}
             for location in (*keep, *drop):
-                record = self._space.look(location)
+                record = space.look(location)
                 if record is not None:
                     sources[record.segment] = None
-            moved: list[tuple[int, int]] = []
-            try:
-                if keep and self._disk.pulse.health is Health.HEALTHY:
-                    await self._move(keep, moved)
+            moved: dict[int, int] = {}
+            gone: set[int] = set()
+            well = pulse.health is Health.HEALTHY
+            if keep and well:
+                try:
+                    await self._move(keep, moved, gone)
                     await self._disk.flush()
-            except UnavailableError:
-                self._space.bury([new for _, new in moved])
-                moved = []
-            self._space.bury([*keep, *drop])
-            for segment in sources:
-                await self._disk.empty(segment)
+                    well = pulse.health is Health.HEALTHY
+                except UnavailableError:
+                    well = False
+            if not well:
+                space.bury(moved.values())
+                gone.clear()
+            # A commit in the background may have lost the new copies whose commit this one waited for.
+            moved = {old: new for old, new in moved.items() if space.look(new) is not None}
+            space.bury([*drop, *gone, *moved])
+            if well:
+                for segment in sources:
+                    await self._disk.empty(segment)
             self.counters["reclaims"] += 1
-            return moved
+            stay = {at: at for at in keep if at not in moved and space.look(at) is not None}
+            return [*moved.items(), *stay.items()]
 
-    async def _move(self, keep: Sequence[int], moved: list[tuple[int, int]]) -> None:
-        """Rewrites records a few megabytes at a time; what cannot be read, or has no room, stays behind."""
+    async def _move(self, keep: Sequence[int], moved: dict[int, int], gone: set[int]) -> None:
+        """Rewrites records a few megabytes at a time; `gone` is what cannot be read, or has no room."""
         found = [(location, self._space.look(location)) for location in keep]
         records = [(location, record) for location, record in found if record is not None]
         while records:
@@ -304,9 +315,10 @@ class SsdTier:
                 for (location, record), place in zip(chunk, places, strict=True)
                 if place is not None
             ]
-            await self._run_moves(moves, moved)
+            gone |= {location for (location, _), place in zip(chunk, places, strict=True) if place is None}
+            await self._run_moves(moves, moved, gone)
 
-    async def _run_moves(self, moves: list[MoveItem], moved: list[tuple[int, int]]) -> None:
+    async def _run_moves(self, moves: list[MoveItem], moved: dict[int, int], gone: set[int]) -> None:
         disk = self._disk
         jobs = plan_moves(moves, disk.writer_ended)
         self._space.writers([job.segment for job in jobs], 1)
@@ -319,7 +331,12 @@ class SsdTier:
                 good = disk.finish_write(job) and completed
                 kept = [move.payload if good else None for move in job.moves]
                 locations = self._space.settle([move.place for move in job.moves], kept)
-                moved += [(m.location, at) for m, at in zip(job.moves, locations, strict=True) if at >= 0]
+                pairs = [(move.location, at) for move, at in zip(job.moves, locations, strict=True)]
+                moved.update((old, new) for old, new in pairs if new >= 0)
+                gone |= {old for old, new in pairs if new < 0 and good}
+                for fault in job.read_faults if good else []:
+                    self.counters["read_faults"] += 1
+                    disk.pulse.read_failed(fault)
 
     # -- order of use
 

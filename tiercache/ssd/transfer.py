@@ -385,6 +385,8 @@ class MoveJob(Job):
     def __init__(self, segment: Segment, on_release: Callable[[Segment], None], moves: list[MoveItem]) -> None:
         super().__init__(segment)
         self.moves = moves
+        self.read_faults: list[OSError] = []
+        """What the system said where it refused to read: such records cannot be kept, and the others can."""
         self._on_release = on_release
 
     def release(self) -> None:
@@ -400,7 +402,11 @@ class MoveJob(Job):
         for move in self.moves:
             start = (move.place.block - first) * BLOCK_BYTES
             view = memory.view[start : start + move.place.length * BLOCK_BYTES]
-            payload = self._read(io, move, view, seed)
+            try:
+                payload = self._read(io, move, view, seed)
+            except OSError as fault:
+                self.read_faults.append(fault)
+                payload = None
             if payload is None:
                 _fill(view[:BLOCK_BYTES], b"")
                 continue
