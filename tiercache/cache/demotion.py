@@ -308,6 +308,8 @@ class Demotion:
         kept = [location for location in facts.ssd_location.tolist() if location not in dropped]
         moved = dict(await ssd.reclaim(kept, dead + sorted(dropped)))
         self._settle(slots, moved, kept)
+        if any(old == new for old, new in moved.items()):
+            return None  # the disk is not well: what stays where it was keeps its segment
         rewritten = int(facts.size[np.isin(facts.ssd_location, list(moved))].sum(dtype=np.int64))
         gained = max(1, ssd.segment_bytes - rewritten)
         self._tiers.metrics.add_all(
