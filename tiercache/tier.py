@@ -152,8 +152,9 @@ class Reclaiming(Protocol):
 
         Answers (old, new) pairs of what was kept. A pair (old, old) says that the payload stays where it was, since
         the medium is not well enough to move it: the segment is then not free. A payload that is absent from the
-        answer could not be read, or had no room, and is gone. Old locations stay readable until the answer. Facts rows move with their payloads, durably enough that
-        a crash at any moment leaves every payload readable at one of the two places, or forgotten, never wrong.
+        answer could not be read, or had no room, and is gone. Old locations stay readable until the answer. Facts rows
+        move with their payloads, durably enough that a crash at any moment leaves every payload readable at one of the
+        two places, or forgotten, never wrong.
         """
         ...
 
