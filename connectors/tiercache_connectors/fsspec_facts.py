@@ -9,8 +9,10 @@ import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from tiercache.errors import ChangedError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from tiercache.pages.versions import Pin
     from tiercache_connectors.fsspec_mounts import Mount
@@ -19,8 +21,6 @@ T = TypeVar("T")
 
 FOOTED = (".parquet", ".parq", ".pq", ".orc", ".feather", ".arrow")
 """Names of files that are read from their end: asking for their facts is worth asking for their last bytes too."""
-GET_BYTES = 32 << 20
-"""How much of a file is under way at once when it is copied to a local one."""
 IGNORED = ("use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache")
 """Options that fsspec's machinery hands to every filesystem."""
 PLAIN = ("s3", "s3a")
@@ -47,6 +47,14 @@ def there(method: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Corout
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(method(self, *args, **kwargs), loop))
 
     return sent
+
+
+async def newest(pin: Callable[[], Awaitable[Pin]], read: Callable[[Pin], Awaitable[T]]) -> T:
+    """What `read` makes of the version that is there now; once more if that changed meanwhile: no handle pins it."""
+    try:
+        return await read(await pin())
+    except ChangedError:
+        return await read(await pin())
 
 
 def described(pin: Pin) -> dict[str, Any]:

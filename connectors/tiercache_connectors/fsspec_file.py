@@ -24,14 +24,25 @@ class CachedFile(io.RawIOBase):
     """A file opened for reading: every read is a range of one pinned version, answered in the caller's thread when it
     is in memory.
 
-    Threads may share a handle. A thread that seeks and then reads gets the bytes that it sought, whatever others do in
-    between (DuckDB reads so); a thread that reads without having sought continues where the last read of any thread
-    ended (so thread pools read files).
+    Threads may share a handle. A thread that ever sought has a position of its own from then on: it starts where it
+    sought and moves with its own reads alone, whatever others do in between (DuckDB reads so). Threads that never
+    sought share one position: no two of them get the same bytes, and together they get all of them (so thread pools
+    read files). The shared position is where the newest seek or read of any thread ended, so that a thread may seek or
+    read a header and hand the rest to another; to get the handle back, it seeks again. With `one_position` there is
+    only the shared one, as in a plain file: for a buffer around the handle that is itself handed from thread to thread.
     """
 
     mode = "rb"
 
-    def __init__(self, fs: TierCacheFileSystem, path: str, pin: Pin, block_size: int | None = None) -> None:
+    def __init__(
+        self,
+        fs: TierCacheFileSystem,
+        path: str,
+        pin: Pin,
+        block_size: int | None = None,
+        *,
+        one_position: bool = False,
+    ) -> None:
         super().__init__()
         self.fs, self.path, self.pin = fs, path, pin
         self.name = self.full_name = path
@@ -40,10 +51,11 @@ class CachedFile(io.RawIOBase):
         self._mount = fs.mount
         self._ahead = self._mount.reader.watch()
         self._position = 0
-        self._turn = 0
-        """Counts reads that continued the shared position: they make older seeks of other threads void."""
+        self._one_position = one_position
         self._mine = threading.local()
+        """`at`: the position of a thread that has its own."""
         self._lock = threading.Lock()
+        """For positions; never held while bytes are awaited."""
 
     # -- position ------------------------------------------------------------------------------------------------------
 
@@ -58,35 +70,43 @@ class CachedFile(io.RawIOBase):
             raise ValueError(f"whence is 0, 1 or 2, not {whence}")
         if offset < 0:
             raise ValueError("Seek before start of file")
-        self._mine.mark = (offset, self._turn)
-        self._position = offset
+        with self._lock:
+            if not self._one_position:
+                self._mine.at = offset
+            self._position = offset
         return offset
 
     def tell(self) -> int:
         """Where the next read of this thread starts."""
         self._check_open()
-        mark = getattr(self._mine, "mark", None)
-        return self._position if mark is None or mark[1] != self._turn else mark[0]
+        return self._at()
 
-    def _begin(self) -> int:
-        """Where a read of this thread starts: what it sought last, or else where the last read of any thread ended."""
-        self._check_open()
-        mine = self._mine
-        mark = getattr(mine, "mark", None)
-        if mark is not None:
-            mine.mark = None
-            if mark[1] == self._turn:
-                return mark[0]  # type: ignore[no-any-return]
-        self._turn += 1
-        return self._position
+    def _at(self) -> int:
+        mine: int | None = getattr(self._mine, "at", None)
+        return self._position if mine is None else mine
 
     def _claim(self, length: int) -> tuple[int, int]:
         """The range that a read of `length` (negative: to the end) is about; moves the position behind it."""
+        self._check_open()
         with self._lock:
-            start = self._begin()
+            start = self._at()
             stop = self.size if length < 0 else min(self.size, start + length)
-            self._position = max(start, stop)
+            self._move(max(start, stop))
         return start, stop
+
+    def _move(self, to: int) -> None:
+        """Sets this thread's position, if it has one, and the shared one; under the lock."""
+        if getattr(self._mine, "at", None) is not None:
+            self._mine.at = to
+        self._position = to
+
+    def _advance(self, start: int, stop: int) -> bool:
+        """Moves from `start` to `stop`; false if another thread has moved the position away from `start` meanwhile."""
+        with self._lock:
+            if self._at() != start:
+                return False
+            self._move(stop)
+            return True
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -137,7 +157,15 @@ class CachedFile(io.RawIOBase):
         return self._until(char, self.size, blocks or LINES_BYTES)
 
     def _until(self, end: bytes, limit: int, step: int) -> bytes:
-        start = self._begin()
+        while True:
+            self._check_open()
+            start = self._at()
+            found = self._search(start, end, limit, step)
+            if self._advance(start, start + len(found)):
+                return found
+
+    def _search(self, start: int, end: bytes, limit: int, step: int) -> bytes:
+        """Bytes from `start` up to and including `end`, at most `limit`, or to the end of the file."""
         found = b""
         while len(found) < limit:
             at = start + len(found)
@@ -146,18 +174,19 @@ class CachedFile(io.RawIOBase):
             found += piece
             cut = found.find(end, searched)
             if cut >= 0:
-                found = found[: cut + len(end)]
-                break
+                return found[: cut + len(end)]
             if not piece:
                 break
             step = min(2 * step, LINES_BYTES)
-        self._position = start + len(found)
         return found
 
     def __iter__(self) -> Iterator[bytes]:
-        """Lines; the position is right after each of them."""
-        block, at = b"", self._begin()
+        """Lines; the position is right after each of them, and where somebody moves it, lines go on from there."""
+        block, at = b"", -1
         while True:
+            self._check_open()
+            if at != self._at():
+                block, at = b"", self._at()
             end = block.find(b"\n") + 1
             if not end:
                 ahead = at + len(block)
@@ -168,10 +197,10 @@ class CachedFile(io.RawIOBase):
                 end = len(block)
             if not end:
                 return
+            if not self._advance(at, at + end):
+                continue
             line, block = block[:end], block[end:]
             at += end
-            self._turn += 1
-            self._position = at
             yield line
 
     def __next__(self) -> bytes:
@@ -219,7 +248,7 @@ class CachedFile(io.RawIOBase):
 def _reopened(fs: TierCacheFileSystem, stat: Stat, version: str, block_size: int, position: int) -> CachedFile:
     """A handle in another process: the same version, the same position."""
     handle = CachedFile(fs, stat.path, Pin(stat, version), block_size)
-    handle.seek(position)
+    handle._position = position
     return handle
 
 

@@ -25,24 +25,23 @@ from fsspec.registry import get_filesystem_class
 from fsspec.utils import stringify_path, tokenize
 
 from tiercache.buffers import new_bytes
-from tiercache.errors import ChangedError
 from tiercache.model import Outcome
 from tiercache_connectors.fsspec_facts import (
     FOOTED,
-    GET_BYTES,
     IGNORED,
     PLAIN,
     absent,
     bounds,
     described,
     directory,
+    newest,
     no_file,
     present,
     there,
 )
 from tiercache_connectors.fsspec_file import AsyncCachedFile, CachedFile, WrittenFile
 from tiercache_connectors.fsspec_mounts import Mount, Target, mount
-from tiercache_connectors.fsspec_trees import find, write_whole
+from tiercache_connectors.fsspec_trees import Copied, find, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -273,13 +272,11 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         path = self._stripped(path)
         tail = (start is None and end is None) or (start or 0) < 0 or path.lower().endswith(FOOTED)
-        pin = await self._pin(path, tail=tail)
-        try:
+
+        async def read(pin: Pin) -> bytes:
             return await self.mount.reader.read(pin, *bounds(start, end, pin.stat.size))
-        except ChangedError:
-            # No handle pins this version: whoever asks for a path gets what is there now.
-            pin = await self._pin(path, tail=tail)
-            return await self.mount.reader.read(pin, *bounds(start, end, pin.stat.size))
+
+        return await newest(lambda: self._pin(path, tail=tail), read)
 
     @there
     async def _cat_ranges(
@@ -320,11 +317,14 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
     async def _many(self, path: str, ranges: Sequence[tuple[int | None, int | None]]) -> list[Any]:
         """Ranges of one file, all in as few requests as possible."""
         tail = path.lower().endswith(FOOTED) or any((start or 0) < 0 for start, _ in ranges)
-        pin = await self._pin(path, tail=tail)
-        spans = [bounds(start, end, pin.stat.size) for start, end in ranges]
-        values = [new_bytes(stop - start) for start, stop in spans]
-        await self.mount.reader.read_into(pin, spans, [target for _, target in values])
-        return [value for value, _ in values]
+
+        async def read(pin: Pin) -> list[Any]:
+            spans = [bounds(start, end, pin.stat.size) for start, end in ranges]
+            values = [new_bytes(stop - start) for start, stop in spans]
+            await self.mount.reader.read_into(pin, spans, [target for _, target in values])
+            return [value for value, _ in values]
+
+        return await newest(lambda: self._pin(path, tail=tail), read)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         """Bytes [start, end) of a file; negative numbers count from its end."""
@@ -347,13 +347,8 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
     @there
     async def _copy_to(self, path: str, file: Any, callback: Any) -> None:
         """Writes a whole file, one version of it, to a local one."""
-        pin = await self._pin(self._stripped(path), tail=True)
-        size = pin.stat.size
-        callback.set_size(size)
-        for start in range(0, size, GET_BYTES):
-            data = await self.mount.reader.read(pin, start, min(start + GET_BYTES, size))
-            await asyncio.to_thread(file.write, data)
-            callback.relative_update(len(data))
+        copied = Copied(self.mount.reader, file, callback)
+        await newest(lambda: self._pin(self._stripped(path), tail=True), copied.anew)
 
     def open(
         self,
@@ -365,19 +360,25 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         **kwargs: Any,
     ) -> Any:
         """A file object; see CachedFile. Text is buffered (by io.BufferedReader), bytes are not."""
+        if compression is not None and "r" in mode:
+            kwargs["one_position"] = True  # the decompressor's, which may itself be handed from thread to thread
         if "b" in mode or compression is not None or "r" not in mode or "+" in mode:
             return super().open(path, mode, block_size, cache_options, compression, **kwargs)
         text = {name: kwargs.pop(name) for name in ("encoding", "errors", "newline") if name in kwargs}
-        return io.TextIOWrapper(io.BufferedReader(self.open(path, "rb", block_size), 1 << 18), **text)
+        return io.TextIOWrapper(
+            io.BufferedReader(self._open(path, block_size=block_size, one_position=True), 1 << 18), **text
+        )
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> Any:
+    def _open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, one_position: bool = False, **kwargs: Any
+    ) -> Any:
         path = self._stripped(path)
         if mode != "rb":
             return self._open_to_write(path, mode, block_size, **kwargs)
         pin = self._remembered(path)
         if pin is None or pin.stat.is_directory:
             pin = self.mount.wait(self._pin(path, tail=True))
-        return CachedFile(self, path, pin, block_size)
+        return CachedFile(self, path, pin, block_size, one_position=one_position)
 
     async def _open_to_await(self, path: str, mode: str = "rb", **kwargs: Any) -> AsyncCachedFile:
         """A file to be read with `await`; to write, use `_pipe_file` or `_put_file`."""

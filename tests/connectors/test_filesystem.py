@@ -212,66 +212,6 @@ def test_compressed_files(local, tmp_path):
         assert f.read(6) == "hello "
 
 
-def test_threads_that_seek_and_read_apart_get_what_they_sought(local, file):
-    """The order that breaks LocalFileSystem: every thread seeks before any of them reads."""
-    with local.open(file) as f:
-        for warm in (False, True):
-            got = {}
-            ready = threading.Barrier(8)
-
-            def one(i, got=got, ready=ready):
-                f.seek(i * 300_000)
-                ready.wait(10)
-                got[i] = f.read(1000 + i)
-                ready.wait(10)
-                f.seek(i * 7)
-                ready.wait(10)
-                assert f.tell() == i * 7
-
-            threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert got == {i: DATA[i * 300_000 :][: 1000 + i] for i in range(8)}, warm
-
-
-def test_threads_that_hand_a_file_on_read_it_in_order(local, file):
-    """Thread pools (FastAPI, asyncio.to_thread) read one file from many threads, one after the other."""
-
-    def call(work, *args):
-        out = []
-        thread = threading.Thread(target=lambda: out.append(work(*args)))
-        thread.start()
-        thread.join()
-        return out[0]
-
-    with local.open(file) as f:
-        assert call(f.read, 10) + call(f.read, 10) + f.read(5) + call(f.read, 5) == DATA[:30]
-        call(f.seek, 1000)
-        assert call(f.read, 10) + f.read(10) == DATA[1000:1020]
-        f.seek(50)
-        assert call(f.read, 10) == DATA[50:60]
-        assert f.read(10) == DATA[60:70]  # the seek was somebody else's to use
-        assert call(f.readline) == DATA[70 : DATA.index(b"\n", 70) + 1]
-
-
-def test_concurrent_readers_of_one_position_share_it_out(local, file):
-    with local.open(file) as f:
-        got = []
-
-        def one():
-            while block := f.read(10_000):
-                got.append(block)
-
-        threads = [threading.Thread(target=one) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(got) == sorted(DATA[start : start + 10_000] for start in range(0, len(DATA), 10_000))
-
-
 # -- versions ----------------------------------------------------------------------------------------------------------
 
 
