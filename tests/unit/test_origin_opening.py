@@ -17,7 +17,7 @@ from tiercache.origin import Stat
 from tiercache.remote.fsspec_origin import FsspecOrigin, LocalOrigin, doubtful_absence, seconds
 from tiercache.remote.objects import ObjectOrigin
 from tiercache.remote.opening import open_origin
-from tiercache.remote.options import UNDERSTOOD, Unsupported, bucket_region
+from tiercache.remote.options import UNDERSTOOD, Unsupported, bucket_region, digest
 from tiercache.remote.split import SplitOrigin
 from tiercache.testing.s3server import S3Server
 
@@ -81,6 +81,51 @@ def test_s3_credentials_from_environment_and_profile(monkeypatch, tmp_path):
     assert s3({}).config["access_key_id"] == "ENVIRON"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://env:8")
     assert s3({}).config["endpoint"] == "http://env:8"
+
+
+def identities(monkeypatch, variable):
+    """Who reads, as options that leave it open tell, with two values of a variable."""
+    found = []
+    for value in ("one", "two"):
+        monkeypatch.setenv(variable, value)
+        plain = [s3({}).reader, gs({}).reader, az({"account_name": "a"}).reader]
+        found.append([*plain, open_origin("memory", {"some": "option"}).identity])
+        assert value not in " ".join(found[-1])
+    monkeypatch.delenv(variable)
+    return found
+
+
+def test_identities_differ_by_what_the_environment_gives(monkeypatch):
+    monkeypatch.setitem(sys.modules, "botocore.session", None)  # as where it is not installed
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "GOOGLE_APPLICATION_CREDENTIALS"):
+        one, two = identities(monkeypatch, variable)
+        assert all(a != b for a, b in zip(one, two, strict=True)), variable
+    here = s3({}).reader
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert s3({}).reader != here
+    monkeypatch.setenv("AWS_ROLE_ARN", "x")
+    assert s3(KEYS).reader == "s3+amazonaws.com+" + digest(KEYS["key"])  # options that say who reads
+
+
+def test_identities_of_roles_differ_by_the_role(monkeypatch):
+    """A role's key ids change by the hour, so they are left out; what names the role is not."""
+    readers = set()
+    for role in ("arn:one", "arn:two"):
+        monkeypatch.setenv("AWS_ROLE_ARN", role)
+        for key in ("K1", "K2"):
+            monkeypatch.setattr("botocore.session.Session.get_credentials", lambda self, key=key: Expiring(key))
+            readers.add(s3({}).reader)
+    assert len(readers) == 2
+
+
+class Expiring:
+    """Credentials of a role, as botocore has them."""
+
+    method = "assume-role-with-web-identity"
+    _expiry_time = datetime(2100, 1, 1, tzinfo=UTC)
+
+    def __init__(self, key):
+        self.key = key
 
 
 def test_what_obstore_cannot_do_is_left_to_the_filesystem():

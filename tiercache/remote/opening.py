@@ -137,7 +137,7 @@ def _private(given: Any) -> Any:
 
 def _identity(protocol: str, options: Mapping[str, Any]) -> str:
     """The same as over obstore where that understands the options, so that both share what is cached."""
-    from tiercache.remote.options import S3_IGNORED, UNDERSTOOD, Unsupported
+    from tiercache.remote.options import S3_IGNORED, UNDERSTOOD, Unsupported, surroundings
 
     understand = UNDERSTOOD.get(OBJECT_PROTOCOLS.get(protocol, ""))
     if understand is not None:
@@ -145,5 +145,6 @@ def _identity(protocol: str, options: Mapping[str, Any]) -> str:
             return understand(options).reader
         except Unsupported:
             pass
-    text = repr(sorted((str(k), repr(v)) for k, v in options.items() if k not in S3_IGNORED))
+    given = sorted((str(k), repr(v)) for k, v in options.items() if k not in S3_IGNORED)
+    text = repr([given, surroundings()])  # what these options leave open is decided elsewhere
     return f"{protocol}+{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from tiercache.errors import ConfigError, OriginError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 REGION = "us-east-1"
 REGION_TIMEOUT_S = 5.0
@@ -64,6 +64,34 @@ class StoreOptions:
 def digest(text: str) -> str:
     """A short hash of an access key id, for identities."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+RIGHTS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "AZURE_CLIENT_ID",
+    "AZURE_TENANT_ID",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_STORAGE_CLIENT_ID",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+)
+"""Variables that decide as whom a process reads when its options do not."""
+
+
+def surroundings(names: Iterable[str] = RIGHTS) -> str:
+    """A hash of what a process gets its rights from besides options: its user and these variables. Readers for whom it
+    differs share nothing that is cached; one reader whose variables change begins anew."""
+    return digest(repr([os.getuid(), *((name, os.environ[name]) for name in names if os.environ.get(name))]))
 
 
 def s3_options(options: Mapping[str, Any]) -> StoreOptions:
@@ -167,7 +195,7 @@ class _Session:
     def credentials(self, config: dict[str, Any]) -> tuple[str, Callable[[], dict[str, Any]] | None]:
         """Static credentials go into `config`; the second value gives those that expire."""
         if self._session is None:
-            return "environment", None
+            return surroundings(), None
         found = self._session.get_credentials()
         if found is None:
             raise OriginError("no credentials found: give key and secret, a profile, or anon=True")
@@ -186,7 +214,8 @@ class _Session:
             return digest(frozen["access_key_id"]), None
         # Key ids of roles change by the hour; the profile or role that gives them says who reads.
         role = self._session.get_scoped_config().get("role_arn", "")
-        return digest(f"{found.method} {self._profile or self._variable('profile') or ''} {role}"), current
+        own = surroundings(name for name in RIGHTS if name != "AWS_ACCESS_KEY_ID")
+        return digest(f"{found.method} {self._profile or self._variable('profile') or ''} {role} {own}"), current
 
     def _variable(self, name: str) -> str | None:
         value = self._session.get_config_variable(name) if self._session is not None else None
@@ -223,7 +252,7 @@ def gs_options(options: Mapping[str, Any]) -> StoreOptions:
         config["application_credentials"] = token
         reader = digest(os.path.realpath(token))
     elif token == "google_default":
-        reader = digest("google_default")
+        reader = digest(f"google_default {surroundings()}")
     else:
         raise Unsupported("token")
     if rest:
@@ -247,7 +276,9 @@ def az_options(options: Mapping[str, Any]) -> StoreOptions:
     config = {ours: rest.pop(name) for name, ours in AZURE_NAMES.items() if name in rest}
     if "account_name" not in config:
         raise Unsupported("no account_name")
-    reader = digest(str(config.get("client_id") or config.get("sas_key") or config.get("account_key") or "default"))
+    reader = digest(
+        str(config.get("client_id") or config.get("sas_key") or config.get("account_key") or surroundings())
+    )
     if rest.pop("anon", False):
         config["skip_signature"] = True
         reader = "anonymous"
