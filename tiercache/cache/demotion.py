@@ -324,7 +324,7 @@ class Demotion:
     def _worth_keeping(
         self, order: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32], segment_bytes: int
     ) -> npt.NDArray[np.bool_]:
-        """A segment that is mostly dead is emptied for its dead space alone. The tier names the one least alive:
+        """A segment that is mostly dead is emptied for its dead space alone. The tier names the one best given up:
         if even that is mostly alive, the tier is full, and what was used least recently goes."""
         live_bytes = int(sizes.sum(dtype=np.int64))
         if live_bytes <= segment_bytes * KEEP_SHARE:
