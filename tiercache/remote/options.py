@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tiercache.errors import ConfigError, OriginError
+from tiercache.settings import read_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -91,7 +92,8 @@ RIGHTS = (
 def surroundings(names: Iterable[str] = RIGHTS) -> str:
     """A hash of what a process gets its rights from besides options: its user and these variables. Readers for whom it
     differs share nothing that is cached; one reader whose variables change begins anew."""
-    return digest(repr([os.getuid(), *((name, os.environ[name]) for name in names if os.environ.get(name))]))
+    environ = read_machine().environ
+    return digest(repr([os.getuid(), *((name, environ[name]) for name in names if environ.get(name))]))
 
 
 def s3_options(options: Mapping[str, Any]) -> StoreOptions:
