@@ -68,11 +68,11 @@ class Side:
 def sides_of(runner: asyncio.Runner, url: str) -> dict[str, Side]:
     """Every client that could be used."""
     options = {"key": "k", "secret": "s", "endpoint_url": url}
-    in_threads = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **options)
+    given = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **options)
     opened = {
         "obstore_s3": (open_origin("s3", options, patience=PATIENCE), "lake/data"),
         "s3fs": (open_origin("s3", options, through="fsspec", patience=PATIENCE), "lake/data"),
-        "s3fs_in_threads": (open_origin("s3", options, filesystem=in_threads, patience=PATIENCE), "lake/data"),
+        "s3fs_given": (open_origin("s3", options, filesystem=given, patience=PATIENCE), "lake/data"),
         "obstore_http": (open_origin("http", {}, patience=PATIENCE), f"{url}/lake/data"),
         "fsspec_http": (open_origin("http", {}, through="fsspec", patience=PATIENCE), f"{url}/lake/data"),
     }

@@ -43,7 +43,9 @@ def test_add_set_and_read_back() -> None:
 
 def test_add_all_is_one_step() -> None:
     metrics = Metrics()
-    metrics.add_all([("tiercache_hits_total", 2, "memory", "page"), ("tiercache_evicted_bytes_total", 100, "memory", "")])
+    metrics.add_all(
+        [("tiercache_hits_total", 2, "memory", "page"), ("tiercache_evicted_bytes_total", 100, "memory", "")]
+    )
     metrics.add_all([("tiercache_hits_total", 1, "memory", "page"), ("tiercache_misses_total", 7, "", "page")])
     snapshot = metrics.snapshot()
     assert snapshot['tiercache_hits_total{tier="memory",kind="page"}'] == 3
