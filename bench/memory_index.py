@@ -259,9 +259,12 @@ def _facts(form: Form, keys: np.ndarray, ordinals: np.ndarray, start: int) -> Fa
 
 def _load(filler: _Filler, facts: Facts) -> None:
     """Puts rows into both tiers."""
-    for tier in (TierId.SSD, TierId.MEMORY):
-        taken = filler.index.load(facts, tier).taken
-        assert taken == len(facts.forms), (tier, taken)
+    index = filler.index
+    before = index.unsaved()
+    taken = index.load(facts, TierId.MEMORY).taken
+    assert taken == len(facts.forms), taken
+    slots = np.setdiff1d(index.unsaved(), before)
+    assert not index.place(slots, TierId.SSD, index.locations(slots, TierId.MEMORY), index.parts(slots, TierId.MEMORY))
 
 
 def memory_per_entry(count: int = 1_000_000) -> dict[str, float]:
