@@ -169,22 +169,12 @@ class BlockingCache:
         where = as_names(names)
         found: list[bytes | Outcome] = [Outcome.FULL] * len(where)
         rest = list(range(len(where)))
-        damaged = False
+        damaged: set[int] = set()
         while rest:
             with self.lease([where[i] for i in rest]) as lease:
                 for at, i in enumerate(rest):
                     found[i] = self._copied(lease, at, self._verify(verify))
-            again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
-            if bad := [i for i in again if found[i] is Outcome.CORRUPT]:
-                self.core.quarantine([where[i] for i in bad])
-                if damaged:  # twice in one call: a miss is always allowed
-                    for i in bad:
-                        found[i] = Outcome.MISS
-                    break
-                damaged = True
-            elif len(again) == len(rest):
-                break
-            rest = again  # more than memory holds at a time: in steps
+            rest = self.core.look_again(where, found, rest, damaged)
         return found
 
     @staticmethod

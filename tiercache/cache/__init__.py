@@ -27,7 +27,8 @@ from tiercache.lease import Lease
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, MutableSequence, Sequence
+    from typing import Any
 
     import numpy.typing as npt
 
@@ -189,6 +190,24 @@ class Cache:
         tiers.release(match)
         tiers.metrics.add("tiercache_corruptions_total", len(names), tier="memory")
 
+    def look_again(
+        self, names: Sequence[Name], found: MutableSequence[Any], rest: Sequence[int], damaged: set[int]
+    ) -> list[int]:
+        """Which of the items `rest` of a batch are worth another look, now that the lease on them has ended.
+
+        What memory had no room for, as long as some of the batch found room; and what was damaged, once (`damaged`:
+        before now). Damage is quarantined here, and what is damaged twice becomes a miss, which is always allowed.
+        """
+        bad = [i for i in rest if found[i] is Outcome.CORRUPT]
+        if bad:
+            self.quarantine([names[i] for i in bad])
+        for i in bad:
+            if i in damaged:
+                found[i] = Outcome.MISS
+        damaged.update(bad)
+        again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
+        return again if bad or len(again) < len(rest) else []
+
     def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:
         """Puts whole lone entries into memory from any thread (visible, not durable): HIT where the entry is there now,
         BUSY where another thread is storing it, FULL where there was no room."""
@@ -289,7 +308,7 @@ class Cache:
         """Copies whole entries to the start of each target, from memory or the SSD: HIT, or why not."""
         outcomes = self.get_into_resident(names, targets, verify=verify)
         rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
-        damaged = False
+        damaged: set[int] = set()
         while rest:
             with await self.lease([names[i] for i in rest]) as lease:
                 for at, i in enumerate(rest):
@@ -298,17 +317,7 @@ class Cache:
                         size = lease.buffer(at).length
                         _check_room(i, size, targets[i].length)
                         outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
-            again = [i for i in rest if outcomes[i] in (Outcome.FULL, Outcome.CORRUPT)]
-            if bad := [i for i in again if outcomes[i] is Outcome.CORRUPT]:
-                self.quarantine([names[i] for i in bad])
-                if damaged:  # twice in one call: a miss is always allowed
-                    for i in bad:
-                        outcomes[i] = Outcome.MISS
-                    break
-                damaged = True
-            elif len(again) == len(rest):
-                break
-            rest = again  # more than memory holds at a time: in steps
+            rest = self.look_again(names, outcomes, rest, damaged)
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:

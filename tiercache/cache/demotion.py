@@ -55,6 +55,8 @@ class Demotion:
         self._ordered_at_s = tiers.clock.monotonic()
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
+        self._refused = 0
+        """Entries that the SSD did not take since the last flush began."""
         self.filling: Filling | None = None
 
     @property
@@ -141,7 +143,7 @@ class Demotion:
             # With their generations, and the parts of now: a slot may get another entry, and a page more parts.
             homes, parts = index.locations(unsaved, TierId.MEMORY), index.parts(unsaved, TierId.MEMORY)
             sizes = np.cumsum(index.sizes(unsaved), dtype=np.int64)
-            start = 0
+            start = self._refused = 0
             while start < len(unsaved):
                 reach = int(sizes[start]) + self._batch_bytes
                 stop = max(start + 1, int(np.searchsorted(sizes, reach)))
@@ -156,7 +158,8 @@ class Demotion:
             finally:
                 self._forget_lost()
             left = (parts & ~index.parts(unsaved, TierId.SSD)) != 0
-            return int((left & (index.locations(unsaved, TierId.MEMORY) == homes)).sum())
+            still = int((left & (index.locations(unsaved, TierId.MEMORY) == homes)).sum())
+            return max(still, self._refused)  # what was refused may have been evicted since: it is lost, not saved
 
     def _forget_lost(self) -> None:
         """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved."""
@@ -216,6 +219,7 @@ class Demotion:
             if not some or not tiers.ssd_writable or not await self.make_room(sum(payloads[i].size for i in some)):
                 break
             left = left[await self._put(slots[left], [payloads[i] for i in some], [sources[i] for i in some])]
+        self._refused += len(left)
         tiers.metrics.add("tiercache_demotions_dropped_total", len(left))
 
     async def _put(
