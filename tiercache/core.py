@@ -1,0 +1,162 @@
+"""Core: what a cache is to everything above it, whether it lives in this process or in the owner of a shared directory.
+
+`tiercache.cache.Cache` is the one in this process, `tiercache.wire.client.SharedCache` the one that asks the owner. The
+blocking face, page readers, the filesystem and the command line speak this protocol only. Calls named `*_resident` are
+for any thread and never wait for an origin; a shared cache may wait for its owner there, and for the owner's SSD.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import MutableSequence, Sequence
+    from typing import Any
+
+    from tiercache.buffers import Buffer
+    from tiercache.clock import Clock
+    from tiercache.lease import Lease, Load, PageRun
+    from tiercache.metrics import Metrics
+    from tiercache.model import Kind, Name, Outcome, Terms
+    from tiercache.settings import Settings
+
+
+class Core(Protocol):
+    """See the module. Batches everywhere: item i of an answer belongs to item i of the question."""
+
+    settings: Settings
+    metrics: Metrics
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that expiries and deadlines are measured by."""
+        ...
+
+    @property
+    def durable(self) -> bool:
+        """Whether there is an SSD tier, so that anything can be durable at all."""
+        ...
+
+    @property
+    def recovered(self) -> bool:
+        """Whether everything that the SSD remembers can be found; until then puts ask the SSD first, on the loop."""
+        ...
+
+    # -- any thread
+
+    def lease_resident(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
+        """A lease on pages of one file version, or None unless every wanted part (a map a page) can be had locally.
+
+        A shared cache may answer with a glance: it pins nothing, gives no views, and its `copy_into` says MISS where
+        the bytes went away while they were copied."""
+        ...
+
+    def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
+        """A lease on whole entries, or None unless every one of them can be had locally."""
+        ...
+
+    def match_resident(self, digests: Sequence[bytes]) -> Lease:
+        """A lease on the longest prefix of a chain that is in memory as a whole; empty when nothing is."""
+        ...
+
+    def get_into_resident(
+        self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True
+    ) -> list[Outcome]:
+        """Copies whole entries to the start of each target: HIT, MISS where it is not local, CORRUPT where a digest
+        differed (that copy is then gone)."""
+        ...
+
+    def quarantine(self, names: Sequence[Name]) -> None:
+        """The memory copies of these were found damaged: they are counted and never looked at again."""
+        ...
+
+    def look_again(
+        self, names: Sequence[Name], found: MutableSequence[Any], rest: Sequence[int], damaged: set[int]
+    ) -> list[int]:
+        """Which of the items `rest` of a batch are worth another look; see Cache.look_again."""
+        ...
+
+    def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:
+        """Puts whole lone entries into memory (visible, not durable)."""
+        ...
+
+    def store_chain(
+        self, digests: Sequence[bytes], values: Sequence[Buffer], terms: Terms | None = None, *, parent: bytes = b""
+    ) -> list[Outcome]:
+        """As `store`, for blocks of one chain in order."""
+        ...
+
+    def expiry(self, ttl_s: float | None) -> int:
+        """Expiry of an entry put now, in whole seconds since the epoch; 0 for never."""
+        ...
+
+    def stats(self) -> dict[str, int | float]:
+        """A flat table of what the cache holds and did: every metric by its full name."""
+        ...
+
+    def disown(self) -> None:
+        """Makes this object refuse every call: it came into a forked child."""
+        ...
+
+    # -- on the process's I/O loop
+
+    def begin(self) -> None:
+        """Starts background work; once, on the loop."""
+        ...
+
+    async def put(
+        self,
+        names: Sequence[Name],
+        values: Sequence[object],
+        *,
+        kind: Kind = ...,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        ttl_s: float | None = None,
+        durable: bool = False,
+    ) -> list[Outcome]:
+        """Stores whole entries; see Cache.put."""
+        ...
+
+    async def put_chain(
+        self,
+        digests: Sequence[bytes],
+        values: Sequence[object],
+        *,
+        parent: bytes = b"",
+        kind: Kind = ...,
+        scope: int = 0,
+        cost_s: float = 0.0,
+        ttl_s: float | None = None,
+        durable: bool = False,
+    ) -> list[Outcome]:
+        """Stores blocks of one chain in order; see Cache.put_chain."""
+        ...
+
+    async def lease(self, names: Sequence[Name]) -> Lease:
+        """A lease on whole entries, brought to memory where needed; look at its `outcomes`."""
+        ...
+
+    async def match(self, digests: Sequence[bytes]) -> Lease:
+        """A lease on the longest stored prefix of a chain."""
+        ...
+
+    async def get_into(self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True) -> list[Outcome]:
+        """Copies whole entries to the start of each target: HIT, or why not."""
+        ...
+
+    async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
+        """A lease on pages with these parts in memory; `load` brings what no tier has, in this process."""
+        ...
+
+    async def delete(self, names: Sequence[Name]) -> list[Outcome]:
+        """Forgets entries in every tier: HIT for each that was there, GONE where there was none."""
+        ...
+
+    async def flush(self) -> None:
+        """Returns when what was visible before the call is durable; raises UnavailableError if some could not be."""
+        ...
+
+    async def close(self) -> None:
+        """Ends this process's part in the cache. Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""Wire: how processes and machines reach a cache that lives elsewhere."""
