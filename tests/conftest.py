@@ -26,6 +26,8 @@ def no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for name in [name for name in os.environ if name.startswith("TIERCACHE_") and name not in KEPT]:
             patch.delenv(name)
         patch.setenv("TIERCACHE_CONFIG", "")
+        # Every test has its caches to itself and can look inside them; those of shared directories say share=True.
+        patch.setenv("TIERCACHE_SHARE", "false")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache-home")))
         yield
 

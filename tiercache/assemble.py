@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tiercache.clock import Clock
+    from tiercache.core import Core
     from tiercache.origin import Origin
     from tiercache.pages.reader import PageReader
     from tiercache.tier import Tier
@@ -171,7 +172,7 @@ def _build_shared(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Share
         opening.set()
 
 
-def release(cache: Cache) -> None:
+def release(cache: Core) -> None:
     """Gives back a cache from `acquire`; the last holder closes it. Unknown caches are ignored: a fork forgot them."""
     with _lock:
         directory = next((name for name, shared in _shared.items() if shared.cache is cache), None)
@@ -224,11 +225,11 @@ def open_origin(
     return open_origin(protocol, options, filesystem=filesystem, patience=patience, metrics=metrics)
 
 
-def open_reader(cache: Cache, origin: Origin) -> PageReader:
+def open_reader(cache: Core, origin: Origin) -> PageReader:
     """Files of an origin as pages of a cache, with the cache's settings."""
     from tiercache.pages.reader import PageReader  # a cache of lone objects alone does without
 
-    return PageReader(cache, origin, settings=cache.settings, clock=cache.tiers.clock, metrics=cache.metrics)
+    return PageReader(cache, origin, settings=cache.settings, clock=cache.clock, metrics=cache.metrics)
 
 
 def open_cache(directory: str | os.PathLike[str] | None = None, **settings: object) -> BlockingCache:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence, Sequence
+    from collections.abc import Mapping, MutableSequence, Sequence
     from typing import Any
 
     from tiercache.buffers import Buffer
@@ -151,6 +151,11 @@ class Core(Protocol):
 
     async def delete(self, names: Sequence[Name]) -> list[Outcome]:
         """Forgets entries in every tier: HIT for each that was there, GONE where there was none."""
+        ...
+
+    async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
+        """Rare questions about everything that is held: "status", "contents", "held" and "evict"; see cache/survey.py.
+        Arguments and answers are plain JSON values. An owner knows "clients" too."""
         ...
 
     async def flush(self) -> None:

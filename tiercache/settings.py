@@ -81,6 +81,11 @@ class Settings:
     slots_max: int = 1 << 18
     policy: str = "lru"
     segment_bytes: int = 64 * MIB
+    share: bool = True
+    share_group: bool = False
+    client_share: float = 0.5
+    linger_s: float = 10.0
+    owner_deadline_s: float = 10.0
     sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
     """Where each value came from, for `explain`; no setting itself."""
 
@@ -139,7 +144,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
-    "directory": Rule(Kind.PATH, "Where the SSD tier keeps its files; one owner at a time."),
+    "directory": Rule(Kind.PATH, "Where the SSD tier keeps its files; one owner at a time, shared by all."),
     "memory_bytes": Rule(Kind.SHARE_OR_SIZE, "Cap of the memory tier.", low=2 * MIB, whole="memory"),
     "ssd_bytes": Rule(Kind.SHARE_OR_SIZE, "Cap of the SSD tier, its facts included; 0 is no SSD tier.", whole="disk"),
     "ssd_files_max": Rule(Kind.COUNT, "Cap on files of the SSD tier.", low=1),
@@ -164,6 +169,11 @@ RULES: dict[str, Rule] = {
     "slots_max": Rule(Kind.COUNT, "Cap on entries in the index.", low=1024, high=(1 << 31) - 1),
     "policy": Rule(Kind.TEXT, "Order of eviction, a name in tiercache.policy."),
     "segment_bytes": Rule(Kind.SIZE, "Size of one SSD data file.", low=MIB, high=4 * GIB),
+    "share": Rule(Kind.FLAG, "Whether processes share the directory, or each cache is alone."),
+    "share_group": Rule(Kind.FLAG, "Whether processes of the directory's group may share it, or of its user alone."),
+    "client_share": Rule(Kind.FRACTION, "Share of memory that the leases of one process may hold.", low=0.01, high=1),
+    "linger_s": Rule(Kind.TIME, "How long a shared directory's owner stays after its last client.", high=86400),
+    "owner_deadline_s": Rule(Kind.TIME, "An owner that is silent for so long is gone around.", low=0.1, high=3600),
 }
 
 
@@ -207,8 +217,6 @@ def _contradictions(s: Settings) -> list[str]:
     ]
     return [sentence for wrong, sentence in cases if wrong]
 
-
-# ------------------------------------------------------------------------------------------------- what is written
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
@@ -280,9 +288,6 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-# --------------------------------------------------------------------------------------------- what the machine says
 
 
 class Disk(NamedTuple):
@@ -375,9 +380,6 @@ def _text(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-# ---------------------------------------------------------------------------------------------------------- deciding
 
 
 def load(machine: Machine | None = None, /, **arguments: object) -> Settings:

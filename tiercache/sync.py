@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
-    from tiercache.cache import Cache
+    from tiercache.core import Core
     from tiercache.lease import Lease
 
     Called = Name | bytes | str
@@ -108,11 +108,9 @@ def as_sources(values: Sequence[object]) -> list[Buffer]:
 
 
 class BlockingCache:
-    """A cache for threads. `core` is the async Cache on `loop`; close it, or use it as a context manager."""
+    """A cache for threads. `core` is the asynchronous one on `loop`; close it, or use it as a context manager."""
 
-    def __init__(
-        self, core: Cache, loop: asyncio.AbstractEventLoop, on_close: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, core: Core, loop: asyncio.AbstractEventLoop, on_close: Callable[[], None] | None = None) -> None:
         self.core, self.loop = core, loop
         self._on_close = on_close
 
@@ -221,7 +219,7 @@ class BlockingCache:
         """Returns when everything visible before the call is durable; False where there is no SSD tier, and nothing is.
         Raises UnavailableError where the SSD did not take some of it."""
         wait(self.core.flush(), self.loop)
-        return self.core.tiers.ssd is not None
+        return self.core.durable
 
     def stats(self) -> dict[str, int | float]:
         """What the cache holds and did."""

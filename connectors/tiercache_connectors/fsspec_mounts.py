@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fsspec.spec import AbstractFileSystem
 
-    from tiercache.cache import Cache
+    from tiercache.core import Core
     from tiercache.origin import Origin
     from tiercache.pages.reader import PageReader
 
@@ -62,7 +62,7 @@ class Target:
 class Mount:
     """One target seen through one cache, in this process. `alive` becomes false when it was closed or forked away."""
 
-    def __init__(self, target: Target, cache: Cache) -> None:
+    def __init__(self, target: Target, cache: Core) -> None:
         """`cache` is one from `assemble.acquire`; the mount gives it back when it is closed."""
         self.alive = True
         self.target = target

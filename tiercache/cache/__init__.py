@@ -20,6 +20,7 @@ from tiercache.cache.filling import Filling
 from tiercache.cache.pressure import Pressure
 from tiercache.cache.recovery import Recovery
 from tiercache.cache.storing import Storing
+from tiercache.cache.survey import Survey
 from tiercache.cache.tasks import Tasks
 from tiercache.cache.tiers import Tiers
 from tiercache.errors import ClosedError, ConfigError, UnavailableError
@@ -27,7 +28,7 @@ from tiercache.lease import Lease
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableSequence, Sequence
+    from collections.abc import Callable, Mapping, MutableSequence, Sequence
     from typing import Any
 
     import numpy.typing as npt
@@ -76,6 +77,7 @@ class Cache:
         self.tiers.nudge = self._nudge
         self._recovery = Recovery(self.tiers)
         self._storing = Storing(self.tiers, self._recovery, self._dirtied)
+        self._survey = Survey(self.tiers, self._recovery)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forever: list[asyncio.Task[None]] = []
         self._closed = False
@@ -343,10 +345,6 @@ class Cache:
         )
         return await self._lease(reservation, np.asarray(parts, np.uint64), load)
 
-    async def prefetch_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> None:
-        """As `read_pages`, for somebody who may come later."""
-        (await self.read_pages(run, ordinals, parts, load)).release()
-
     async def _lease(self, pin: Match | Reservation, wanted: npt.NDArray[np.uint64], load: Load | None) -> Lease:
         tiers, slots = self.tiers, pin.slots
         outcomes = [Outcome.MISS if load is None else Outcome.FULL] * len(slots)
@@ -376,6 +374,11 @@ class Cache:
         tiers.free(freed)
         self._recovery.bury(names)
         return [Outcome.HIT if found else Outcome.GONE for found in there]
+
+    async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
+        """Rare questions, for the command line; see survey.py and Core.call."""
+        self._open()
+        return await self._survey.answer(question, arguments)
 
     async def flush(self) -> None:
         """Returns when what was visible before the call is durable on the SSD. Raises UnavailableError if some of it
@@ -438,6 +441,16 @@ class Cache:
         if self.tiers.noted:
             self.tiers.drain()
         return self.tiers
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that expiries and deadlines are measured by."""
+        return self.tiers.clock
+
+    @property
+    def durable(self) -> bool:
+        """Whether there is an SSD tier, so that anything can be durable at all."""
+        return self.tiers.ssd is not None
 
     @property
     def recovered(self) -> bool:

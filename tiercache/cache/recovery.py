@@ -46,12 +46,18 @@ class Recovery:
         self._waiting: list[Facts] = []
         self.done = True
         self.entries = 0
+        self._task: asyncio.Task[None] | None = None
 
     def begin(self, tasks: Tasks) -> None:
         """Starts loading as a background task."""
         self.done = False
         self._tiers.recovering = True
-        tasks.start(self._run(), "recover from SSD")
+        self._task = tasks.start(self._run(), "recover from SSD")
+
+    async def wait(self) -> None:
+        """Returns when everything is in the index, or never will be."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     def stop(self) -> None:
         """Ends loading after the batch at hand."""

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from tiercache import assemble
 from tiercache.cli.files import below, finish, split_url
 from tiercache.errors import ConfigError, UnavailableError
@@ -21,7 +19,7 @@ from tiercache.settings import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from tiercache.cache import Cache
+    from tiercache.core import Core
     from tiercache.origin import Origin
     from tiercache.pages.reader import PageReader
     from tiercache.pages.versions import Pin
@@ -31,6 +29,7 @@ WINDOW_BYTES = 16 << 20
 """So much of one file is asked for at once."""
 WINDOWS = 2
 """Windows under way at once, over all files: memory stays at this many times the window."""
+KEYS_AT_ONCE = 4096
 
 
 class Progress(Protocol):
@@ -93,7 +92,7 @@ def warm(settings: Settings, urls: Sequence[str], options: Mapping[str, Any], pr
     try:
         if not settings.ssd_bytes:
             raise ConfigError("ssd_bytes is 0: nothing would be kept beyond this command; give the cache an SSD tier")
-        if cache.tiers.ssd is None:
+        if not cache.durable:
             why = said[-1].partition(";")[0] if said else f"{settings.directory} cannot be used"
             raise UnavailableError(f"{why}: nothing would be kept")
         return finish(_warm_all(cache, urls, options, progress))
@@ -101,7 +100,7 @@ def warm(settings: Settings, urls: Sequence[str], options: Mapping[str, Any], pr
         assemble.release(cache)
 
 
-async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any], progress: Progress) -> Warmed:
+async def _warm_all(cache: Core, urls: Sequence[str], options: Mapping[str, Any], progress: Progress) -> Warmed:
     done = Warmed()
     opened: list[tuple[Origin, PageReader]] = []
     try:
@@ -126,7 +125,7 @@ async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any
         before = _origin_counts(cache)
         await _read_windows(cache, kept, progress)
         after = _origin_counts(cache)
-        done.kept_bytes = sum(_kept_bytes(cache, reader, pin) for reader, pin in kept)
+        done.kept_bytes = await _kept_bytes(cache, kept)
         if done.kept_bytes < done.size_bytes:
             lost = format_size(done.size_bytes - done.kept_bytes)
             progress.note(f"{lost} could not be kept: raise ssd_bytes, or memory_bytes and run it again")
@@ -138,7 +137,7 @@ async def _warm_all(cache: Cache, urls: Sequence[str], options: Mapping[str, Any
             await origin.close()
 
 
-async def _read_windows(cache: Cache, kept: Sequence[tuple[PageReader, Pin]], progress: Progress) -> None:
+async def _read_windows(cache: Core, kept: Sequence[tuple[PageReader, Pin]], progress: Progress) -> None:
     """Reads all windows, a few at a time, and makes what is there durable before more than a queue of it waits."""
     windows = [
         (reader, pin, start, min(start + WINDOW_BYTES, pin.stat.size))
@@ -154,11 +153,11 @@ async def _read_windows(cache: Cache, kept: Sequence[tuple[PageReader, Pin]], pr
                 group.create_task(_read(reader, pin, start, stop))
         size = sum(stop - start for _, _, start, stop in batch)
         unsaved += size
-        if unsaved >= limit and cache.tiers.ssd is not None:
+        if unsaved >= limit and cache.durable:
             await cache.flush()
             unsaved = 0
         progress.advanced(size)
-    if cache.tiers.ssd is not None:
+    if cache.durable:
         await cache.flush()
 
 
@@ -166,23 +165,17 @@ async def _read(reader: PageReader, pin: Pin, start: int, stop: int) -> None:
     await reader.read(pin, start, stop)
 
 
-def _kept_bytes(cache: Cache, reader: PageReader, pin: Pin) -> int:
-    """Bytes of a file version that the SSD has."""
-    run, index = reader.run_of(pin), cache.tiers.index
-    if run is None or not run.size:
-        return 0
-    match = index.match_pages(run.key, np.arange(-(-run.size // run.page_bytes), dtype=np.int32))
-    try:
-        facts = index.facts(match.slots[match.slots >= 0])
-        maps = facts.ssd_parts if cache.tiers.ssd is not None else facts.memory_parts
-        sizes, steps = facts.size.tolist(), facts.part_bytes.tolist()
-        return sum(
-            min(size, parts.bit_count() * step) for size, step, parts in zip(sizes, steps, maps.tolist(), strict=True)
-        )
-    finally:
-        cache.tiers.release(match)
+async def _kept_bytes(cache: Core, kept: Sequence[tuple[PageReader, Pin]]) -> int:
+    """Bytes of these file versions that the SSD has (or memory, where there is no SSD)."""
+    runs = [reader.run_of(pin) for reader, pin in kept]
+    keys = [run.key.hex() for run in runs if run is not None and run.size]
+    tier = 1 if cache.durable else 0
+    total = 0
+    for low in range(0, len(keys), KEYS_AT_ONCE):
+        total += sum(row[tier] for row in await cache.call("held", {"keys": keys[low : low + KEYS_AT_ONCE]}))
+    return total
 
 
-def _origin_counts(cache: Cache) -> tuple[int, int]:
+def _origin_counts(cache: Core) -> tuple[int, int]:
     total = cache.metrics.total
     return int(total("tiercache_origin_requests_total")), int(total("tiercache_origin_bytes_total"))
