@@ -1,0 +1,124 @@
+"""State: what an owner writes down for whoever comes after it, and what can be told of other processes of this host.
+
+The file is there while an owner lives, and after its death: one that ends cleanly takes it away. It names the memory
+(arena id) and every process that may hold a piece of it, each with the moment it was started, so that a number that was
+given to another process since is told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+FORMAT = 1
+FILE = "owner.state"
+_MEMORY = re.compile(r"/memfd:tiercache-([0-9a-f]{32})-(\d{1,5})(?: \(deleted\))?")
+
+
+class Process(NamedTuple):
+    """One process of this host: its number, and when it was started (clock ticks since boot)."""
+
+    pid: int
+    started: int
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs. A zombie does not: its memory and its descriptors are gone."""
+        return process(self.pid) == self
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """See the module."""
+
+    arena: bytes
+    owner: Process
+    clients: tuple[Process, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, directory: str) -> None:
+        """Puts the file in place of the one before. Where that fails the old one goes: one that names too few clients
+        would have the next owner give away memory that somebody looks at. Raises OSError then."""
+        path = os.path.join(directory, FILE)
+        fresh = f"{path}.new"
+        facts = asdict(self) | {"format": FORMAT, "arena": self.arena.hex()}
+        try:
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w", encoding="utf-8") as file:
+                json.dump(facts, file)
+            os.rename(fresh, path)
+        except OSError:
+            remove(directory)
+            raise
+
+
+def read(directory: str) -> State | None:
+    """What the last owner left; None where it left nothing, or nothing that can be understood."""
+    try:
+        facts = json.loads(Path(directory, FILE).read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            return None
+        clients = tuple(Process(int(pid), int(started)) for pid, started in facts["clients"])
+        pid, started = facts["owner"]
+        arena = bytes.fromhex(facts["arena"])
+        return State(arena, Process(int(pid), int(started)), clients, dict(facts["settings"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove(directory: str) -> None:
+    """Takes the file away, as far as there is one."""
+    for name in (FILE, f"{FILE}.new"):
+        try:
+            os.unlink(os.path.join(directory, name))
+        except OSError:
+            continue
+
+
+def process(pid: int) -> Process | None:
+    """The process of this number, or None when there is none that runs, or none that can be seen from here."""
+    if pid <= 0:
+        return None
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()  # the name before it may hold anything
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return Process(pid, int(fields[19]))
+
+
+def me() -> Process:
+    """This process."""
+    return process(os.getpid()) or Process(os.getpid(), 0)
+
+
+def memory_files(arena: bytes, processes: Iterable[Process]) -> dict[int, int]:
+    """Descriptors of the memory files of an arena that these processes hold open, by ordinal; the caller closes them.
+
+    What may not be looked into (another user's process, another namespace) is left out.
+    """
+    found: dict[int, int] = {}
+    for each in processes:
+        folder = f"/proc/{each.pid}/fd"
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            continue
+        for name in names:
+            try:
+                match = _MEMORY.fullmatch(os.readlink(f"{folder}/{name}"))
+                if match is None or match[1] != arena.hex() or int(match[2]) in found:
+                    continue
+                found[int(match[2])] = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                continue  # closed meanwhile
+    return found
