@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+
 
 class TierCacheError(Exception):
     """Any fault of tiercache."""
@@ -17,6 +22,17 @@ class ClosedError(TierCacheError, RuntimeError):
 
 class UnavailableError(TierCacheError, OSError):
     """Something outside did not answer in time or failed: try again, or go on without the cache."""
+
+
+class AbandonedLoad(UnavailableError):
+    """Whoever loaded this for others too went away, or gave up: ask again, and load it. No fault of those who wait.
+
+    `writing`: it may still write to its targets until that is done.
+    """
+
+    def __init__(self, message: str = "", writing: asyncio.Future[None] | None = None) -> None:
+        super().__init__(message)
+        self.writing = writing
 
 
 class LockedError(UnavailableError):

@@ -32,6 +32,10 @@ class Flights:
         """Whether anything of `slot` is being loaded."""
         return slot in self._under_way
 
+    def loads(self, slot: int) -> list[asyncio.Future[None]]:
+        """Every load of `slot` under way."""
+        return [future for _, future in self._under_way.get(slot, ())]
+
     def join(self, slot: int, parts: int) -> Join:
         """Splits `parts` of `slot` into what the caller must load and loads to wait for."""
         mine, others = parts, []

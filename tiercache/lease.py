@@ -48,10 +48,18 @@ class Gap:
     target: Buffer
 
 
-Landed = Callable[[Sequence[int]], None]
+class Landed(Protocol):
+    """Hears of gaps that are filled."""
+
+    def __call__(self, indexes: Sequence[int], digests: Sequence[bytes] | None = None, /) -> None:
+        """These gaps are filled. `digests`, one for each of them in the Payload layout, are of those bytes: whoever
+        gives them has hashed the targets, else they are hashed here."""
+        ...
+
+
 Load = Callable[[Sequence[Gap], Landed], Awaitable[None]]
 """Fills gaps, calls landed([indexes of gaps]) as each request completes, raises where it cannot. It must not write to a
-target after it has ended."""
+target after it has ended, unless it raises AbandonedLoad with a future for that."""
 
 
 class Extents(Protocol):
@@ -94,6 +102,14 @@ class Lease:
 
     def __len__(self) -> int:
         return len(self.outcomes)
+
+    @property
+    def locations(self) -> list[int]:
+        """Where the items lie in memory, for whoever has it mapped too; -1 for what is no HIT."""
+        if self._locations is None:
+            raise ClosedError("this lease was released: take a new one")
+        hit = Outcome.HIT
+        return [int(at) if one is hit else -1 for at, one in zip(self._locations, self.outcomes)]
 
     def buffer(self, index: int) -> Buffer:
         """The extent of item `index` in place: valid only until the release, unlike views."""

@@ -19,10 +19,11 @@ from tiercache.cache.demotion import Demotion
 from tiercache.cache.filling import Filling
 from tiercache.cache.pressure import Pressure
 from tiercache.cache.recovery import Recovery
+from tiercache.cache.serving import Serving
 from tiercache.cache.storing import Storing
 from tiercache.cache.survey import Survey
 from tiercache.cache.tasks import Tasks
-from tiercache.cache.tiers import Tiers
+from tiercache.cache.tiers import Tiers, whole
 from tiercache.errors import ClosedError, ConfigError, UnavailableError
 from tiercache.lease import Lease
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
@@ -78,6 +79,7 @@ class Cache:
         self._recovery = Recovery(self.tiers)
         self._storing = Storing(self.tiers, self._recovery, self._dirtied)
         self._survey = Survey(self.tiers, self._recovery)
+        self.serving = Serving(self.tiers, self._recovery, self._storing, self._demotion)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forever: list[asyncio.Task[None]] = []
         self._closed = False
@@ -138,8 +140,8 @@ class Cache:
         tiers = self._open()
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
-        whole = self._whole(facts)
-        length = len(whole) if whole.all() else int(whole.argmin())
+        there = self._whole(facts)
+        length = len(there) if there.all() else int(there.argmin())
         locations = facts.memory_location[:length]
         return Lease([Outcome.HIT] * length, locations, tiers.memory, tiers.end_of(match))
 
@@ -165,7 +167,7 @@ class Cache:
 
     def _whole(self, facts: SlotFacts) -> npt.NDArray[np.bool_]:
         """Which entries are in memory with all of their parts, and in time."""
-        present: npt.NDArray[np.bool_] = facts.memory_parts == _all_parts(facts.size, facts.part_bytes)
+        present: npt.NDArray[np.bool_] = facts.memory_parts == whole(facts.size, facts.part_bytes)
         return present & ~self.tiers.expired(facts.expiry_s)
 
     def _copy_out(
@@ -278,15 +280,9 @@ class Cache:
             return outcomes
         match = self.tiers.index.match(durable)  # held from before the flush: nothing takes their place meanwhile
         try:
-            await self._demotion.flush()
-            facts = self.tiers.index.facts(match.slots)
-            kept = (match.slots >= 0) & (facts.ssd_parts == _all_parts(facts.size, facts.part_bytes))
+            return await self._demotion.saved(match.slots, outcomes)
         finally:
             self.tiers.release(match)
-        return [
-            Outcome.FULL if outcome is Outcome.HIT and not safe else outcome
-            for outcome, safe in zip(outcomes, kept.tolist(), strict=True)
-        ]
 
     async def lease(self, names: Sequence[Name]) -> Lease:
         """A lease on whole entries, brought to memory from the SSD where needed; look at its `outcomes`."""
@@ -294,7 +290,7 @@ class Cache:
         await self._recovery.find(names)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
-        return await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
+        return await self._lease(match, whole(facts.size, facts.part_bytes), None)
 
     async def match(self, digests: Sequence[bytes]) -> Lease:
         """A lease on the longest prefix of a chain that the local tiers have, in memory; `len(lease)` blocks."""
@@ -302,7 +298,7 @@ class Cache:
         await self._recovery.find([Name(digest) for digest in digests])
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
-        lease = await self._lease(match, _all_parts(facts.size, facts.part_bytes), None)
+        lease = await self._lease(match, whole(facts.size, facts.part_bytes), None)
         lease.cut()
         return lease
 
@@ -370,8 +366,7 @@ class Cache:
         """Forgets entries in every tier: HIT for each that was there. Bytes under a lease stay until it ends."""
         tiers = self._open()
         await self._recovery.find(names)
-        freed, there = tiers.index.remove_names(names)
-        tiers.free(freed)
+        there = tiers.delete(names)
         self._recovery.bury(names)
         return [Outcome.HIT if found else Outcome.GONE for found in there]
 
@@ -493,9 +488,3 @@ class Cache:
 def _check_room(item: int, entry_bytes: int, target_bytes: int) -> None:
     if target_bytes < entry_bytes:
         raise ConfigError(f"target {item} has {target_bytes} bytes, the entry {entry_bytes}: pass a larger buffer")
-
-
-def _all_parts(sizes: npt.NDArray[np.uint32], part_bytes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """Map with every part set, for each entry (see model.all_parts)."""
-    counts = np.maximum(-(-sizes.astype(np.int64) // np.maximum(part_bytes, 1)), 1)
-    return np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - counts).astype(np.uint64)

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.model import Form, Kind, Payload, TierId
+from tiercache.cache.tiers import whole
+from tiercache.model import Form, Kind, Outcome, Payload, TierId
 from tiercache.placement import plan_reclaim
 from tiercache.tier import Losing, Reclaiming, Remembering
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from tiercache.buffers import Buffer
@@ -160,6 +163,16 @@ class Demotion:
             left = (parts & ~index.parts(unsaved, TierId.SSD)) != 0
             still = int((left & (index.locations(unsaved, TierId.MEMORY) == homes)).sum())
             return max(still, self._refused)  # what was refused may have been evicted since: it is lost, not saved
+
+    async def saved(self, slots: npt.NDArray[np.int64], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Flushes, and answers FULL for those HITs among these slots (which the caller holds) that are not durable."""
+        await self.flush()
+        facts = self._tiers.index.facts(slots)
+        kept = (slots >= 0) & (facts.ssd_parts == whole(facts.size, facts.part_bytes))
+        return [
+            Outcome.FULL if outcome is Outcome.HIT and not safe else outcome
+            for outcome, safe in zip(outcomes, kept.tolist(), strict=True)
+        ]
 
     def _forget_lost(self) -> None:
         """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved."""

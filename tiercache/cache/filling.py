@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tiercache.buffers import part_digests
-from tiercache.errors import TierCacheError, UnavailableError
+from tiercache.errors import AbandonedLoad, TierCacheError, UnavailableError
 from tiercache.flight import Flights
 from tiercache.lease import Gap
 from tiercache.model import Outcome, State, TierId
@@ -53,6 +53,7 @@ class Filling:
         self.flights = Flights()
         self._ssd_loads: set[asyncio.Future[None]] = set()
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
+        self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent of nobody -> what may still write to it
 
     async def ensure(
         self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], load: Load | None = None
@@ -261,33 +262,63 @@ class Filling:
         load: Load,
         end: Callable[[bool], None],
     ) -> None:
-        fault: BaseException | None = None
+        fault: BaseException | None = UnavailableError("the load ended without filling every part it was asked for")
 
-        def landed(indexes: Sequence[int]) -> None:
-            for i in indexes:
-                self._land(shares[i], part_bytes[i])
+        def landed(indexes: Sequence[int], digests: Sequence[bytes] | None = None, /) -> None:
+            for at, i in enumerate(indexes):
+                self._land(shares[i], part_bytes[i], digests[at] if digests is not None else None)
             self._landed(np.array([shares[i].slot for i in indexes], np.int64))
             for i in indexes:
                 self.flights.end(shares[i].slot, shares[i].future)
 
         try:
             await load(gaps, landed)
+        except AbandonedLoad as gone:
+            fault = None  # of nobody who waits: they look again, and one of them loads
+            if gone.writing is not None and not gone.writing.done():
+                await self._forsake([share for share in shares if not share.future.done()], gone.writing)
         except (TierCacheError, OSError) as error:
             fault = error
         except asyncio.CancelledError:
             fault = UnavailableError("the cache was closed while this was being loaded: open it again")
             raise
         finally:
-            self._finish(
-                shares, fault or UnavailableError("the load ended without filling every part it was asked for")
-            )
+            self._finish(shares, fault)
             end(True)
 
-    def _land(self, share: Share, part_bytes: int) -> None:
+    async def _forsake(self, shares: list[Share], writing: asyncio.Future[None]) -> None:
+        """A loader gave up, and may write all the same: whoever waits goes on with other extents at once, while these
+        are kept until nothing writes to them any more."""
+        own: list[int] = []
+        for share in shares:
+            # Other loads into the same extent go on; what they bring there is lost, and loaded again.
+            slots = np.array([share.slot], np.int64)
+            if self._extents.get(share.slot) == share.location:
+                del self._extents[share.slot]
+                self._forsaken[share.location] = [
+                    one for one in self.flights.loads(share.slot) if one is not share.future
+                ]
+                own.append(share.location)
+            elif int(self._tiers.index.facts(slots).memory_location[0]) == share.location:
+                self._tiers.lose(slots, TierId.MEMORY)  # freed when nobody, and so no load, holds the slot
+            self._forsaken.get(share.location, []).append(writing)
+            self.flights.end(share.slot, share.future)
+        try:
+            while busy := [one for at in own for one in self._forsaken[at] if not one.done()]:
+                await asyncio.wait(busy)
+            await asyncio.wait([writing])
+        finally:
+            for location in own:
+                del self._forsaken[location]
+            self._tiers.memory.free(own)
+
+    def _land(self, share: Share, part_bytes: int, digests: bytes | None = None) -> None:
         """Parts have arrived: digest them, declare them present in the extent, then in the index."""
         memory, index = self._tiers.memory, self._tiers.index
         buffer = memory.buffers([share.location])[0]
-        memory.commit([share.location], [share.parts], [part_digests(buffer, part_bytes, share.parts)])
+        if digests is None:
+            digests = part_digests(buffer, part_bytes, share.parts)
+        memory.commit([share.location], [share.parts], [digests])
         slots = np.array([share.slot], np.int64)
         if self._extents.get(share.slot) == share.location:
             # Refused where the slot has got a copy from elsewhere. Then the extent stays ours, and is given back when

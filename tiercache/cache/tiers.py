@@ -6,7 +6,7 @@ Everything here may be called from any thread; nothing here waits.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,21 @@ ROOM_ROUNDS_MAX = 64
 
 class MemoryTier(Tier, Addressable, Protocol):
     """Memory is a tier whose extents can be filled and read in place."""
+
+
+@runtime_checkable
+class Retiring(Protocol):
+    """What memory adds that other processes read without asking."""
+
+    def retire(self, locations: Sequence[int]) -> None:
+        """Marks extents whose entries were deleted, though somebody still holds them: nobody new may read them."""
+        ...
+
+
+def whole(sizes: npt.NDArray[np.uint32], part_bytes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """Map with every part set, for each entry (see model.all_parts)."""
+    counts = np.maximum(-(-sizes.astype(np.int64) // np.maximum(part_bytes, 1)), 1)
+    return np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - counts).astype(np.uint64)
 
 
 class Tiers:
@@ -126,6 +141,18 @@ class Tiers:
         store = self.memory if tier is TierId.MEMORY else self.ssd
         if store is not None:
             store.free([location for location in gone.locations.tolist() if location >= 0])
+
+    def delete(self, names: Sequence[Name]) -> list[bool]:
+        """Forgets these names in every tier; answers which were there. Whoever reads without asking is told, too."""
+        memory: object = self.memory
+        held = self.index.match(names) if isinstance(memory, Retiring) else None
+        freed, there = self.index.remove_names(names)
+        if held is not None and isinstance(memory, Retiring):
+            homes = self.index.facts(held.slots).memory_location
+            memory.retire(homes[homes >= 0].tolist())
+            self.release(held)
+        self.free(freed)
+        return there
 
     def place(self, slots: npt.NDArray[np.int64], tier: TierId, locations: list[int], parts: list[int]) -> None:
         """Copies exist in a tier now; those that came too late (the slot is gone, or has one) are freed."""
