@@ -10,11 +10,23 @@ A row describes one extent. Digests of parts 0..15 are in the row; further ones 
 `next`. `state` is written last when a row is made and first when it goes, `generation` grows when the extent is freed,
 a chunk is zeroed before the directory shows it: so a process that maps the file after the owner's death finds each
 extent whole or not at all. The byte order is little-endian everywhere.
+
+Other processes read tables and extents while the owner changes them, without asking. What they may rely on:
+
+- A location is told to others after its row was made, over a socket, which orders the row before the word of it.
+- `generation` is one aligned word, written in one piece. It grows before the extent's pages and rows go back to be used
+  again, and the owner's lock is given and taken in between, which orders the two for every other processor. So whoever
+  copies, then calls `fence`, and then still finds the generation of his location has copied bytes, parts and digests of
+  that extent alone. Nothing else in a row needs to be read in one piece.
+- Within one generation only `parts`, the digests that are not covered by `parts` yet, `state` and `retired` change.
+  Bytes come before their digests, digests before their bit in `parts`, with `fence` in between.
 """
 
 from __future__ import annotations
 
+import platform
 import struct
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -57,7 +69,7 @@ ROW = np.dtype(
         ("parent_width", "u1"),
         ("kind", "u1"),
         ("form", "u1"),
-        ("reserved", "u1"),
+        ("retired", "u1"),
         ("state", "u1"),
         ("digests", "<u8", (ROW_DIGESTS,)),
     ]
@@ -68,7 +80,8 @@ ROW_FIELDS = struct.Struct("<32s32sQQIIIiIIIIIfHBBBBBB")
 SHAPE = struct.Struct("<QQIIIiI")
 """What a copy must know, from SHAPE_AT on: size, parts, offset_pages, length_pages, generation, ordinal, part_bytes."""
 
-SHAPE_AT, PARTS_AT, GENERATION_AT, NEXT_AT, WIDTH_AT, STATE_AT, DIGESTS_AT = 64, 72, 88, 100, 122, 127, 128
+SHAPE_AT, PARTS_AT, GENERATION_AT, NEXT_AT, EXPIRY_AT = 64, 72, 88, 100, 108
+WIDTH_AT, FORM_AT, RETIRED_AT, STATE_AT, DIGESTS_AT = 122, 125, 126, 127, 128
 END = 0xFFFFFFFF
 """`next` of the last row of a chain."""
 
@@ -83,6 +96,17 @@ assert ROW.itemsize == ROW_BYTES and ROW_FIELDS.size == DIGESTS_AT and ROW.field
 assert ROW.fields["state"][1] == STATE_AT and ROW.fields["size"][1] == SHAPE_AT and ROW.fields["next"][1] == NEXT_AT
 
 
+class Head(NamedTuple):
+    """The header of a segment, checked."""
+
+    segment_bytes: int
+    chunk_bytes: int
+    chunks: list[int]
+    """Where each table chunk begins, in bytes."""
+    ordinal: int
+    arena_id: bytes
+
+
 class Found(NamedTuple):
     """One valid extent of a segment's table."""
 
@@ -92,6 +116,23 @@ class Found(NamedTuple):
     length: int
     client: int
     payload: Payload
+
+
+_STRONG = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+_gates = threading.Lock(), threading.Lock()
+
+
+def fence() -> None:
+    """What this thread read or wrote before comes, for other processes, before what it reads or writes after.
+
+    x86 keeps loads in order among loads and stores among stores, which is all that is needed here. Elsewhere nothing
+    passes a release followed by an acquire; Python has both in its locks.
+    """
+    if not _STRONG:
+        with _gates[0]:
+            pass
+        with _gates[1]:
+            pass
 
 
 def chunk_bytes_for(segment_bytes: int) -> int:
@@ -107,25 +148,29 @@ def rows_for(parts: int) -> int:
     return -(-parts // ROW_DIGESTS)
 
 
-def read_rows(memory: mmap.mmap | memoryview) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """A copy of all rows of a segment's table, free ones too.
-
-    Raises ProtocolError where the header is not that of a segment this version understands.
-    """
+def read_head(memory: mmap.mmap | memoryview) -> Head:
+    """Header and directory. Raises ProtocolError where they are not of a segment that this version understands."""
     span = memoryview(memory)
     if span.nbytes < ALIGN_BYTES:
         raise ProtocolError(f"an arena segment of {span.nbytes} bytes is too short for its header")
-    magic, version, row_bytes, segment_bytes, chunk_bytes, chunks, page_bytes, _, _ = HEAD.unpack_from(span)
+    (magic, version, row_bytes, segment_bytes, chunk_bytes, chunks, page_bytes, ordinal,
+     arena_id) = HEAD.unpack_from(span)  # fmt: skip
     if magic != MAGIC:
         raise ProtocolError("this memory is not an arena segment of tiercache")
     if version != VERSION or row_bytes != ROW_BYTES or page_bytes != ALIGN_BYTES:
         raise ProtocolError(f"the arena segment has format {version}, this tiercache reads format {VERSION}")
-    if segment_bytes != span.nbytes or chunks > DIRECTORY_MAX or chunk_bytes % ALIGN_BYTES or not chunk_bytes:
+    if segment_bytes != span.nbytes or chunk_bytes != chunk_bytes_for(segment_bytes) or chunks > DIRECTORY_MAX:
         raise ProtocolError(f"the header of the arena segment is damaged: {segment_bytes=} {chunk_bytes=} {chunks=}")
     firsts = struct.unpack_from(f"<{chunks}I", span, DIRECTORY_AT)
     if any(not 0 < first <= (segment_bytes - chunk_bytes) // ALIGN_BYTES for first in firsts):
         raise ProtocolError("the directory of the arena segment is damaged")
-    rows = [np.frombuffer(span, ROW, chunk_bytes // ROW_BYTES, first * ALIGN_BYTES) for first in firsts]
+    return Head(segment_bytes, chunk_bytes, [first * ALIGN_BYTES for first in firsts], ordinal, arena_id)
+
+
+def read_rows(memory: mmap.mmap | memoryview) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """A copy of all rows of a segment's table, free ones too. Raises ProtocolError as `read_head`."""
+    head = read_head(memory)
+    rows = [np.frombuffer(memory, ROW, head.chunk_bytes // ROW_BYTES, at) for at in head.chunks]
     return np.concatenate(rows) if rows else np.empty(0, ROW)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.buffers import Buffer, runs
 from tiercache.cpu import layout
+from tiercache.errors import ProtocolError
 from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, part_count
 
 if TYPE_CHECKING:
@@ -40,35 +41,83 @@ def _memory_file(name: str, size_bytes: int) -> int | None:
     return descriptor
 
 
+def _checked_file(descriptor: int) -> int:
+    """The size of a memory file that nobody can shrink under whoever maps it: a look past its end would be a SIGBUS."""
+    import fcntl
+
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise ProtocolError(f"a segment of an arena is a memory file, and this is none ({error.strerror})") from error
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise ProtocolError("the memory file of the segment is not sealed: it could shrink while it is read")
+    return os.fstat(descriptor).st_size
+
+
+def _mapping(descriptor: int, size_bytes: int) -> mmap.mmap:
+    memory = mmap.mmap(descriptor, size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # only a wish: a kernel without it maps small pages
+    return memory
+
+
 class Segment:
     """Mapped memory with a header, table chunks and extents (see layout). Not thread-safe: the arena's lock guards it.
 
-    `fd` is the memory file, or None for anonymous memory. Raises OSError when the system has no such memory.
+    `fd` is the memory file, or None for anonymous memory.
     """
 
-    __slots__ = ("_chunk_shift", "_chunks", "_free_rows", "fd", "memory", "ordinal", "populate_mark", "size", "span")
+    __slots__ = (
+        "_chunk_shift", "_chunks", "_foreign", "_free_rows", "fd", "memory", "ordinal", "populate_mark", "size", "span",
+    )  # fmt: skip
 
-    def __init__(self, ordinal: int, size_bytes: int, arena_id: bytes, *, shareable: bool = True) -> None:
-        self.ordinal = ordinal
-        self.size = size_bytes
-        self.fd = _memory_file(f"tiercache-arena-{ordinal}", size_bytes) if shareable else None
-        self.memory = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # only a wish: a kernel without it maps small pages
-        self.span = Buffer.of(self.memory, writable=True)
+    def __init__(self, ordinal: int, fd: int | None, memory: mmap.mmap, *, foreign: bool = False) -> None:
+        """`foreign`: another process owns the table, and may add chunks to it."""
+        self.ordinal, self.fd, self.memory, self.size = ordinal, fd, memory, len(memory)
+        self.span = Buffer.of(memory, writable=True)
         self.populate_mark = 0
         """The arena asks for more populated memory when an extent ends past this page."""
-        chunk_bytes = layout.chunk_bytes_for(size_bytes)
-        self._chunk_shift = (chunk_bytes // layout.ROW_BYTES).bit_length() - 1
+        self._chunk_shift = (layout.chunk_bytes_for(self.size) // layout.ROW_BYTES).bit_length() - 1
         self._chunks: list[int] = []
         self._free_rows: list[int] = []
+        self._foreign = foreign
+
+    @classmethod
+    def create(cls, ordinal: int, size_bytes: int, arena_id: bytes, *, shareable: bool = True) -> Segment:
+        """A new one, all free. Raises OSError when the system has no such memory."""
+        fd = _memory_file(f"tiercache-{arena_id.hex()}-{ordinal}", size_bytes) if shareable else None
+        segment = cls(ordinal, fd, _mapping(-1 if fd is None else fd, size_bytes))
         layout.HEAD.pack_into(
-            self.memory, 0, layout.MAGIC, layout.VERSION, layout.ROW_BYTES, size_bytes, chunk_bytes, 0, ALIGN_BYTES,
-            ordinal, arena_id,
+            segment.memory, 0, layout.MAGIC, layout.VERSION, layout.ROW_BYTES, size_bytes,
+            layout.chunk_bytes_for(size_bytes), 0, ALIGN_BYTES, ordinal, arena_id,
         )  # fmt: skip
+        return segment
+
+    @classmethod
+    def attach(cls, ordinal: int, fd: int, arena_id: bytes) -> Segment:
+        """The one that another process made, and may go on changing. The descriptor is taken over, also on failure.
+
+        Raises ProtocolError where it is not that segment of that arena, OSError where it cannot be mapped.
+        """
+        try:
+            size = _checked_file(fd)
+            if size < ALIGN_BYTES:
+                raise ProtocolError(f"an arena segment of {size} bytes is too short for its header")
+            memory = _mapping(fd, size)
+            head = layout.read_head(memory)
+            if (head.ordinal, head.arena_id) != (ordinal, arena_id):
+                raise ProtocolError(
+                    f"segment {head.ordinal} of arena {head.arena_id.hex()} came for {ordinal} of {arena_id.hex()}"
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+        segment = cls(ordinal, fd, memory, foreign=True)
+        segment._chunks = head.chunks
+        return segment
 
     @property
     def chunk_pages(self) -> int:
@@ -98,9 +147,21 @@ class Segment:
     def row_at(self, row: int) -> int:
         """Where a row lies in the memory; -1 when the table has no such row."""
         chunk = row >> self._chunk_shift
-        if chunk >= len(self._chunks):
+        if chunk >= len(self._chunks) and not (self._foreign and self._learn(chunk)):
             return -1
         return self._chunks[chunk] + (row & (1 << self._chunk_shift) - 1) * layout.ROW_BYTES
+
+    def _learn(self, chunk: int) -> bool:
+        """Whether the owner has added this chunk to the table since the directory was last read."""
+        if chunk >= layout.DIRECTORY_MAX:
+            return False
+        try:
+            chunks = layout.read_head(self.memory).chunks
+        except ProtocolError:
+            return False  # damaged since it was attached: what is known by now still stands
+        if len(chunks) > len(self._chunks):
+            self._chunks = chunks  # in one piece: other threads may do the same at the same time
+        return chunk < len(chunks)
 
     def make_row(self, page: int, pages: int, client: int, payload: Payload) -> tuple[int, int]:
         """Row and generation of a new PENDING extent of the payload's name and shape; none of its parts is present."""
@@ -149,6 +210,7 @@ class Segment:
                 to = places[first // layout.ROW_DIGESTS] + first % layout.ROW_DIGESTS * 8
                 memory[to : to + (stop - first) * 8] = digests[first * 8 : stop * 8]
                 first = stop
+        layout.fence()
         _U64.pack_into(memory, at + layout.PARTS_AT, present | parts)
         memory[at + layout.STATE_AT] = layout.PRESENT
 
@@ -158,7 +220,8 @@ class Segment:
         if count <= layout.ROW_DIGESTS:
             return memory[at + layout.DIGESTS_AT : at + layout.DIGESTS_AT + count * 8]
         row_digests = layout.ROW_DIGESTS * 8
-        return b"".join([memory[to : to + row_digests] for to in self._digest_places(at, count)])[: count * 8]
+        found = b"".join([memory[to : to + row_digests] for to in self._digest_places(at, count)])
+        return found[: count * 8].ljust(count * 8, b"\0")
 
     def payload(self, at: int) -> Payload:
         """What the table says of the extent whose row lies at `at`."""
@@ -172,10 +235,13 @@ class Segment:
         )  # fmt: skip
 
     def _digest_places(self, at: int, count: int) -> Sequence[int]:
-        """Where the digests of the chain of rows that begins at `at` lie, as far as `count` parts need them."""
+        """Where the digests of the chain of rows that begins at `at` lie, as far as `count` parts need them; fewer when
+        the chain leads nowhere, because it is damaged, or is being taken apart in another process."""
         places = [at + layout.DIGESTS_AT]
         for _ in range(layout.rows_for(count) - 1):
             at = self.row_at(_U32.unpack_from(self.memory, at + layout.NEXT_AT)[0])
+            if at < 0:
+                break
             places.append(at + layout.DIGESTS_AT)
         return places
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tiercache.buffers import Buffer
-    from tiercache.cpu.arena import Place
+    from tiercache.cpu.places import Place
     from tiercache.model import Facts, Name
     from tiercache.tier import Want
 
@@ -35,11 +35,22 @@ class MemoryTier:
     name = "memory"
 
     def __init__(
-        self, capacity_bytes: int, *, segment_bytes: int = SEGMENT_BYTES, client: int = 0, shareable: bool = True
+        self,
+        capacity_bytes: int,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        client: int = 0,
+        arena_id: bytes = bytes(16),
+        shareable: bool = True,
     ) -> None:
         prefault = Prefault() if capacity_bytes >= _PREFAULT_FROM_BYTES else None
         self.arena = Arena(
-            capacity_bytes, segment_bytes=segment_bytes, client=client, shareable=shareable, prefault=prefault
+            capacity_bytes,
+            segment_bytes=segment_bytes,
+            client=client,
+            arena_id=arena_id,
+            shareable=shareable,
+            prefault=prefault,
         )
 
     @property
@@ -54,7 +65,7 @@ class MemoryTier:
 
     def buffers(self, locations: Sequence[int]) -> list[Buffer]:
         """The extents in place. Raises LookupError where one was freed: the caller holds what it asks for."""
-        return [self.arena.need(location).span for location in locations]
+        return self.arena.buffers(locations)
 
     def commit(self, locations: Sequence[int], parts: Sequence[int], digests: Sequence[bytes]) -> None:
         """Declares more parts of extents present. Raises LookupError where one was freed, ConfigError on odd maps."""
@@ -85,19 +96,7 @@ class MemoryTier:
 
         Raises LookupError where one was freed, ConfigError where a target is too small.
         """
-        places = [self.arena.need(location) for location in locations]
-        if spans is not None:
-            return [_copy_span(*one, verify) for one in zip(places, targets, spans, strict=True)]
-        for place, target in zip(places, targets, strict=True):
-            if target.length < place.size:
-                raise ConfigError(f"a target has {target.length} bytes, its entry {place.size}: pass a larger buffer")
-        sources = [place.span for place in places]
-        if not verify:
-            copy_many(sources, targets)
-            return [Outcome.HIT] * len(places)
-        steps = [place.part_bytes for place in places]
-        good = copy_many_verified(sources, targets, steps, [place.digests for place in places])
-        return [Outcome.HIT if one else Outcome.CORRUPT for one in good]
+        return copy_places([self.arena.need(location) for location in locations], targets, spans, verify=verify)
 
     async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[int]:
         """Copies the present parts of each source into a new extent and commits them."""
@@ -130,6 +129,11 @@ class MemoryTier:
     def free(self, locations: Sequence[int]) -> None:
         """Gives extents back; stale and unknown locations are ignored."""
         self.arena.release(locations)
+
+    def retire(self, locations: Sequence[int]) -> None:
+        """Says in the table that these are on their way out: no other process finds them there by itself any more.
+        Stale and unknown locations are ignored."""
+        self.arena.retire(locations)
 
     def scan(self) -> Iterator[Facts]:
         """Nothing: memory starts empty."""
@@ -177,6 +181,24 @@ class MemoryTier:
         if place.stale:
             return Outcome.MISS
         return Outcome.HIT if good else Outcome.CORRUPT
+
+
+def copy_places(
+    places: Sequence[Place], targets: Sequence[Buffer], spans: Sequence[range] | None, *, verify: bool
+) -> list[Outcome]:
+    """Copies extents, whole or a span of each, to the start of each target: HIT, or CORRUPT where a digest differs."""
+    if spans is not None:
+        return [_copy_span(*one, verify) for one in zip(places, targets, spans, strict=True)]
+    for place, target in zip(places, targets, strict=True):
+        if target.length < place.size:
+            raise ConfigError(f"a target has {target.length} bytes, its entry {place.size}: pass a larger buffer")
+    sources = [place.span for place in places]
+    if not verify:
+        copy_many(sources, targets)
+        return [Outcome.HIT] * len(places)
+    steps = [place.part_bytes for place in places]
+    good = copy_many_verified(sources, targets, steps, [place.digests for place in places])
+    return [Outcome.HIT if one else Outcome.CORRUPT for one in good]
 
 
 def _copy_span(place: Place, target: Buffer, span: range, verify: bool) -> Outcome:

@@ -1,0 +1,134 @@
+"""ArenaView: the arena of another process, mapped; locations are resolved and copied from here without asking it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from tiercache.cpu import layout
+from tiercache.cpu.places import Place, Places
+from tiercache.cpu.segment import Segment
+from tiercache.cpu.tier import copy_places
+from tiercache.errors import ClosedError, ProtocolError
+from tiercache.model import ALIGN_BYTES, PARTS_MAX, Form, Outcome, part_count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.buffers import Buffer
+    from tiercache.model import Name
+
+SEGMENTS_MAX = 1 << 11
+
+
+class ArenaView(Places):
+    """Somebody else's arena, mapped read and write: implements lease.Extents.
+
+    The owner frees and reuses extents meanwhile, so each copy is compared with the generation once more after it was
+    made. What the tables say is checked before memory is touched: a row that reaches out of its segment is no extent.
+    """
+
+    def __init__(self, arena_id: bytes) -> None:
+        super().__init__()
+        self._id = arena_id
+
+    @property
+    def known(self) -> int:
+        """Segments that were attached so far; the next one to ask the owner for."""
+        return len(self._segments)
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Ordinals and descriptors of what is attached, for an owner that comes after this one. The descriptors stay
+        the view's."""
+        return [(one.ordinal, one.fd) for one in self._segments if one is not None and one.fd is not None]
+
+    def attach(self, ordinal: int, fd: int) -> None:
+        """Maps a segment. The descriptor is the view's from now on, also when this fails; one too many is closed.
+
+        Raises ProtocolError where it is not that segment of this arena, OSError where it cannot be mapped.
+        """
+        if not 0 <= ordinal < SEGMENTS_MAX:
+            os.close(fd)
+            raise ProtocolError(f"an arena has no segment {ordinal}")
+        segment = Segment.attach(ordinal, fd, self._id)
+        with self._lock:
+            closed = self._closed
+            there = ordinal < len(self._segments) and self._segments[ordinal] is not None
+            if not closed and not there:
+                segments = self._segments + [None] * (ordinal + 1 - len(self._segments))
+                segments[ordinal] = segment
+                self._segments = segments  # in one piece: other threads look while this grows
+        if closed or there:
+            segment.close()
+        if closed:
+            raise ClosedError("the memory arena is closed")
+
+    def find(self, location: int) -> Place | None:
+        """The extent at a location; None when it was freed, never was, or is not what an extent can be."""
+        place = super().find(location)
+        return place if place is not None and _possible(place) else None
+
+    def glance(self, location: int, name: Name, now_s: float = 0) -> Place | None:
+        """The extent at a location if it is that of `name`, present in whole or part, not retired, and not over at
+        `now_s` (wall clock); see `parts` of the answer. It may go at any moment: copy, then ask whether it is stale."""
+        place = self.find(location)
+        if place is None:
+            return None
+        at, memory = place.at, place.segment.memory
+        key, ordinal = name
+        if memory[at : at + len(key)] != key or memory[at + layout.WIDTH_AT] != len(key):
+            return None
+        if place.ordinal != ordinal and memory[at + layout.FORM_AT] != Form.BLOCK:  # a block's is only its depth
+            return None
+        if memory[at + layout.STATE_AT] != layout.PRESENT or memory[at + layout.RETIRED_AT]:
+            return None
+        expiry_s = int.from_bytes(memory[at + layout.EXPIRY_AT : at + layout.EXPIRY_AT + 4], "little")
+        return None if expiry_s and expiry_s <= now_s else place
+
+    def copy_out(
+        self,
+        locations: Sequence[int],
+        targets: Sequence[Buffer],
+        spans: Sequence[range] | None = None,
+        *,
+        verify: bool = True,
+    ) -> list[Outcome]:
+        """Copies whole extents, or span i of each, to the start of target i: HIT; CORRUPT where a digest differs; MISS
+        where the extent was freed, before or while it was copied, or ends before the span does. After another answer
+        than HIT the target is undefined. Raises ConfigError where a target is too small."""
+        return self.copy_places([self.find(location) for location in locations], targets, spans, verify=verify)
+
+    def copy_places(
+        self,
+        places: Sequence[Place | None],
+        targets: Sequence[Buffer],
+        spans: Sequence[range] | None = None,
+        *,
+        verify: bool = True,
+    ) -> list[Outcome]:
+        """`copy_out` of what was found before, by `find` or `glance`; None is a MISS."""
+        outcomes = [Outcome.MISS] * len(places)
+        there: list[int] = []
+        found: list[Place] = []
+        for i, place in enumerate(places):
+            if place is not None and (spans is None or (0 <= spans[i].start and spans[i].stop <= place.size)):
+                there.append(i)
+                found.append(place)
+        some = None if spans is None else [spans[i] for i in there]
+        copied = copy_places(found, [targets[i] for i in there], some, verify=verify)
+        layout.fence()
+        for i, place, outcome in zip(there, found, copied, strict=True):
+            if not place.stale:
+                outcomes[i] = outcome
+        return outcomes
+
+
+def _possible(place: Place) -> bool:
+    """Whether the row's shape is one that an extent in its segment can have."""
+    return (
+        place.offset_pages > 0
+        and place.offset_pages * ALIGN_BYTES + place.size <= place.segment.size
+        and place.part_bytes > 0
+        and part_count(place.size, place.part_bytes) <= PARTS_MAX
+    )
