@@ -130,24 +130,35 @@ class Splitter:
     """Cuts a stream into frames; holds at most one incomplete frame."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._pieces: list[bytes] = []
+        self._have = 0
+        self._need = 0
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are complete now. Raises ProtocolError on an impossible header."""
-        if self._rest:
-            data = self._rest + data
+        if self._pieces:
+            # Joined once, when the frame is whole: a long one comes in many pieces.
+            self._pieces.append(data)
+            self._have += len(data)
+            if self._have < self._need:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces = []
         frames, at, size = [], 0, len(data)
         view = memoryview(data)
+        need = HEADER.size
         while size - at >= HEADER.size:
             length, op, reserved, number = HEADER.unpack_from(data, at)
             if length > BODY_BYTES_MAX or reserved:
                 raise ProtocolError(f"not a message: {length} bytes, operation {op}")
-            end = at + HEADER.size + length
-            if end > size:
+            need = HEADER.size + length
+            if size - at < need:
                 break
-            frames.append(Frame(op, number, view[at + HEADER.size : end]))
-            at = end
-        self._rest = data[at:] if at else data
+            frames.append(Frame(op, number, view[at + HEADER.size : at + need]))
+            at += need
+            need = HEADER.size
+        if at < size:
+            self._pieces, self._have, self._need = [data[at:]], size - at, need
         return frames
 
 

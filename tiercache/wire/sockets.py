@@ -160,7 +160,9 @@ def connect(directory: str, *, group: bool = False, wait_s: float = CONNECT_S) -
         os.close(folder)
     if not admits(other, facts, group=group):
         sock.close()
-        raise Foreign(f"{directory} is served by user {other.uid}, whom this process (user {os.geteuid()}) cannot trust")
+        raise Foreign(
+            f"{directory} is served by user {other.uid}, whom this process (user {os.geteuid()}) cannot trust"
+        )
     return sock
 
 
@@ -187,7 +189,9 @@ def _address(directory: str, name: str, folder: int) -> bytes:
         return path
     short = f"/proc/self/fd/{folder}"
     if not os.path.isdir(short):
-        raise CannotShare(f"{directory} is too long for a socket, and there is no /proc to go through: use a shorter path")
+        raise CannotShare(
+            f"{directory} is too long for a socket, and there is no /proc to go through: use a shorter path"
+        )
     return f"{short}/{name}".encode()
 
 

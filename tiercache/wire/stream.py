@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
 from tiercache.errors import ProtocolError
-from tiercache.wire.frames import HEADER, BODY_BYTES_MAX, Splitter
+from tiercache.wire.frames import BODY_BYTES_MAX, HEADER, Splitter
 from tiercache.wire.sockets import FDS_MAX, close_all, recv_fds, send_fds
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ OUT_BYTES_HIGH = 1 << 20
 """More than this unsent: those who can wait, wait."""
 OUT_BYTES_MAX = 64 << 20
 """More than this unsent: the other end does not read, and is cut."""
+
+# One for each loop, used only between a receive and the copy of what came: a fresh piece of this size for each receive
+# costs ten times the receive.
+_BUFFERS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, bytearray] = weakref.WeakKeyDictionary()
 
 
 class Stream:
@@ -47,7 +52,9 @@ class Stream:
         self._on_frame, self._on_end = on_frame, on_end
         self._splitter = Splitter()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
-        self._recv, self._send = sock.recv, sock.send
+        self._buffer = _BUFFERS.setdefault(loop, bytearray(RECV_BYTES))
+        self._view = memoryview(self._buffer)
+        self._recv_into, self._send = sock.recv_into, sock.send
         self._hold_back = hold_back
         self._reading = self._paused = False
         self._drained: list[asyncio.Future[None]] = []
@@ -79,7 +86,10 @@ class Stream:
 
     def _readable(self) -> None:
         try:
-            data = self._recv(RECV_BYTES) if not self.fds_wanted else self._recv_with_fds()
+            if self.fds_wanted:
+                data = self._recv_with_fds()
+            else:
+                data = bytes(self._view[: self._recv_into(self._buffer)])
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
