@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ ARENA = bytes(range(16))
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    wrote = State(ARENA, state.me(), (Process(7, 70), Process(8, 80)), {"memory_bytes": 1 << 30})
+    wrote = State(ARENA, state.me(), (Process(7, 70), Process(8, 80)), 2, {"memory_bytes": 1 << 30})
     wrote.write(str(tmp_path))
     assert state.read(str(tmp_path)) == wrote
     file = tmp_path / state.FILE
@@ -84,7 +85,20 @@ sys.stdin.read()
     assert not there.alive
 
 
+def test_memory_counts_for_as_long_as_it_is_mapped() -> None:
+    mine = state.me()
+    fd = os.memfd_create(f"tiercache-{ARENA.hex()}-0")
+    os.ftruncate(fd, 4096)
+    assert not state.maps_memory(ARENA, mine)
+    memory = mmap.mmap(fd, 4096)
+    os.close(fd)
+    assert state.maps_memory(ARENA, mine) and not state.maps_memory(bytes(16), mine)
+    assert not state.maps_memory(ARENA, Process(mine.pid, mine.started + 1))
+    memory.close()
+    assert not state.maps_memory(ARENA, mine)
+
+
 def test_the_file_is_plain_json(tmp_path: Path) -> None:
     State(ARENA, Process(1, 2), (Process(3, 4),)).write(str(tmp_path))
     facts = json.loads((tmp_path / state.FILE).read_text())
-    assert facts == {"format": 1, "arena": ARENA.hex(), "owner": [1, 2], "clients": [[3, 4]], "settings": {}}
+    assert facts == {"format": 1, "arena": ARENA.hex(), "owner": [1, 2], "clients": [[3, 4]]} | {"strangers": 0, "settings": {}}

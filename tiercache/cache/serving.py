@@ -13,6 +13,9 @@ from tiercache.model import Outcome
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from tiercache.cache.demotion import Demotion
     from tiercache.cache.recovery import Recovery
     from tiercache.cache.storing import Storing, Ticket
@@ -34,6 +37,14 @@ class Serving:
     async def recall(self, names: Sequence[Name]) -> None:
         """While the cache recovers: brings what the SSD has of these names into the index, before they are put."""
         await self._recovery.find(names)
+
+    async def recalled(self) -> None:
+        """Returns when all that the SSD remembers is in the index."""
+        await self._recovery.wait()
+
+    def adopted(self, slots: npt.NDArray[np.int64]) -> None:
+        """These are in memory since before this cache was made, and the SSD may lack them."""
+        self._demotion.mark(slots)
 
     def reserve_puts(
         self, names: Sequence[Name], sizes: Sequence[int], terms: Terms, *, chain: bool = False, parent: bytes = b""

@@ -194,13 +194,19 @@ class _Loader:
             facts = self.facts
             same = (columns.state.take(slots) >= State.RESIDENT) & (columns.size.take(slots) == facts.sizes[rows[old]])
             # Only the key of a page names its bytes for good; another entry of this name may have been put meanwhile.
-            same &= facts.forms[rows[old]] == Form.PAGE
+            # What memory has is the newer one: then the copy on SSD is read no more, and stays until it is replaced.
+            pages = facts.forms[rows[old]] == Form.PAGE
+            if self.tier == TierId.SSD:
+                same &= pages
             same &= (columns.where.take(slots) & (1 << self.tier)) == 0
             same &= columns.part_bytes.take(columns.payload.take(slots)) == facts.part_bytes[rows[old]]
             joined = old[same]
             if len(joined):
                 taken[joined] = True
                 at = rows[joined]
+                if self.tier == TierId.MEMORY:
+                    doubtful = columns.payload.take(known[old[same & ~pages]])
+                    columns.parts[TierId.SSD][doubtful] = 0
                 self.entries.place(known[joined], self.tier, facts.locations[at], facts.parts[at], facts.ticks[at])
                 self.count += len(joined)
         self.surplus.append(self.facts.locations[rows[~taken]])

@@ -41,6 +41,8 @@ class State:
     arena: bytes
     owner: Process
     clients: tuple[Process, ...] = ()
+    strangers: int = 0
+    """Clients that cannot be seen from the owner's PID namespace: nobody can tell when they have gone."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, directory: str) -> None:
@@ -68,7 +70,8 @@ def read(directory: str) -> State | None:
         clients = tuple(Process(int(pid), int(started)) for pid, started in facts["clients"])
         pid, started = facts["owner"]
         arena = bytes.fromhex(facts["arena"])
-        return State(arena, Process(int(pid), int(started)), clients, dict(facts["settings"]))
+        owner = Process(int(pid), int(started))
+        return State(arena, owner, clients, int(facts["strangers"]), dict(facts["settings"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -99,6 +102,17 @@ def process(pid: int) -> Process | None:
 def me() -> Process:
     """This process."""
     return process(os.getpid()) or Process(os.getpid(), 0)
+
+
+def maps_memory(arena: bytes, each: Process) -> bool:
+    """Whether a process has memory of an arena mapped. What may not be looked into is taken to have some."""
+    try:
+        text = Path(f"/proc/{each.pid}/maps").read_bytes()
+    except PermissionError:
+        return each.alive
+    except OSError:
+        return False
+    return b"/memfd:tiercache-" + arena.hex().encode() in text and each.alive
 
 
 def memory_files(arena: bytes, processes: Iterable[Process]) -> dict[int, int]:

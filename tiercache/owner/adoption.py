@@ -1,0 +1,193 @@
+"""Adoption: a new owner takes over the memory of one that died.
+
+The memory outlives the process, because its clients have it mapped. All of it is hashed before the door opens (some
+GB a second), and what is right is in the index then. Until every living client of the dead owner has said what it
+holds, or has died, or has let the memory go, nothing of it is evicted and no space of it is given away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import fields
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from tiercache.errors import ConfigError, ProtocolError
+from tiercache.lease import Lease
+from tiercache.model import Form, Name, Outcome, TierId
+from tiercache.owner.state import maps_memory, memory_files, process
+from tiercache.settings import Settings
+from tiercache.wire.sockets import Watch, close_all, pidfd_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tiercache.cache import Cache
+    from tiercache.cpu.tier import MemoryTier
+    from tiercache.index import Match
+    from tiercache.model import Facts
+    from tiercache.owner.state import Process, State
+
+log = logging.getLogger("tiercache.owner")
+
+LOOK_S = 1.0
+"""Clients that are waited for are looked at so often: they may have let the memory go without a word."""
+
+
+class Adoption:
+    """What a dead owner left, from when it was found until nobody but this owner knows of it any more."""
+
+    def __init__(self, left: State, files: dict[int, int], settings: Settings) -> None:
+        self.arena, self.settings = left.arena, settings
+        self.awaited = {each for each in left.clients if maps_memory(left.arena, each)}
+        """Living clients of the dead owner that have not come back yet."""
+        self._files = files
+        self._pins: list[Match] = []
+        self._orphans: dict[int, int] = {}
+        """Extents that nothing in the index points to, each with how many leases hold it: their bytes have to stay for
+        whoever had a lease on them when the owner died."""
+        self._settled = False
+        self._watches: dict[Process, Watch] = {}
+        self._look: asyncio.TimerHandle | None = None
+        self._on_settled: Callable[[], None] = lambda: None
+        self._cache: Cache
+
+    @classmethod
+    def of(cls, left: State, settings: Settings) -> Adoption | None:
+        """What can be taken over, or None when there is nothing, or nothing that may be touched."""
+        if left.strangers:
+            log.warning("the dead owner had %d clients in other PID namespaces: its memory is theirs", left.strangers)
+            return None
+        known = {each.name for each in fields(Settings)} - {"sources"}
+        try:
+            kept = {name: value for name, value in left.settings.items() if name in known}
+            theirs = Settings(**{**kept, "directory": settings.directory})
+        except (ConfigError, TypeError) as error:
+            log.warning("the dead owner's memory cannot be used by this version: %s", error)
+            return None
+        parent = process(os.getppid())  # who started this owner may have been a client a moment ago
+        living = [each for each in (*left.clients, parent) if each is not None and each.alive]
+        files = memory_files(left.arena, living)
+        return cls(left, files, theirs) if files else None
+
+    async def take(self, cache: Cache) -> bool:
+        """Brings what is right into the index of a cache that nobody else uses yet; False when that cannot be done."""
+        self._cache = cache
+        memory = cast("MemoryTier", cache.tiers.memory)
+        loop = asyncio.get_running_loop()
+        try:
+            self._adopted = memory.adopt(sorted(self._files.items()))
+        except ProtocolError as error:
+            log.warning("the dead owner's memory cannot be used: %s", error)
+            return False
+        finally:
+            close_all(self._files.values())
+        await cache.serving.recalled()
+        batches = self._adopted.facts()
+        taken = 0
+        while (facts := await loop.run_in_executor(None, next, batches, None)) is not None:
+            taken += self._load(facts)
+        log.info("took over %d entries of the owner that died; %d clients are to come back", taken, len(self.awaited))
+        return True
+
+    def _load(self, facts: Facts) -> int:
+        """Rows whose bytes are right come into the index, pinned. What finds no place there stays as an orphan."""
+        tiers = self._cache.tiers
+        tiers.expiries |= bool(facts.expiries_s.any())
+        loaded = tiers.index.load(facts, TierId.MEMORY)
+        slots = tiers.index.slots_at(TierId.MEMORY, facts.locations)
+        inside = slots[slots >= 0]
+        if len(inside):
+            self._pins.append(tiers.index.hold(inside))
+        self._orphans.update(dict.fromkeys(facts.locations[slots < 0].tolist(), 0))
+        # Of a name that means other bytes in memory than on SSD, the memory is right, and the SSD has the past.
+        odd = (slots < 0) & np.isin(facts.locations, loaded.surplus) & (facts.forms != Form.PAGE)
+        past = [Name(facts.keys[row, : int(facts.widths[row])].tobytes()) for row in np.flatnonzero(odd).tolist()]
+        if past:
+            tiers.free(tiers.index.remove_names(past)[0])
+        self._cache.serving.adopted(inside)
+        return len(inside)
+
+    # -- clients that come back ----------------------------------------------------------------------------------------
+
+    def hold(self, locations: Sequence[int]) -> Lease | None:
+        """A lease on what a client held before; None where some of it is not there as it was."""
+        tiers = self._cache.tiers
+        where = np.array(locations, np.int64)
+        slots = tiers.index.slots_at(TierId.MEMORY, where)
+        alone = [location for location in where[slots < 0].tolist()]
+        if any(location not in self._orphans for location in alone):
+            return None
+        for location in alone:
+            self._orphans[location] += 1
+        pin = tiers.index.hold(slots[slots >= 0])
+
+        def end(safely: bool) -> None:
+            tiers.end_of(pin)(safely)
+            for location in alone:
+                self._orphans[location] -= 1
+            if safely and self._settled:
+                self._free_orphans()
+
+        return Lease([Outcome.HIT] * len(locations), list(locations), tiers.memory, end)
+
+    def begin(self, on_settled: Callable[[], None]) -> None:
+        """Waits for the living clients of the dead owner; `on_settled` is called when there are none, now perhaps."""
+        self._on_settled = on_settled
+        loop = asyncio.get_running_loop()
+        for each in sorted(self.awaited):
+            pidfd = pidfd_of(each.pid)
+            if pidfd is not None:
+                self._watches[each] = Watch(pidfd, loop, lambda gone=each: self._gone(gone))  # type: ignore[misc]
+        self._look_around()
+
+    def heard(self, pid: int) -> None:
+        """This client has said what it holds."""
+        for each in [each for each in self.awaited if each.pid == pid]:
+            self._gone(each)
+
+    def _gone(self, each: Process) -> None:
+        self.awaited.discard(each)
+        watch = self._watches.pop(each, None)
+        if watch is not None:
+            watch.close()
+        if not self.awaited:
+            self._settle()
+
+    def _look_around(self) -> None:
+        """Strikes off who has died, or has let the memory go without coming back."""
+        self.awaited = {each for each in self.awaited if maps_memory(self.arena, each)}
+        if self.awaited:
+            self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_around)
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Everybody who holds something has said so: the rest may go."""
+        if self._settled:
+            return
+        self._settled = True
+        self.close()
+        self._adopted.settle()
+        self._cache.tiers.release(*self._pins)
+        self._pins.clear()
+        self._free_orphans()
+        log.info("all clients of the dead owner are back or gone")
+        self._on_settled()
+
+    def _free_orphans(self) -> None:
+        free = [location for location, holds in self._orphans.items() if holds <= 0]
+        self._cache.tiers.memory.free(free)
+        for location in free:
+            del self._orphans[location]
+
+    def close(self) -> None:
+        """Watches nobody any more."""
+        if self._look is not None:
+            self._look.cancel()
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()

@@ -1,0 +1,334 @@
+"""The life of an owner: it takes the directory, serves it, and goes when nobody has come for a while.
+
+One owner a directory, ever: DIR/owner.lock is held from before anything else is touched until the process is gone. One
+that was handed a listening socket waits for it, because the owner before it may still be writing its last entries;
+clients wait meanwhile, and go around the cache when that takes too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import fcntl
+import logging
+import os
+import resource
+import select
+import signal
+import threading
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from tiercache import assemble
+from tiercache.clock import SystemClock, system_random
+from tiercache.errors import ConfigError, TierCacheError
+from tiercache.metrics import Metrics
+from tiercache.owner import state
+from tiercache.owner.adoption import Adoption
+from tiercache.owner.state import Process, State
+from tiercache.settings import Settings, load
+from tiercache.wire import sockets, starting
+from tiercache.wire.door import Door
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator, Sequence
+
+    from tiercache.cache import Cache
+
+log = logging.getLogger("tiercache.owner")
+
+LOCK_NAME = "owner.lock"
+LEFT_S = 0.5
+"""Clients that left are struck from the state so much later: many leave together."""
+AGAIN_S = 0.2
+"""When a client may just be connecting, the end is thought over so much later."""
+GOOD, TAKEN, FAILED = 0, 3, 1
+"""Exit codes: served and went; somebody else has the directory; it could not be served at all."""
+_PR_SET_NAME = 15
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs an owner to its end; the exit code."""
+    parser = argparse.ArgumentParser(prog="tiercache.owner", description="The owner of a shared cache directory.")
+    parser.add_argument("directory")
+    parser.add_argument("--listen", type=int, metavar="FD", help="a listening socket that is the directory's already")
+    parser.add_argument("--settings", type=int, metavar="FD", help="where the settings are read from")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
+    _become_a_process_of_its_own()
+    directory = os.path.realpath(given.directory)
+    try:
+        settings = _settings(directory, given.settings)
+        listener = sockets.inherited(given.listen) if given.listen is not None else None
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        lock = _lock(directory, settings.owner_deadline_s if listener is not None else 0.0)
+        if lock is None:
+            log.error("%s has an owner already", directory)
+            return TAKEN
+        starting.trim_log(directory)
+        if listener is None:
+            listener = _listen(directory, group=settings.share_group)
+        return asyncio.run(Owner(settings, listener).run())
+    except (TierCacheError, OSError) as fault:
+        log.error("cannot serve %s: %s", directory, fault)
+        return FAILED
+
+
+def _settings(directory: str, descriptor: int | None) -> Settings:
+    """The settings that the first client has, or those of this machine."""
+    if descriptor is None:
+        return load(directory=directory)
+    given = starting.read_settings(descriptor)
+    try:
+        return Settings(**{**given, "directory": directory})  # type: ignore[arg-type]  # each is checked by its rule
+    except TypeError as error:
+        raise ConfigError(f"these are not the settings of this version: {error}") from None
+
+
+def _become_a_process_of_its_own() -> None:
+    """Whatever ends the terminal, or the process that started it, does not end the owner; all file descriptors that
+    there may be are there for its clients."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError) as error:
+            log.warning("open files stay limited to %d (%s)", soft, error)
+    os.umask(0o077)
+    os.chdir("/")
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"tiercache-owner", 0, 0, 0)
+    except (AttributeError, OSError):
+        pass  # only a name for `ps` and `top`
+
+
+def _lock(directory: str, wait_s: float) -> int | None:
+    """The directory's lock, held until this process is gone; None when somebody else still has it after `wait_s`."""
+    fd = os.open(os.path.join(directory, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except BlockingIOError:
+        if not wait_s:
+            os.close(fd)
+            return None
+    log.info("the owner before still has %s: waiting for it to go", directory)
+    got = threading.Event()
+
+    def wait() -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        got.set()
+
+    # A daemon: when the time is over this process goes, and the thread with it.
+    threading.Thread(target=wait, name="owner.lock", daemon=True).start()
+    return fd if got.wait(wait_s) else None
+
+
+def _listen(directory: str, *, group: bool) -> socket.socket:
+    """A socket of its own, for an owner that was started by hand."""
+    spawn = _spawn_lock(directory, wait=True)
+    try:
+        return sockets.listen(directory, group=group)
+    finally:
+        if spawn is not None:
+            os.close(spawn)
+
+
+def _spawn_lock(directory: str, *, wait: bool) -> int | None:
+    """The lock under which owners are started and go; None when somebody has it."""
+    fd = os.open(os.path.join(directory, starting.LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+        return None
+
+
+class Owner:
+    """One owner, on its loop, from when it has the directory until it has given it back."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings, self._listener = settings, listener
+        self._directory = settings.directory
+        self._clock = SystemClock()
+        self._metrics = Metrics()
+        self._over = asyncio.Event()
+        self._told_to_go = False
+        self._idle: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+        self._arena = b""
+        self._written: frozenset[Process] = frozenset()
+        self._adoption: Adoption | None = None
+        self._cache: Cache
+        self._door: Door
+
+    async def run(self) -> int:
+        """Serves until told to go, or until nobody has come for `linger_s`; the exit code."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._told)
+        self._mark = self._socket_mark()
+        await self._open()
+        log.info("serving %s with %d bytes of memory", self._directory, self._settings.memory_bytes)
+        self._count()
+        await self._over.wait()
+        if self._told_to_go and self._written:
+            await self._leave_to_the_next()
+        await self._close()
+        return GOOD
+
+    async def _open(self) -> None:
+        """Takes over what a dead owner left, or begins with empty memory; then the door opens."""
+        left = state.read(self._directory)
+        adoption = Adoption.of(left) if left is not None else None
+        if adoption is not None:
+            # The caps go with the memory: it was cut for them.
+            self._settings = adoption.settings(self._settings)
+            self._arena = adoption.arena
+        else:
+            self._arena = system_random().randbytes(16)
+        self._cache = cache = assemble.build(self._settings, self._clock, self._metrics, arena_id=self._arena)
+        if adoption is not None and not adoption.take(cache):
+            adoption = None
+        self._adoption = adoption
+        self._note_clients()
+        cache.begin()
+        self._door = Door(
+            cache, settings=self._settings, arena=self._arena, metrics=self._metrics, clock=self._clock,
+            on_join=self._joined, on_left=self._left, on_redeclared=self._redeclared,
+        )  # fmt: skip
+        if adoption is not None:
+            adoption.begin(self._settled)
+        self._door.serve(self._listener)
+
+    # -- clients -------------------------------------------------------------------------------------------------------
+
+    def _joined(self, pid: int) -> None:
+        """A client is about to be let in: should this process die, the next one must know of it, so it is written down
+        before the client can hold anything."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        self._note_clients(pid)
+        log.info("client %s came: %d", pid or "of another PID namespace", self._door.clients)
+        if not pid:
+            log.info("its death will be seen by the end of its connection only")
+
+    def _left(self, pid: int) -> None:
+        log.info("client %s left: %d", pid, self._door.clients)
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().call_later(LEFT_S, self._strike)
+        self._count()
+
+    def _strike(self) -> None:
+        self._leaving = None
+        self._note_clients()
+
+    def _redeclared(self, pid: int) -> None:
+        if self._adoption is not None:
+            self._adoption.heard(pid)
+
+    def _settled(self) -> None:
+        """Every former client has come back or died."""
+        self._adoption = None
+        self._note_clients()
+        self._count()
+
+    def _holders(self, *more: int) -> Iterator[Process]:
+        """Every process that may hold a piece of the memory."""
+        if self._adoption is not None:
+            yield from self._adoption.awaited
+        pids = set(more) | (self._door.pids if hasattr(self, "_door") else set())
+        for pid in pids:
+            if (found := state.process(pid)) is not None:
+                yield found
+
+    def _note_clients(self, *more: int) -> None:
+        """Writes down who is there, if that has changed."""
+        holders = frozenset(self._holders(*more))
+        if holders == self._written and self._written:
+            return
+        facts = {name: value for name, value in asdict(self._settings).items() if name != "sources"}
+        try:
+            State(self._arena, state.me(), tuple(sorted(holders)), facts).write(self._directory)
+            self._written = holders
+        except OSError as error:
+            log.warning("owner.state could not be written (%s): should this owner die, its memory is lost", error)
+            self._written = frozenset()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _count(self) -> None:
+        """Begins to count down when nobody is there."""
+        if not self._door.clients and self._idle is None:
+            loop = asyncio.get_running_loop()
+            self._idle = loop.call_later(self._settings.linger_s, self._consider)
+
+    def _consider(self) -> None:
+        """Nobody has come for a while: goes, unless somebody is just coming."""
+        self._idle = None
+        if self._door.clients or self._over.is_set():
+            return
+        if self._adoption is not None or not self._stop_listening():
+            self._idle = asyncio.get_running_loop().call_later(AGAIN_S, self._consider)
+            return
+        log.info("nobody came for %g s: going", self._settings.linger_s)
+        self._over.set()
+
+    def _stop_listening(self, *, whoever_waits: bool = False) -> bool:
+        """Takes the socket away, so that whoever comes from now on starts the next owner. False, and nothing has
+        happened, where somebody is just starting one or waits to be let in."""
+        spawn = _spawn_lock(self._directory, wait=whoever_waits)
+        if spawn is None:
+            return False
+        try:
+            if not whoever_waits and select.select([self._listener], [], [], 0)[0]:
+                return False
+            if self._mark is not None and self._socket_mark() == self._mark:
+                os.unlink(os.path.join(self._directory, sockets.SOCKET_NAME))
+            # One that connected in this very moment sees its connection end, and starts the next owner.
+            self._door.stop_listening()
+            return True
+        finally:
+            os.close(spawn)
+
+    def _socket_mark(self) -> tuple[int, int] | None:
+        """Which file the socket is now."""
+        try:
+            facts = os.stat(os.path.join(self._directory, sockets.SOCKET_NAME))
+        except OSError:
+            return None
+        return facts.st_dev, facts.st_ino
+
+    def _told(self) -> None:
+        log.info("told to go (SIGTERM)")
+        self._told_to_go = True
+        self._over.set()
+
+    async def _leave_to_the_next(self) -> None:
+        """Goes while clients are there: what is in memory is made durable, and then all is left as it lies, state and
+        memory, for the owner that they start next. Nothing of theirs is ended here, for they still look at it."""
+        try:
+            await self._cache.flush()
+        except (TierCacheError, OSError) as error:
+            log.warning("not everything is on the SSD: %s", error)
+        self._stop_listening(whoever_waits=True)
+        log.info("left %d clients to the next owner", self._door.clients)
+        logging.shutdown()
+        os._exit(GOOD)
+
+    async def _close(self) -> None:
+        """Leaves nothing behind but what is on the SSD."""
+        if self._told_to_go:
+            self._stop_listening(whoever_waits=True)
+        for timer in (self._idle, self._leaving):
+            if timer is not None:
+                timer.cancel()
+        await self._door.close()
+        await self._cache.close()
+        state.remove(self._directory)
+        log.info("closed")
