@@ -176,7 +176,7 @@ class Channel:
     def _lost(self, error: OSError) -> Lost:
         if isinstance(error, BlockingIOError):
             return Lost(f"the owner did not answer within {self._set_s:g} s")
-        return Lost(f"the connection to the owner ended: {error.strerror or error or 'closed'}")
+        return Lost(f"the connection to the owner ended: {error.strerror or str(error) or 'closed'}")
 
 
 class Channels:

@@ -227,7 +227,7 @@ def peer(sock: socket.socket) -> Peer:
     return Peer(pid, uid, gid, struct.unpack(f"{len(packed) // 4}I", packed))
 
 
-def send_fds(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> int:
+def send_fds(sock: socket.socket, data: bytes | memoryview, descriptors: Sequence[int]) -> int:
     """Sends bytes with descriptors beside the first of them; returns how many bytes went (the descriptors went with
     any). They are copies: the caller may close its own."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -237,8 +237,8 @@ def send_fds(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> in
 def recv_fds(sock: socket.socket, size: int, fds_max: int) -> tuple[bytes, list[int]]:
     """Receives bytes and the descriptors beside them, closed on exec.
 
-    Raises UnavailableError where some were cut off (more than `fds_max`, or this process has too many open files); those
-    that did come are closed then."""
+    Raises UnavailableError where some were cut off (more than `fds_max`, or this process has too many open files);
+    those that did come are closed then."""
     room = socket.CMSG_LEN(fds_max * _SCM.size)
     data, ancillary, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
     descriptors: list[int] = []
@@ -302,7 +302,8 @@ def ended(sock: socket.socket) -> bool:
 
 
 class Watch:
-    """Calls `on_death` once, on the loop, when the process of a pidfd ends; owns the descriptor until then or `close`."""
+    """Calls `on_death` once, on the loop, when the process of a pidfd ends; owns the descriptor until then or until
+    `close`."""
 
     def __init__(self, pidfd: int, loop: asyncio.AbstractEventLoop, on_death: Callable[[], None]) -> None:
         self._pidfd, self._loop, self._on_death = pidfd, loop, on_death

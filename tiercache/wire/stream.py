@@ -1,9 +1,11 @@
-"""A stream of frames on an event loop: what a Line (client) and a Post (owner) have in common. One socket, non-blocking,
-read by add_reader straight into frames; what the kernel does not take at once is buffered and written later."""
+"""A stream of frames on an event loop: what a Line (client) and a Post (owner) have in common.
+
+One socket, non-blocking, read by add_reader straight into frames, without transports between; what the kernel does not
+take at once is buffered and written later.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import weakref
@@ -15,6 +17,7 @@ from tiercache.wire.frames import BODY_BYTES_MAX, HEADER, Splitter
 from tiercache.wire.sockets import FDS_MAX, close_all, recv_fds, send_fds
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Sequence
 
     from tiercache.wire.frames import Frame
@@ -32,7 +35,8 @@ _BUFFERS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, bytearray] = weak
 
 class Stream:
     """See the module. `on_frame` is called on the loop for each frame, `on_end(why)` once, later on the loop, however
-    it ended, also by `close`. A fault raised by `on_frame` ends the stream and goes on to the loop's handler.
+    it ended, also by `close`. A ProtocolError raised by `on_frame` ends the stream; any other fault does too, and goes
+    on to the loop's handler.
 
     With `hold_back` it does not read while too much is unsent: who does not take answers asks no more questions. Only
     one end may do so, or both could wait for each other for ever."""
@@ -86,30 +90,24 @@ class Stream:
 
     def _readable(self) -> None:
         try:
-            if self.fds_wanted:
-                data = self._recv_with_fds()
-            else:
-                data = bytes(self._view[: self._recv_into(self._buffer)])
+            data = self._recv_with_fds() if self.fds_wanted else bytes(self._view[: self._recv_into(self._buffer)])
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._end(f"the connection broke: {error.strerror or error}")
+            self._end(_words(error))
             return
         if not data:
             self._end("the other end has closed the connection")
             return
-        try:
-            frames = self._splitter.feed(data)
-        except ProtocolError as error:
-            self._end(str(error))
-            return
         whole = False
         try:
-            for frame in frames:
+            for frame in self._splitter.feed(data):
                 self._on_frame(frame)
                 if self.closed:
                     break
             whole = True
+        except ProtocolError as error:
+            self._end(str(error))
         finally:
             if not whole:
                 self._end("a message could not be dealt with")
@@ -140,7 +138,7 @@ class Stream:
             if sent < len(data):
                 self._keep(memoryview(data)[sent:], [] if sent else [os.dup(each) for each in fds])
         except OSError as error:
-            self._end(f"the connection broke: {error.strerror or error}")
+            self._end(_words(error))
 
     def _keep(self, rest: memoryview, fds: list[int]) -> None:
         if not self._out:
@@ -166,7 +164,7 @@ class Stream:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            self._end(f"the connection broke: {error.strerror or error}")
+            self._end(_words(error))
             return
         if not self._out:
             self._loop.remove_writer(self._sock)
@@ -213,3 +211,7 @@ class Stream:
         self._sock.close()
         self._wake()
         self._loop.call_soon(self._on_end, why)
+
+
+def _words(error: OSError) -> str:
+    return f"the connection broke: {error.strerror or str(error)}"
