@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import os
 import random
+import struct
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory 
 
 @pytest.fixture
 def tier() -> Iterator[MemoryTier]:
-    tier = MemoryTier(24 * MIB, client=7)
+    tier = MemoryTier(24 * MIB)
     yield tier
     asyncio.run(tier.close())
 
@@ -42,18 +43,22 @@ def mapped(tier: MemoryTier, segment: int = 0) -> mmap.mmap:
 
 
 def test_formats_are_packed_alike() -> None:
-    """NumPy's rows and the struct that writes them agree in every field."""
-    values = (b"k" * 32, b"p" * 32, *range(3, 14), 0.5, *range(15, 22))
-    row = np.frombuffer(layout.ROW_FIELDS.pack(*values) + bytes(128), layout.ROW)[0]
+    """NumPy's rows and the structs that write and read them agree in every field."""
+    values = (b"k" * 32, b"p" * 32, *range(3, 12), 0.5, *range(13, 18))
+    state = struct.pack("<BBIQ", 18, 19, 20, 21)
+    row = np.frombuffer(layout.ROW_FIELDS.pack(*values) + state + bytes(128), layout.ROW)[0]
     assert layout.ROW.names is not None
     found = [row[name].tobytes() if i < 2 else row[name].item() for i, name in enumerate(layout.ROW.names[:-1])]
-    assert found == list(values)
-    assert layout.SHAPE.unpack(row.tobytes()[layout.SHAPE_AT : layout.SHAPE_AT + layout.SHAPE.size]) == (
-        3, 4, 5, 6, 7, 8, 9,
-    )  # fmt: skip
-    at = {name: layout.ROW.fields[name][1] for name in layout.ROW.names if layout.ROW.fields}
-    assert (at["parts"], at["generation"], at["next"]) == (layout.PARTS_AT, layout.GENERATION_AT, layout.NEXT_AT)
-    assert (at["width"], at["state"], at["digests"]) == (layout.WIDTH_AT, layout.STATE_AT, layout.DIGESTS_AT)
+    assert found == [*values, 18, 19, 20, 21]
+    assert layout.SHAPE.unpack_from(row.tobytes(), layout.SHAPE_AT) == tuple(
+        int(row[name])
+        for name in ("size", "offset_pages", "length_pages", "generation", "ordinal", "part_bytes", "state", "parts")
+    )
+    for name in ("size", "generation", "next", "expiry_s", "width", "form", "retired", "state", "check", "parts"):
+        at = layout.SHAPE_AT if name == "size" else getattr(layout, f"{name.removesuffix('_s').upper()}_AT")
+        assert layout.ROW.fields is not None and layout.ROW.fields[name][1] == at
+    assert layout.ROW.fields["digests"][1] == layout.DIGESTS_AT
+    assert all(layout.ROW.fields[name][1] % 8 == 0 for name in ("generation", "parts")), "in one piece"
 
 
 def test_a_second_mapping_finds_every_present_extent(tier: MemoryTier) -> None:
@@ -67,7 +72,8 @@ def test_a_second_mapping_finds_every_present_extent(tier: MemoryTier) -> None:
     found = list(layout.read_table(memory))
     assert [f.payload for f in found] == [one.payload for one in sorted(kept.values(), key=lambda o: o.payload.tick)]
     assert {0 << 52 | f.row << 32 | f.generation for f in found} == set(kept)
-    assert all(f.client == 7 for f in found)
+    assert all(f.state == layout.PRESENT and not f.retired for f in found)
+    assert len(list(layout.read_table(memory, pending=True))) == len(found) + 1
     for one in found:
         span = Buffer.of(memory).slice(one.offset, one.payload.size)
         assert verify_parts(span, one.payload.part_bytes, one.payload.parts, one.payload.digests)

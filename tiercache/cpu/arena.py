@@ -35,7 +35,6 @@ class Arena(Places):
         capacity_bytes: int,
         *,
         segment_bytes: int = SEGMENT_BYTES,
-        client: int = 0,
         arena_id: bytes = bytes(16),
         shareable: bool = True,
         prefault: Prefault | None = None,
@@ -49,11 +48,12 @@ class Arena(Places):
         self._segments_max = count if self._segment_pages > 1 + self._chunk_pages else 0
         self.capacity_bytes = capacity_bytes
         self.reason = ""
-        self._id = arena_id
-        self._client = client
+        self.id = arena_id
+        """What its memory files are named for."""
         self._shareable = shareable
         self._prefault = prefault
         self._space = FreeSpace()
+        self._kept: dict[int, bool] = {}  # adopted, and not to go yet -> whether it was released meanwhile
 
     @property
     def entry_bytes_max(self) -> int:
@@ -81,10 +81,14 @@ class Arena(Places):
         for location in locations:
             with self._lock:
                 place = self.find(location)
-                if place is not None:
-                    row = location >> ROW_SHIFT & ROW_MASK
-                    page, pages = place.segment.drop_row(row)
-                    self._space.add(place.segment.ordinal * self._segment_pages + page, pages)
+                if place is None:
+                    continue
+                if location in self._kept:
+                    self._kept[location] = True
+                    place.segment.memory[place.at + layout.RETIRED_AT] = 1
+                    continue
+                page, pages = place.segment.drop_row(location >> ROW_SHIFT & ROW_MASK)
+                self._space.add(place.segment.ordinal * self._segment_pages + page, pages)
 
     def commit(self, location: int, parts: int, digests: bytes) -> None:
         """Makes parts of an extent present; those that are present already keep their digests."""
@@ -95,6 +99,43 @@ class Arena(Places):
                 raise ConfigError(f"parts {parts:#x} with {len(digests)} bytes of digests do not fit {count} parts")
             if parts:
                 place.segment.add_parts(place.at, parts, digests)
+
+    def describe(self, location: int, payload: Payload) -> None:
+        """Writes down all that is known of an extent that is being filled, for whoever finds it after this process:
+        without it, no more than name and shape. Raises LookupError where it was freed, ConfigError where it is another
+        entry's, or present already."""
+        with self._lock:
+            place = self.need(location)
+            memory, at, key = place.segment.memory, place.at, payload.name.key
+            same = memory[at : at + len(key)] == key and memory[at + layout.WIDTH_AT] == len(key)
+            if not same or (place.size, place.part_bytes) != (payload.size, payload.part_bytes):
+                raise ConfigError(f"the extent at {location:#x} was not reserved for this name and shape")
+            if memory[at + layout.STATE_AT] != layout.PENDING:
+                raise ConfigError(f"the extent at {location:#x} is present: describe it before the first commit")
+            place.segment.describe(at, payload)
+
+    def take_over(self, segments: Sequence[Segment | None], free: Sequence[tuple[int, int]], kept: list[int]) -> None:
+        """Goes on with the segments of another arena of the same id (see adopt): `free` are their free pages, (first
+        page, pages) in the whole arena; `kept` are locations that stay until `let_go`, released or not.
+
+        The segments keep their size, which is that of new ones too. Where they are more than `capacity_bytes` allows,
+        the arena holds what is there and does not grow."""
+        whole = next(segment for segment in segments if segment is not None)
+        with self._lock:
+            if self._closed or self._segments:
+                raise ConfigError("only an arena that was not used yet can take over another one")
+            self._segment_pages, self._chunk_pages = whole.size // ALIGN_BYTES, whole.chunk_pages
+            self._segments_max = max(len(segments), min(SEGMENTS_MAX, self.capacity_bytes // whole.size))
+            for start, pages in free:
+                self._space.add(start, pages)
+            self._kept = dict.fromkeys(kept, False)
+            self._segments = list(segments)
+
+    def let_go(self) -> None:
+        """Nothing is kept any more: what was released meanwhile goes now."""
+        with self._lock:
+            kept, self._kept = self._kept, {}
+        self.release([location for location, released in kept.items() if released])
 
     def retire(self, locations: Sequence[int]) -> None:
         """Says in the table that extents are on their way out, so that who looks there without asking stops now. What
@@ -133,7 +174,7 @@ class Arena(Places):
             if segment.rows_left < rows and not self._grow_table(segment):
                 self._space.add(start, pages)
                 return Outcome.FULL
-            row, generation = segment.make_row(page, pages, self._client, payload)
+            row, generation = segment.make_row(page, pages, payload)
             wish = self._ahead(segment, page + pages) if page + pages > segment.populate_mark else None
         if wish is not None and self._prefault is not None:
             self._prefault.ask(wish)
@@ -145,7 +186,7 @@ class Arena(Places):
         if self._closed or ordinal >= self._segments_max or pages > self._segment_pages - 1 - self._chunk_pages:
             return False
         try:
-            segment = Segment.create(ordinal, self._segment_pages * ALIGN_BYTES, self._id, shareable=self._shareable)
+            segment = Segment.create(ordinal, self._segment_pages * ALIGN_BYTES, self.id, shareable=self._shareable)
         except OSError as error:
             self.reason = f"no memory for segment {ordinal}: {error.strerror}"
             return False

@@ -18,6 +18,8 @@ Other processes read tables and extents while the owner changes them, without as
   again, and the owner's lock is given and taken in between, which orders the two for every other processor. So whoever
   copies, then calls `fence`, and then still finds the generation of his location has copied bytes, parts and digests of
   that extent alone. Nothing else in a row needs to be read in one piece.
+- What a row says from its key to its form has a checksum, `check`: a stray write into a table hides an extent, it does
+  not give its bytes another name.
 - Within one generation only `parts`, the digests that are not covered by `parts` yet, `state` and `retired` change.
   Bytes come before their digests, digests before their bit in `parts`, with `fence` in between.
 """
@@ -27,12 +29,14 @@ from __future__ import annotations
 import platform
 import struct
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import xxhash
 
 from tiercache.errors import ProtocolError
-from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, all_parts, part_count
+from tiercache.model import ALIGN_BYTES, PARTS_MAX, Form, Kind, Name, Payload, all_parts, part_count
 
 if TYPE_CHECKING:
     import mmap
@@ -53,14 +57,12 @@ ROW = np.dtype(
         ("key", "u1", (32,)),
         ("parent", "u1", (32,)),
         ("size", "<u8"),
-        ("parts", "<u8"),
         ("offset_pages", "<u4"),
         ("length_pages", "<u4"),
         ("generation", "<u4"),
         ("ordinal", "<i4"),
         ("part_bytes", "<u4"),
         ("next", "<u4"),
-        ("client", "<u4"),
         ("expiry_s", "<u4"),
         ("tick", "<u4"),
         ("cost_s", "<f4"),
@@ -71,17 +73,20 @@ ROW = np.dtype(
         ("form", "u1"),
         ("retired", "u1"),
         ("state", "u1"),
+        ("check", "<u4"),
+        ("parts", "<u8"),
         ("digests", "<u8", (ROW_DIGESTS,)),
     ]
 )
-ROW_FIELDS = struct.Struct("<32s32sQQIIIiIIIIIfHBBBBBB")
-"""The row without its digests, as one write; the fields of ROW in order."""
+ROW_FIELDS = struct.Struct("<32s32sQIIIiIIIIfHBBBB")
+"""What is said of an extent when its row is made, and covered by `check`: the fields of ROW in order, up to `form`."""
 
-SHAPE = struct.Struct("<QQIIIiI")
-"""What a copy must know, from SHAPE_AT on: size, parts, offset_pages, length_pages, generation, ordinal, part_bytes."""
+SHAPE = struct.Struct("<QIIIiI23xB4xQ")
+"""What a copy must know, from SHAPE_AT on: size, offset_pages, length_pages, generation, ordinal, part_bytes, state,
+parts."""
 
-SHAPE_AT, PARTS_AT, GENERATION_AT, NEXT_AT, EXPIRY_AT = 64, 72, 88, 100, 108
-WIDTH_AT, FORM_AT, RETIRED_AT, STATE_AT, DIGESTS_AT = 122, 125, 126, 127, 128
+SHAPE_AT, GENERATION_AT, NEXT_AT, EXPIRY_AT, WIDTH_AT, FORM_AT = 64, 80, 92, 96, 110, 113
+RETIRED_AT, STATE_AT, CHECK_AT, PARTS_AT, DIGESTS_AT = 114, 115, 116, 120, 128
 END = 0xFFFFFFFF
 """`next` of the last row of a chain."""
 
@@ -92,8 +97,7 @@ CHUNKS_AT = struct.calcsize("<8sIIQI")
 DIRECTORY_AT = 256
 DIRECTORY_MAX = (ALIGN_BYTES - DIRECTORY_AT) // 4
 
-assert ROW.itemsize == ROW_BYTES and ROW_FIELDS.size == DIGESTS_AT and ROW.fields is not None
-assert ROW.fields["state"][1] == STATE_AT and ROW.fields["size"][1] == SHAPE_AT and ROW.fields["next"][1] == NEXT_AT
+assert ROW.itemsize == ROW_BYTES and ROW_FIELDS.size == RETIRED_AT and SHAPE_AT + SHAPE.size == DIGESTS_AT
 
 
 class Head(NamedTuple):
@@ -108,17 +112,21 @@ class Head(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One valid extent of a segment's table."""
+    """One valid extent of a segment's table. Digests of a PENDING one are undefined."""
 
     row: int
     generation: int
     offset: int
     length: int
-    client: int
+    state: int
+    retired: bool
     payload: Payload
+    chain: tuple[int, ...]
+    """The rows that hold its further digests."""
 
 
 _STRONG = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+_digest = xxhash.xxh3_64_intdigest
 _gates = threading.Lock(), threading.Lock()
 
 
@@ -133,6 +141,17 @@ def fence() -> None:
             pass
         with _gates[1]:
             pass
+
+
+def check_of(fields: bytes) -> int:
+    """The checksum of a row's fields up to `form`."""
+    return _digest(fields) & 0xFFFFFFFF
+
+
+def intact(memory: mmap.mmap, at: int) -> bool:
+    """Whether the row at `at` says what was said when it was made."""
+    raw = memory[at : at + PARTS_AT]
+    return _digest(raw[:RETIRED_AT]) & 0xFFFFFFFF == int.from_bytes(raw[CHECK_AT:], "little")
 
 
 def chunk_bytes_for(segment_bytes: int) -> int:
@@ -174,47 +193,62 @@ def read_rows(memory: mmap.mmap | memoryview) -> np.ndarray[tuple[int], np.dtype
     return np.concatenate(rows) if rows else np.empty(0, ROW)
 
 
-def read_table(memory: mmap.mmap | memoryview) -> Iterator[Found]:
-    """Valid extents of a segment, by address. A row that contradicts itself, or another's place, is left out.
+def read_table(memory: mmap.mmap | memoryview, *, pending: bool = False) -> Iterator[Found]:
+    """Valid extents of a segment, by address; PENDING ones only if asked for. A row is left out that fails its check,
+    contradicts itself, or lies about a place that is another's, or the table's.
 
     Presence is all it vouches for: whoever adopts the extents hashes their bytes before anybody else reads them.
     """
+    head = read_head(memory)
     rows = read_rows(memory)
-    pages = memoryview(memory).nbytes // ALIGN_BYTES
-    candidates = np.flatnonzero(rows["state"] == PRESENT)
-    free_from = 1
+    taken = sorted([(0, 1)] + [(at // ALIGN_BYTES, head.chunk_bytes // ALIGN_BYTES) for at in head.chunks])
+    if any(one[0] + one[1] > other[0] for one, other in pairwise(taken)):
+        raise ProtocolError("the directory of the arena segment is damaged: chunks of the table overlap")
+    pages = head.segment_bytes // ALIGN_BYTES
+    taken.append((pages, 0))
+    candidates = np.flatnonzero((rows["state"] == PRESENT) | (rows["state"] == PENDING) & pending)
+    used: set[int] = set()
+    free_from = table = 0
     for row in candidates[np.argsort(rows["offset_pages"][candidates], kind="stable")].tolist():
-        fields = rows[row]
-        offset, length = int(fields["offset_pages"]), int(fields["length_pages"])
-        payload = _payload(rows, row)
-        if payload is None or offset < free_from or offset + length > pages or payload.size > length * ALIGN_BYTES:
+        found = _found(rows, row)
+        if found is None or not used.isdisjoint(found.chain):
             continue
-        free_from = offset + length
-        yield Found(
-            row, int(fields["generation"]), offset * ALIGN_BYTES, length * ALIGN_BYTES, int(fields["client"]), payload
-        )
+        first, last = found.offset // ALIGN_BYTES, (found.offset + found.length) // ALIGN_BYTES
+        while table + 1 < len(taken) and sum(taken[table]) <= first:
+            table += 1
+        if first < free_from or last > taken[table][0]:
+            continue
+        free_from = last
+        used.update(found.chain)
+        yield found
 
 
-def _payload(rows: np.ndarray[tuple[int], np.dtype[np.void]], row: int) -> Payload | None:
-    """The payload that a chain of rows describes; None where it contradicts itself."""
+def _found(rows: np.ndarray[tuple[int], np.dtype[np.void]], row: int) -> Found | None:
+    """The extent that a chain of rows describes; None where it contradicts itself."""
     fields = rows[row]
+    if check_of(fields.tobytes()[:RETIRED_AT]) != int(fields["check"]):
+        return None
     size, part_bytes, parts = int(fields["size"]), int(fields["part_bytes"]), int(fields["parts"])
     width, parent_width, kind = int(fields["width"]), int(fields["parent_width"]), int(fields["kind"])
+    state, length = int(fields["state"]), int(fields["length_pages"]) * ALIGN_BYTES
     if width not in (16, 32) or parent_width not in (0, 16, 32):
         return None
     if kind not in Kind.__members__.values() or int(fields["form"]) not in Form.__members__.values():
         return None
-    if not part_bytes or part_count(size, part_bytes) > 64 or not parts or parts & ~all_parts(size, part_bytes):
+    if not part_bytes or part_count(size, part_bytes) > PARTS_MAX or not 0 < length >= size:
+        return None
+    if (state == PRESENT and not parts) or parts & ~all_parts(size, part_bytes):
         return None
     count = part_count(size, part_bytes)
     digests = fields["digests"].tobytes()
-    at = row
+    chain: list[int] = []
     for _ in range(rows_for(count) - 1):
-        at = int(rows[at]["next"])
-        if at >= len(rows) or int(rows[at]["state"]) != MORE:
+        at = int(rows[chain[-1] if chain else row]["next"])
+        if at >= len(rows) or int(rows[at]["state"]) != MORE or at in chain:
             return None
+        chain.append(at)
         digests += rows[at]["digests"].tobytes()
-    return Payload(
+    payload = Payload(
         Name(fields["key"].tobytes()[:width], int(fields["ordinal"])),
         size,
         part_bytes,
@@ -228,6 +262,10 @@ def _payload(rows: np.ndarray[tuple[int], np.dtype[np.void]], row: int) -> Paylo
         int(fields["tick"]),
         Form(int(fields["form"])),
     )
+    return Found(
+        row, int(fields["generation"]), int(fields["offset_pages"]) * ALIGN_BYTES, length, state,
+        bool(fields["retired"]), payload, tuple(chain),
+    )  # fmt: skip
 
 
 def masked_digests(digests: bytes, parts: int, count: int) -> bytes:

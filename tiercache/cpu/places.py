@@ -47,10 +47,8 @@ class Place(NamedTuple):
 
     @property
     def stale(self) -> bool:
-        """Whether the extent was freed since it was found: then what was read of it in between is worthless.
-
-        In another process than the owner's, `layout.fence()` comes between what was read and this question.
-        """
+        """Whether the extent was freed since it was found: then what was read of it in between is worthless."""
+        layout.fence()
         at, memory = self.at, self.segment.memory
         found = memory[at + layout.GENERATION_AT : at + layout.GENERATION_AT + 4]
         return int.from_bytes(found, "little") != self.generation or memory[at + layout.STATE_AT] not in _LIVE
@@ -86,10 +84,10 @@ class Places:
         if at < 0:
             return None
         memory = segment.memory
-        size, parts, offset_pages, _, generation, number, part_bytes = layout.SHAPE.unpack_from(
+        size, offset_pages, _, generation, number, part_bytes, state, parts = layout.SHAPE.unpack_from(
             memory, at + layout.SHAPE_AT
         )
-        if generation != location & GENERATION_MASK or memory[at + layout.STATE_AT] not in _LIVE:
+        if generation != location & GENERATION_MASK or state not in _LIVE:
             return None
         return Place(segment, at, size, parts, offset_pages, generation, number, part_bytes)
 

@@ -7,13 +7,15 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tiercache.buffers import Buffer, runs
 from tiercache.cpu import layout
 from tiercache.errors import ProtocolError
 from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, part_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -144,6 +146,28 @@ class Segment:
         self._free_rows.extend(range(first_row + rows - 1, first_row - 1, -1))
         return True
 
+    def own(self, held: Iterable[int]) -> None:
+        """The owner of the table is this process from now on. Every row that is not among `held` is free.
+
+        A free row's generation grows: the dead owner may have been about to do that, and some process may still know
+        the location."""
+        busy = np.zeros(len(self._chunks) << self._chunk_shift, bool)
+        busy[list(held)] = True
+        rows = 1 << self._chunk_shift
+        for number, at in enumerate(self._chunks):
+            table = np.frombuffer(self.memory, layout.ROW, rows, at)
+            free = np.flatnonzero(~busy[number * rows : (number + 1) * rows])
+            table["state"][free] = layout.FREE
+            old = table["generation"][free]
+            table["generation"][free] = np.where(old == 0, 0, np.maximum(old + np.uint32(1), 1))
+        self._free_rows = np.flatnonzero(~busy)[::-1].tolist()
+        self._foreign = False
+
+    @property
+    def table_pages(self) -> list[tuple[int, int]]:
+        """(first page, pages) of the header and of each table chunk."""
+        return [(0, 1)] + [(at // ALIGN_BYTES, self.chunk_pages) for at in self._chunks]
+
     def row_at(self, row: int) -> int:
         """Where a row lies in the memory; -1 when the table has no such row."""
         chunk = row >> self._chunk_shift
@@ -163,7 +187,7 @@ class Segment:
             self._chunks = chunks  # in one piece: other threads may do the same at the same time
         return chunk < len(chunks)
 
-    def make_row(self, page: int, pages: int, client: int, payload: Payload) -> tuple[int, int]:
+    def make_row(self, page: int, pages: int, payload: Payload) -> tuple[int, int]:
         """Row and generation of a new PENDING extent of the payload's name and shape; none of its parts is present."""
         memory = self.memory
         following = layout.END
@@ -176,20 +200,32 @@ class Segment:
         row = self._free_rows.pop()
         at = self.row_at(row)
         generation = _U32.unpack_from(memory, at + layout.GENERATION_AT)[0] or 1
-        key, parent = payload.name.key, payload.parent
-        _FIELDS.pack_into(
-            memory, at, key, parent, payload.size, 0, page, pages, generation, payload.name.ordinal,
-            payload.part_bytes, following, client, payload.expiry_s, payload.tick, payload.cost_s, payload.scope,
-            len(key), len(parent), payload.kind, payload.form, 0, layout.FREE,
-        )  # fmt: skip
+        self._say(at, payload, page, pages, generation, following)
+        memory[at + layout.RETIRED_AT] = 0
+        _U64.pack_into(memory, at + layout.PARTS_AT, 0)
         memory[at + layout.STATE_AT] = layout.PENDING
         return row, generation
+
+    def describe(self, at: int, payload: Payload) -> None:
+        """Says more of the PENDING extent whose row lies at `at`: all that the payload says beside its shape."""
+        _, page, pages, generation, _, _, _, _ = layout.SHAPE.unpack_from(self.memory, at + layout.SHAPE_AT)
+        self._say(at, payload, page, pages, generation, _U32.unpack_from(self.memory, at + layout.NEXT_AT)[0])
+
+    def _say(self, at: int, payload: Payload, page: int, pages: int, generation: int, following: int) -> None:
+        key, parent = payload.name.key, payload.parent
+        fields = _FIELDS.pack(
+            key, parent, payload.size, page, pages, generation, payload.name.ordinal, payload.part_bytes, following,
+            payload.expiry_s, payload.tick, payload.cost_s, payload.scope, len(key), len(parent), payload.kind,
+            payload.form,
+        )  # fmt: skip
+        self.memory[at : at + layout.RETIRED_AT] = fields
+        _U32.pack_into(self.memory, at + layout.CHECK_AT, layout.check_of(fields))
 
     def drop_row(self, row: int) -> tuple[int, int]:
         """Frees an extent's rows; answers its first page and its pages, which are the caller's to give back."""
         memory = self.memory
         at = self.row_at(row)
-        _, _, page, pages, _, _, _ = layout.SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
+        _, page, pages, _, _, _, _, _ = layout.SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
         while row != layout.END:
             at = self.row_at(row)
             memory[at + layout.STATE_AT] = layout.FREE
@@ -225,8 +261,9 @@ class Segment:
 
     def payload(self, at: int) -> Payload:
         """What the table says of the extent whose row lies at `at`."""
-        (key, parent, size, parts, _, _, _, ordinal, part_bytes, _, _, expiry_s, tick, cost_s, scope, width,
-         parent_width, kind, form, _, _) = _FIELDS.unpack_from(self.memory, at)  # fmt: skip
+        (key, parent, size, _, _, _, ordinal, part_bytes, _, expiry_s, tick, cost_s, scope, width, parent_width, kind,
+         form) = _FIELDS.unpack_from(self.memory, at)  # fmt: skip
+        parts = _U64.unpack_from(self.memory, at + layout.PARTS_AT)[0]
         count = part_count(size, part_bytes)
         digests = layout.masked_digests(self.digests(at, count), parts, count)
         return Payload(

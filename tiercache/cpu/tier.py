@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.buffers import copy, copy_many, copy_many_verified, copy_parts, copy_range_verified, copy_verified
 from tiercache.cpu import layout
+from tiercache.cpu.adopt import adopt
 from tiercache.cpu.arena import SEGMENT_BYTES, Arena
 from tiercache.cpu.prefault import Prefault
 from tiercache.errors import ConfigError
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tiercache.buffers import Buffer
+    from tiercache.cpu.adopt import Adopted
     from tiercache.cpu.places import Place
+    from tiercache.cpu.segment import Segment
     from tiercache.model import Facts, Name
     from tiercache.tier import Want
 
@@ -39,7 +42,6 @@ class MemoryTier:
         capacity_bytes: int,
         *,
         segment_bytes: int = SEGMENT_BYTES,
-        client: int = 0,
         arena_id: bytes = bytes(16),
         shareable: bool = True,
     ) -> None:
@@ -47,7 +49,6 @@ class MemoryTier:
         self.arena = Arena(
             capacity_bytes,
             segment_bytes=segment_bytes,
-            client=client,
             arena_id=arena_id,
             shareable=shareable,
             prefault=prefault,
@@ -129,6 +130,21 @@ class MemoryTier:
     def free(self, locations: Sequence[int]) -> None:
         """Gives extents back; stale and unknown locations are ignored."""
         self.arena.release(locations)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The memory so far, for processes that map it too; see Arena."""
+        return self.arena.segments
+
+    def adopt(self, files: Sequence[tuple[int, int]]) -> Adopted:
+        """Takes over what an owner of the same arena left in memory files, (ordinal, descriptor) each; see adopt."""
+        return adopt(self.arena, files)
+
+    def describe(self, locations: Sequence[int], payloads: Sequence[Payload]) -> None:
+        """Writes down all that is known of extents before they are filled, for an owner that may come after this one;
+        their parts and digests are left out. Raises LookupError where one was freed."""
+        for location, payload in zip(locations, payloads, strict=True):
+            self.arena.describe(location, payload)
 
     def retire(self, locations: Sequence[int]) -> None:
         """Says in the table that these are on their way out: no other process finds them there by itself any more.

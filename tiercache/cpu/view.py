@@ -117,7 +117,6 @@ class ArenaView(Places):
                 found.append(place)
         some = None if spans is None else [spans[i] for i in there]
         copied = copy_places(found, [targets[i] for i in there], some, verify=verify)
-        layout.fence()
         for i, place, outcome in zip(there, found, copied, strict=True):
             if not place.stale:
                 outcomes[i] = outcome
@@ -125,9 +124,10 @@ class ArenaView(Places):
 
 
 def _possible(place: Place) -> bool:
-    """Whether the row's shape is one that an extent in its segment can have."""
+    """Whether the row is as its owner made it, and its shape one that an extent in its segment can have."""
     return (
-        place.offset_pages > 0
+        layout.intact(place.segment.memory, place.at)
+        and place.offset_pages > 0
         and place.offset_pages * ALIGN_BYTES + place.size <= place.segment.size
         and place.part_bytes > 0
         and part_count(place.size, place.part_bytes) <= PARTS_MAX
