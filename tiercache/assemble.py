@@ -229,7 +229,9 @@ def open_reader(cache: Core, origin: Origin) -> PageReader:
     """Files of an origin as pages of a cache, with the cache's settings."""
     from tiercache.pages.reader import PageReader  # a cache of lone objects alone does without
 
-    return PageReader(cache, origin, settings=cache.settings, clock=cache.clock, metrics=cache.metrics)
+    return PageReader(
+        cache, origin, settings=cache.settings, clock=cache.clock, metrics=cache.metrics, notes=cache.notes
+    )
 
 
 def open_cache(directory: str | os.PathLike[str] | None = None, **settings: object) -> BlockingCache:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableSequence, Sequence
+    from collections.abc import Callable, Mapping, MutableSequence, Sequence
+    from concurrent.futures import Future
     from typing import Any
 
     from tiercache.buffers import Buffer
@@ -19,6 +20,38 @@ if TYPE_CHECKING:
     from tiercache.metrics import Metrics
     from tiercache.model import Kind, Name, Outcome, Terms
     from tiercache.settings import Settings
+
+
+class Notes(Protocol):
+    """Facts that the processes of a directory share, found out once by one of them; see tiercache/wire/notes.py.
+
+    A note is a name and a value, both bytes that mean something to their users alone. Names begin with a digest of all
+    that decides who may see them.
+    """
+
+    async def claim(self, name: bytes) -> bytes | None:
+        """The value that is believed, or None: the caller finds out, and must settle. Waits while somebody else finds
+        out. What is answered was never forgotten since this was called. Raises UnavailableError where nobody can be
+        asked; nothing is claimed then, nor when the call is cancelled. On the process's I/O loop."""
+        ...
+
+    def settle(self, name: bytes, value: bytes, ttl_s: float) -> None:
+        """What was found out after a claim: believed for `ttl_s`, or with 0 s not at all: somebody else finds out then.
+        Never raises, never waits. On the process's I/O loop."""
+        ...
+
+    def forget(self, prefixes: Sequence[bytes]) -> Future[None]:
+        """Drops all notes whose names begin with one of these, and calls every watcher: those of this process before
+        this returns, those of others before the answer is done (without a fault in any case). Any thread."""
+        ...
+
+    def watch(self, callback: Callable[[Sequence[bytes]], None]) -> None:
+        """`callback(prefixes)` hears what is forgotten, by this process or by others, in any thread."""
+        ...
+
+    def unwatch(self, callback: Callable[[Sequence[bytes]], None]) -> None:
+        """Undoes `watch`."""
+        ...
 
 
 class Core(Protocol):
@@ -35,6 +68,11 @@ class Core(Protocol):
     @property
     def durable(self) -> bool:
         """Whether there is an SSD tier, so that anything can be durable at all."""
+        ...
+
+    @property
+    def notes(self) -> Notes | None:
+        """What is shared with other processes of this directory about origins; None for a cache that is alone."""
         ...
 
     @property

@@ -404,8 +404,8 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         return WrittenFile(self.target.open(path, mode, **kwargs), path, mode, lambda: self._forget([path]))
 
     def _forget(self, paths: Sequence[str]) -> None:
-        """What was known of these paths and below them is no longer so."""
-        self.mount.reader.facts.forget(paths, below=True)
+        """See Mount.forget."""
+        self.mount.forget(paths)
 
     async def _write(self, name: str, paths: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the target, in a thread or on its loop; before and after, `paths` are forgotten."""
@@ -417,7 +417,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
                 return await getattr(target, f"_{name}")(*args, **kwargs)
             return await asyncio.to_thread(getattr(target, name), *args, **kwargs)
         finally:
-            self._forget(touched)
+            await self.mount.reader.facts.forget_shared(touched, below=True)
             target.invalidate_cache()
 
     @there

@@ -20,7 +20,7 @@ from tiercache.settings import load
 from tiercache.sync import io_loop, runs_here, wait
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Coroutine, Mapping, Sequence
 
     from fsspec.spec import AbstractFileSystem
 
@@ -88,6 +88,15 @@ class Mount:
     def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Runs a coroutine on the cache's loop, from a thread."""
         return wait(work, self.loop)
+
+    def forget(self, paths: Sequence[str]) -> None:
+        """What was known of these paths and below them is no longer so: nor in any other process of the directory when
+        this returns, or soon after where it is called on the loop."""
+        facts = self.reader.facts
+        if runs_here(self.loop):
+            facts.forget(paths, below=True)
+        else:
+            facts.forget_blocking(paths, below=True)
 
     def close(self) -> None:
         """Ends background work and connections, and gives the cache back."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache.tiers import MemoryTier
     from tiercache.clock import Clock
+    from tiercache.core import Notes
     from tiercache.index import Index, Match, Reservation, SlotFacts
     from tiercache.lease import Load, PageRun
     from tiercache.metrics import Metrics
@@ -57,6 +58,9 @@ INLINE_BYTES_MAX = 4 << 20
 
 class Cache:
     """See the module. Made by assemble.py; `start()` before anything else, `close()` at the end, both on the loop."""
+
+    notes: Notes | None = None
+    """There is nobody to share facts of origins with."""
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tiercache.clock import Clock
+    from tiercache.core import Notes
     from tiercache.lease import Gap, Landed, Lease, Load
     from tiercache.metrics import Metrics
     from tiercache.origin import Origin
@@ -82,10 +83,11 @@ class PageReader:
         clock: Clock,
         metrics: Metrics,
         part_bytes: int = 0,
+        notes: Notes | None = None,
     ) -> None:
         """`part_bytes` 0 is the finest that pages of `settings.page_bytes` allow."""
         self.origin, self.settings = origin, settings
-        self.facts = FileFacts(origin, patience=settings, clock=clock, metrics=metrics)
+        self.facts = FileFacts(origin, patience=settings, clock=clock, metrics=metrics, notes=notes)
         self._cache, self._clock, self._metrics = cache, clock, metrics
         self._part_bytes = part_bytes or geometry.part_bytes_of(settings.page_bytes)
         self._layout: Layout = (origin.identity, settings.page_bytes, self._part_bytes)
@@ -106,11 +108,12 @@ class PageReader:
 
     async def _look_at_tail(self, path: str) -> Pin | Outcome:
         # One part more than asked for: only whole parts can be kept, and readers ask for round numbers of bytes.
+        looked_s = self._clock.wall()
         answer = await self.origin.read_tail(path, self.settings.tail_bytes + self._part_bytes)
         if isinstance(answer, Outcome):
             return answer
         stat, data = answer
-        pin = self.facts.pin(stat)
+        pin = self.facts.pin(stat, looked_s)
         try:
             await self._keep(pin, data)
         except TierCacheError:
