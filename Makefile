@@ -20,6 +20,11 @@ venv:  ## .venv with the package (editable) and everything that tests and benchm
 readers: venv  ## .venv-duckdb15, the second environment of the reader tests and of bench.lake
 	@tools/venv.sh .venv-duckdb15 -e '.[s3]' duckdb==1.5.5 duckdb-extension-httpfs pandas pyarrow pytest==9.2.0
 
+# What bench.local measures beside us; large (torch comes along), so only for whoever wants those rows.
+.PHONY: peers
+peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for bench.local
+	@UNCONSTRAINED=1 tools/venv.sh .venv-peers torch==2.13.0 mooncake-transfer-engine-non-cuda==0.3.13.post1 lmcache==0.5.6 redis
+
 .PHONY: system
 system:  ## fio, zstd and Ceph from Debian, where this may be done; else says what is skipped
 	@tools/system.sh

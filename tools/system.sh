@@ -4,9 +4,11 @@
 set -uo pipefail
 declare -A packages=(
     [fio]="fio" [zstd]="zstd" [radosgw]="radosgw ceph-mon ceph-osd ceph-mgr ceph-common"
+    [redis-server]="redis-server"
 )
 declare -A uses=(
     [fio]="the peer of bench.ssd" [zstd]="the traces arc_OLTP and arc_P3" [radosgw]="Ceph as origin (--s3 ceph)"
+    [redis-server]="a peer of bench.local"
 )
 missing=()
 for program in "${!packages[@]}"; do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tools/venv.sh DIR PIP-ARGUMENTS...: a virtual environment with these packages. Quick when it stands: a stamp inside
-# holds a digest of pyproject.toml, the constraints and the arguments.
+# holds a digest of pyproject.toml, the constraints and the arguments. UNCONSTRAINED=1 leaves tools/constraints.txt out:
+# for environments of other projects, whose pins are their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
@@ -29,5 +30,7 @@ if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>
     "$python" -m venv "$venv"
 fi
 echo "Installing into $venv: $*"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt "$@"
+constraints=(-c tools/constraints.txt)
+[[ -n ${UNCONSTRAINED:-} ]] && constraints=()
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" "$@"
 echo "$key" >"$venv/.stamp"

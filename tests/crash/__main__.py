@@ -196,20 +196,29 @@ def main() -> int:
     """Parses arguments, runs, reports; 1 when anything was not as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--owners", type=int, default=0, help="kill so many owners of a shared directory instead")
     parser.add_argument("--seed", default="1")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    sums = crash(arguments.kills, arguments.seed, quiet=arguments.json)
-    bad = sums["wrong"] or sums["lost"] or sums["over_cap"] or sums["revived"] or sums["fault_count"]
+    if arguments.owners:
+        from tests.crash.owners import owners
+
+        sums = owners(arguments.owners, arguments.seed, quiet=arguments.json)
+        last = ("kills", "over_cap", "wrong", "lost", "stuck")
+        bad = any(sums[name] for name in last[1:]) or sums["fault_count"] or sums["kills"] < sums["wanted"]
+    else:
+        sums = crash(arguments.kills, arguments.seed, quiet=arguments.json)
+        last = ("kills", "over_cap", "wrong", "lost")
+        bad = any(sums[name] for name in last[1:]) or sums["revived"] or sums["fault_count"]
     if arguments.json:
         print(json.dumps(sums))
     else:
         for name, value in sums.items():
-            if name not in ("wrong", "lost", "faults"):
+            if name not in (*last[1:], "faults"):
                 print(f"{name} {value}")
         for fault in sums["faults"]:
             print(f"fault: {fault}")
-        print(f"kills {sums['kills']} over_cap {sums['over_cap']} wrong {sums['wrong']} lost {sums['lost']}")
+        print(" ".join(f"{name} {sums[name]}" for name in last))
     return 1 if bad else 0
 
 
