@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +17,7 @@ import numpy as np
 from tiercache.errors import ConfigError, ProtocolError
 from tiercache.lease import Lease
 from tiercache.model import Form, Name, Outcome, TierId
-from tiercache.owner.state import maps_memory, memory_files, process
+from tiercache.owner.state import maps_memory, memory_files
 from tiercache.settings import Settings
 from tiercache.wire.sockets import Watch, close_all, pidfd_of
 
@@ -68,9 +67,7 @@ class Adoption:
         except (ConfigError, TypeError) as error:
             log.warning("the dead owner's memory cannot be used by this version: %s", error)
             return None
-        parent = process(os.getppid())  # who started this owner may have been a client a moment ago
-        living = [each for each in (*left.clients, parent) if each is not None and each.alive]
-        files = memory_files(left.arena, living)
+        files = memory_files(left.arena, [each for each in left.clients if each.alive])
         return cls(left, files, theirs) if files else None
 
     async def take(self, cache: Cache) -> bool:
@@ -85,11 +82,12 @@ class Adoption:
             return False
         finally:
             close_all(self._files.values())
-        await cache.serving.recalled()
+        await cache.call("status", {})  # which waits until all that the SSD remembers is in the index
         batches = self._adopted.facts()
         taken = 0
         while (facts := await loop.run_in_executor(None, next, batches, None)) is not None:
             taken += self._load(facts)
+        self._orphans.update(dict.fromkeys(self._adopted.orphans(), 0))
         log.info("took over %d entries of the owner that died; %d clients are to come back", taken, len(self.awaited))
         return True
 
@@ -108,7 +106,6 @@ class Adoption:
         past = [Name(facts.keys[row, : int(facts.widths[row])].tobytes()) for row in np.flatnonzero(odd).tolist()]
         if past:
             tiers.free(tiers.index.remove_names(past)[0])
-        self._cache.serving.adopted(inside)
         return len(inside)
 
     # -- clients that come back ----------------------------------------------------------------------------------------
@@ -118,7 +115,7 @@ class Adoption:
         tiers = self._cache.tiers
         where = np.array(locations, np.int64)
         slots = tiers.index.slots_at(TierId.MEMORY, where)
-        alone = [location for location in where[slots < 0].tolist()]
+        alone: list[int] = where[slots < 0].tolist()
         if any(location not in self._orphans for location in alone):
             return None
         for location in alone:

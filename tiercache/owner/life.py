@@ -17,12 +17,11 @@ import resource
 import select
 import signal
 import threading
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tiercache import assemble
 from tiercache.clock import SystemClock, system_random
-from tiercache.errors import ConfigError, TierCacheError
+from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.owner import state
 from tiercache.owner.adoption import Adoption
@@ -129,24 +128,11 @@ def _lock(directory: str, wait_s: float) -> int | None:
 
 
 def _listen(directory: str, *, group: bool) -> socket.socket:
-    """A socket of its own, for an owner that was started by hand."""
-    spawn = _spawn_lock(directory, wait=True)
-    try:
+    """A socket of its own, for an owner that was started by hand. Raises UnavailableError while somebody starts one."""
+    with starting.spawn_lock(directory, group=group) as held:
+        if not held:
+            raise UnavailableError("another owner is just being started")
         return sockets.listen(directory, group=group)
-    finally:
-        if spawn is not None:
-            os.close(spawn)
-
-
-def _spawn_lock(directory: str, *, wait: bool) -> int | None:
-    """The lock under which owners are started and go; None when somebody has it."""
-    fd = os.open(os.path.join(directory, starting.LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return fd
-    except BlockingIOError:
-        os.close(fd)
-        return None
 
 
 class Owner:
@@ -184,19 +170,18 @@ class Owner:
     async def _open(self) -> None:
         """Takes over what a dead owner left, or begins with empty memory; then the door opens."""
         left = state.read(self._directory)
-        adoption = Adoption.of(left) if left is not None else None
+        adoption = Adoption.of(left, self._settings) if left is not None else None
         if adoption is not None:
             # The caps go with the memory: it was cut for them.
-            self._settings = adoption.settings(self._settings)
-            self._arena = adoption.arena
-        else:
-            self._arena = system_random().randbytes(16)
-        self._cache = cache = assemble.build(self._settings, self._clock, self._metrics, arena_id=self._arena)
-        if adoption is not None and not adoption.take(cache):
-            adoption = None
-        self._adoption = adoption
+            self._settings = adoption.settings
+            cache = self._begin(adoption.arena)
+            if not await adoption.take(cache):
+                await cache.close()
+                adoption = None
+        if adoption is None:
+            cache = self._begin(system_random().randbytes(16))
+        self._cache, self._adoption = cache, adoption
         self._note_clients()
-        cache.begin()
         self._door = Door(
             cache, settings=self._settings, arena=self._arena, metrics=self._metrics, clock=self._clock,
             on_join=self._joined, on_left=self._left, on_redeclared=self._redeclared,
@@ -204,6 +189,12 @@ class Owner:
         if adoption is not None:
             adoption.begin(self._settled)
         self._door.serve(self._listener)
+
+    def _begin(self, arena: bytes) -> Cache:
+        self._arena = arena
+        cache = assemble.build(self._settings, self._clock, self._metrics, arena)
+        cache.begin()
+        return cache
 
     # -- clients -------------------------------------------------------------------------------------------------------
 
@@ -252,9 +243,10 @@ class Owner:
         holders = frozenset(self._holders(*more))
         if holders == self._written and self._written:
             return
-        facts = {name: value for name, value in asdict(self._settings).items() if name != "sources"}
         try:
-            State(self._arena, state.me(), tuple(sorted(holders)), facts).write(self._directory)
+            State(self._arena, state.me(), tuple(sorted(holders)), strangers, assemble.plain(self._settings)).write(
+                self._directory
+            )
             self._written = holders
         except OSError as error:
             log.warning("owner.state could not be written (%s): should this owner die, its memory is lost", error)
@@ -282,19 +274,14 @@ class Owner:
     def _stop_listening(self, *, whoever_waits: bool = False) -> bool:
         """Takes the socket away, so that whoever comes from now on starts the next owner. False, and nothing has
         happened, where somebody is just starting one or waits to be let in."""
-        spawn = _spawn_lock(self._directory, wait=whoever_waits)
-        if spawn is None:
-            return False
-        try:
-            if not whoever_waits and select.select([self._listener], [], [], 0)[0]:
+        with starting.spawn_lock(self._directory, group=self._settings.share_group) as held:
+            if not whoever_waits and (not held or select.select([self._listener], [], [], 0)[0]):
                 return False
             if self._mark is not None and self._socket_mark() == self._mark:
                 os.unlink(os.path.join(self._directory, sockets.SOCKET_NAME))
             # One that connected in this very moment sees its connection end, and starts the next owner.
             self._door.stop_listening()
             return True
-        finally:
-            os.close(spawn)
 
     def _socket_mark(self) -> tuple[int, int] | None:
         """Which file the socket is now."""
