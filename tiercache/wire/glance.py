@@ -1,0 +1,114 @@
+"""Glances: entries read from the owner's memory without asking it, where the memo says where they lie.
+
+Nothing is pinned. An extent's generation grows when it is freed, before its space can serve anything else; so where the
+generation still stands after a copy, what was copied is the entry. Anything odd is forgotten and asked about.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from tiercache.errors import ConfigError
+from tiercache.lease import Lease
+from tiercache.model import Name, Outcome, all_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from tiercache.buffers import Buffer
+    from tiercache.wire.memo import Home, Spot
+
+
+class Glance(Lease):
+    """Pages seen in the owner's memory: as a lease, but it pins nothing and gives no views.
+
+    `copy_into` answers MISS where the page went away meanwhile; then the target is undefined.
+    """
+
+    __slots__ = ("_home", "_names", "_spots")
+
+    def __init__(self, home: Home, names: list[Name], spots: list[Spot]) -> None:
+        self.outcomes = [Outcome.HIT] * len(spots)
+        self._locations = None  # nothing is held, so there is nothing to give back
+        self._home, self._names, self._spots = home, names, spots
+
+    def buffer(self, index: int) -> NoReturn:
+        """Refused: nothing keeps the bytes in place."""
+        raise ConfigError("a glance at shared memory pins nothing, so it has no views: copy, or take a lease by name")
+
+    def array(self, index: int) -> npt.NDArray[np.uint8]:
+        """Refused, as `buffer`."""
+        self.buffer(index)
+
+    def copy_into(self, index: int, start: int, stop: int, target: Buffer, *, verify: bool = True) -> Outcome:
+        """As Lease.copy_into, or MISS where the page is gone."""
+        outcome = self._home.view.copy_places([self._spots[index]], [target], [range(start, stop)], verify=verify)[0]
+        if outcome is Outcome.MISS:
+            self._home.memo.forget(self._names[index])
+        return outcome
+
+    def __enter__(self) -> Glance:
+        return self
+
+    def __del__(self) -> None:
+        """Nothing is held."""
+
+
+def glance_pages(home: Home, key: bytes, ordinals: Sequence[int], parts: Sequence[int], now_s: float) -> Glance | None:
+    """Pages with these parts (a map a page), where all of them can be seen; else None."""
+    memo, look = home.memo, home.view.glance
+    names: list[Name] = []
+    spots: list[Spot] = []
+    locations: list[int] = []
+    for ordinal, wanted in zip(ordinals, parts, strict=True):
+        name = Name(key, ordinal)
+        location = memo.get(name)
+        if location < 0:
+            return None
+        spot = look(location, name, now_s)
+        if spot is None:
+            memo.forget(name)
+            return None
+        if wanted & ~spot.parts:
+            return None  # the place is right, some parts are yet to come
+        names.append(name)
+        spots.append(spot)
+        locations.append(location)
+    home.touched.extend(locations)
+    return Glance(home, names, spots)
+
+
+def glance_into(
+    home: Home, names: Sequence[Name], targets: Sequence[Buffer], verify: bool, now_s: float
+) -> list[Outcome]:
+    """Copies whole entries that can be seen to the start of each target: HIT, CORRUPT where a digest differed, and
+    MISS for what must be asked for."""
+    memo, look = home.memo, home.view.glance
+    outcomes = [Outcome.MISS] * len(names)
+    chosen: list[int] = []
+    places: list[int] = []
+    spots: list[Spot] = []
+    for i, name in enumerate(names):
+        location = memo.get(name)
+        if location < 0:
+            continue
+        spot = look(location, name, now_s)
+        if spot is None or spot.parts != all_parts(spot.size, spot.part_bytes):
+            memo.forget(name)
+            continue
+        chosen.append(i)
+        places.append(location)
+        spots.append(spot)
+    if not chosen:
+        return outcomes
+    copied = home.view.copy_places(spots, [targets[i] for i in chosen], verify=verify)
+    for i, location, outcome in zip(chosen, places, copied, strict=True):
+        outcomes[i] = outcome
+        if outcome is Outcome.HIT:
+            home.touched.append(location)
+        else:
+            memo.forget(names[i])
+    return outcomes

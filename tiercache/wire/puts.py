@@ -1,0 +1,208 @@
+"""Puts into the owner's memory: extents are reserved there, filled here, and become visible when the owner agrees."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiercache.buffers import copy, part_digests
+from tiercache.errors import CapacityError, ConfigError, ProtocolError
+from tiercache.model import Form, Name, Outcome, all_parts, part_bytes_for
+from tiercache.wire import frames
+from tiercache.wire.frames import Landed, Op, ReserveAsk
+from tiercache.wire.sockets import Lost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from typing import Any
+
+    from tiercache.buffers import Buffer
+    from tiercache.model import Terms
+    from tiercache.wire.bond import Bond
+    from tiercache.wire.link import Link
+    from tiercache.wire.memo import Home
+
+SCOPE_MAX = 65_535
+STEP_BYTES = 32 << 20
+"""A longer batch goes in several tickets: each is visible as soon as it is filled, and holds no more than this."""
+STEP_NAMES = 4096
+SIZE_MAX = (1 << 32) - 1
+
+INLINE_BYTES_MAX = 4 << 20
+"""A put of more than this copies in a worker thread, so that the loop is never held for longer than some 0.5 ms."""
+LAST, DURABLE = 1, 2
+"""Flags of COMMIT."""
+
+
+class Put(NamedTuple):
+    """One batch, as its caller gave it. `form` LONE, or BLOCK: one chain after `parent`."""
+
+    names: Sequence[Name]
+    values: Sequence[Buffer]
+    terms: Terms
+    form: Form = Form.LONE
+    parent: bytes = b""
+    durable: bool = False
+
+
+def check(put: Put) -> None:
+    """Refuses what an owner would refuse, in the same words, and what no message can say."""
+    if len(put.names) != len(put.values):
+        raise ConfigError(f"{len(put.names)} names and {len(put.values)} values: give one value for each name")
+    if not 0 <= put.terms.scope <= SCOPE_MAX:
+        raise ConfigError(f"scope must be a whole number from 0 to {SCOPE_MAX}, not {put.terms.scope!r}")
+    if not (math.isfinite(put.terms.cost_s) and put.terms.cost_s >= 0):
+        raise ConfigError(f"cost_s must be a number of seconds, not {put.terms.cost_s!r}")
+    most = max((value.length for value in put.values), default=0)
+    if most > SIZE_MAX:
+        raise CapacityError(f"an entry of {most} bytes can never fit in one piece; split the value")
+
+
+def tickets(put: Put) -> list[Put]:
+    """The batch in pieces of one ticket each, in order; a chain goes on where the piece before ended."""
+    pieces: list[Put] = []
+    start, held, parent = 0, 0, put.parent
+    for i, value in enumerate(put.values):
+        if i > start and (held + value.length > STEP_BYTES or i - start >= STEP_NAMES):
+            pieces.append(put._replace(names=put.names[start:i], values=put.values[start:i], parent=parent))
+            if put.form is Form.BLOCK:
+                parent = put.names[i - 1].key
+            start, held = i, 0
+        held += value.length
+    pieces.append(put._replace(names=put.names[start:], values=put.values[start:], parent=parent))
+    return pieces
+
+
+def reserve(put: Put) -> bytes:
+    """Body of the RESERVE that a ticket begins with."""
+    kind, scope, cost_s, expiry_s = put.terms.kind, put.terms.scope, put.terms.cost_s, put.terms.expiry_s
+    sizes = [value.length for value in put.values]
+    return frames.pack_reserve(ReserveAsk(kind, put.form, scope, cost_s, expiry_s, put.parent, list(put.names), sizes))
+
+
+class Ticket:
+    """What the owner reserved for one piece of a batch."""
+
+    __slots__ = ("_grants", "_put", "number", "outcomes")
+
+    def __init__(self, put: Put, answer: memoryview) -> None:
+        """Raises ProtocolError where the answer is none."""
+        self.number = frames.unpack_u64(answer[:8])[0]
+        self._put = put
+        self._grants = frames.unpack_grants(answer[8:])
+        if len(self._grants.outcomes) != len(put.names):
+            raise ProtocolError(f"{len(self._grants.outcomes)} answers to {len(put.names)} names")
+        self.outcomes = list(self._grants.outcomes)
+
+    @property
+    def locations(self) -> list[int]:
+        """Extents to fill."""
+        grants = self._grants
+        return [at for outcome, at in zip(*grants, strict=True) if outcome is Outcome.HIT and at >= 0]
+
+    def fill(self, home: Home) -> bytes:
+        """Copies the values into their extents and hashes what lies there: body of the COMMIT that shows them."""
+        put, landed = self._put, []
+        for i, (outcome, location) in enumerate(zip(*self._grants, strict=True)):
+            if outcome is not Outcome.HIT or location < 0:
+                continue
+            value = put.values[i]
+            target = home.view.buffers([location])[0]
+            if target.length != value.length:
+                raise ProtocolError(f"an extent of {target.length} bytes for an entry of {value.length}")
+            copy(value, target)
+            step = part_bytes_for(value.length)
+            landed.append(Landed(i, all_parts(value.length, step), part_digests(target, step)))
+        flags = LAST | (DURABLE if put.durable else 0)
+        return frames.pack_landed(self.number, flags, landed)
+
+    def settle(self, home: Home, answer: memoryview) -> list[Outcome]:
+        """Takes the owner's last word on every item."""
+        outcomes = frames.unpack_outcomes(answer)
+        if len(outcomes) != len(self.outcomes):
+            raise ProtocolError(f"{len(outcomes)} answers to {len(self.outcomes)} names")
+        self.outcomes = outcomes
+        home.memo.learn(
+            (name, location)
+            for name, outcome, location in zip(self._put.names, outcomes, self._grants.locations, strict=True)
+            if outcome is Outcome.HIT
+        )
+        return outcomes
+
+
+class Puts:
+    """Puts of one client, from threads and tasks. What an owner's death cut off is done once more."""
+
+    def __init__(self, link: Link, start: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]) -> None:
+        """`start` begins a task that ends before the client does."""
+        self._link, self._start = link, start
+
+    def store(self, put: Put) -> list[Outcome]:
+        """Puts a batch from a thread."""
+        check(put)
+        outcomes: list[Outcome] = []
+        for piece in tickets(put):
+            outcomes += self._store_piece(piece)
+        return outcomes
+
+    def _store_piece(self, put: Put) -> list[Outcome]:
+        link = self._link
+        for last in (False, True):
+            try:
+                answer = link.ask(Op.RESERVE, reserve(put), again=not last)
+                bond, ticket = answer.bond, Ticket(put, answer.body)
+                try:
+                    if not ticket.locations and not put.durable:
+                        link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
+                        return ticket.outcomes
+                    bond.attach(ticket.locations)
+                    with bond:
+                        body = ticket.fill(bond.home)
+                    return ticket.settle(bond.home, link.ask_on(bond, Op.COMMIT, body))
+                except BaseException:
+                    link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
+                    raise
+            except Lost:
+                if last:
+                    raise
+        raise AssertionError("a put is tried twice at most")
+
+    async def put(self, put: Put) -> list[Outcome]:
+        """Puts a batch from a task."""
+        check(put)
+        outcomes: list[Outcome] = []
+        for piece in tickets(put):
+            # Shielded: a caller that gives up must not free values, or extents, that a thread still copies.
+            outcomes += await asyncio.shield(self._start(self._put_piece(piece)))
+        return outcomes
+
+    async def _put_piece(self, put: Put) -> list[Outcome]:
+        link = self._link
+        for last in (False, True):
+            try:
+                answer = await link.request(Op.RESERVE, reserve(put), again=not last)
+                bond, ticket = answer.bond, Ticket(put, answer.body)
+                try:
+                    if not ticket.locations and not put.durable:
+                        link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
+                        return ticket.outcomes
+                    await bond.attach_here(ticket.locations)
+                    body = await self._filled(bond, ticket, sum(value.length for value in put.values))
+                    return ticket.settle(bond.home, await link.request_on(bond, Op.COMMIT, body))
+                except BaseException:
+                    link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
+                    raise
+            except Lost:
+                if last:
+                    raise
+        raise AssertionError("a put is tried twice at most")
+
+    async def _filled(self, bond: Bond, ticket: Ticket, size: int) -> bytes:
+        def fill() -> bytes:
+            with bond:
+                return ticket.fill(bond.home)
+
+        if size <= INLINE_BYTES_MAX:
+            return fill()
+        return await asyncio.get_running_loop().run_in_executor(None, fill)
