@@ -46,6 +46,8 @@ class Gap:
     ordinal: int
     parts: int
     target: Buffer
+    location: int = -1
+    """Where the target lies, for whoever has the memory mapped in another process."""
 
 
 class Landed(Protocol):
@@ -110,6 +112,13 @@ class Lease:
             raise ClosedError("this lease was released: take a new one")
         hit = Outcome.HIT
         return [int(at) if one is hit else -1 for at, one in zip(self._locations, self.outcomes)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it keeps in place; 0 once it was released."""
+        if self._locations is None:
+            return 0
+        return sum(one.length for one in self._extents.buffers([at for at in self.locations if at >= 0]))
 
     def buffer(self, index: int) -> Buffer:
         """The extent of item `index` in place: valid only until the release, unlike views."""

@@ -81,9 +81,9 @@ class Cache:
         self._demotion.filling = self._filling
         self.tiers.nudge = self._nudge
         self._recovery = Recovery(self.tiers)
-        self._storing = Storing(self.tiers, self._recovery, self._dirtied)
+        self._storing = Storing(self.tiers, self._recovery, self._dirtied, self._demotion.saved)
         self._survey = Survey(self.tiers, self._recovery)
-        self.serving = Serving(self.tiers, self._recovery, self._storing, self._demotion)
+        self.serving = Serving(self.tiers, self._recovery, self._storing, lease=self._lease)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forever: list[asyncio.Task[None]] = []
         self._closed = False

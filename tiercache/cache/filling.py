@@ -247,7 +247,8 @@ class Filling:
         names, _, part_bytes = self.shapes(slots)
         targets = self._tiers.memory.buffers([share.location for share in shares])
         gaps = [
-            Gap(name.ordinal, share.parts, target) for name, share, target in zip(names, shares, targets, strict=True)
+            Gap(name.ordinal, share.parts, target, share.location)
+            for name, share, target in zip(names, shares, targets, strict=True)
         ]
         pin = self._tiers.index.hold(slots)
         self._tasks.start(

@@ -7,64 +7,90 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from tiercache.buffers import verify_parts
+from tiercache.cache.tiers import Mapped, whole
 from tiercache.lease import Lease
-from tiercache.model import Outcome
+from tiercache.model import Outcome, TierId
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
-    from tiercache.cache.demotion import Demotion
     from tiercache.cache.recovery import Recovery
     from tiercache.cache.storing import Storing, Ticket
     from tiercache.cache.tiers import Tiers
+    from tiercache.index import Match, SlotFacts
     from tiercache.model import Name, Terms
+
+    U64 = npt.NDArray[np.uint64]
 
 
 class Serving:
     """See the module. Any thread, except for the coroutines: those run on the cache's loop."""
 
-    def __init__(self, tiers: Tiers, recovery: Recovery, storing: Storing, demotion: Demotion) -> None:
-        self._tiers, self._recovery, self._storing, self._demotion = tiers, recovery, storing, demotion
+    def __init__(
+        self,
+        tiers: Tiers,
+        recovery: Recovery,
+        storing: Storing,
+        *,
+        lease: Callable[[Match, U64, None], Awaitable[Lease]],
+    ) -> None:
+        """`lease` brings parts of what was matched to memory, as far as a local tier has them."""
+        self._tiers, self._recovery, self._storing, self._lease = tiers, recovery, storing, lease
 
     @property
     def entry_bytes_max(self) -> int:
         """The largest entry that can ever be put."""
         return self._tiers.memory.entry_bytes_max
 
-    async def recall(self, names: Sequence[Name]) -> None:
-        """While the cache recovers: brings what the SSD has of these names into the index, before they are put."""
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """(ordinal, descriptor) of the memory so far; the descriptors stay the cache's."""
+        memory: object = self._tiers.memory
+        files = memory.segments if isinstance(memory, Mapped) else ()
+        return [(one.ordinal, one.fd) for one in files if one.fd is not None]
+
+    # -- leases --------------------------------------------------------------------------------------------------------
+
+    def lease_memory(self, names: Sequence[Name], parts: Sequence[int] | None = None) -> Lease:
+        """A lease on what is in memory now, with these parts (a map an entry; all of them without)."""
+        tiers = self._tiers
+        match = tiers.index.match(names)
+        facts = tiers.index.facts(match.slots)
+        there = self._has(match, facts, facts.memory_parts, _wanted(facts, parts))
+        outcomes = [Outcome.HIT if one else Outcome.MISS for one in there.tolist()]
+        kind = "object" if parts is None else "page"
+        tiers.metrics.add("tiercache_hits_total", outcomes.count(Outcome.HIT), tier="memory", kind=kind)
+        return Lease(outcomes, facts.memory_location.tolist(), tiers.memory, tiers.end_of(match))
+
+    async def lease_local(
+        self, names: Sequence[Name], parts: Sequence[int] | None = None, *, together: bool = False
+    ) -> Lease | None:
+        """A lease on what the local tiers have, brought to memory. With `together` it is None, and nothing is read or
+        held, unless all of it is local."""
+        tiers = self._tiers
         await self._recovery.find(names)
+        match = tiers.index.match(names)
+        facts = tiers.index.facts(match.slots)
+        wanted = _wanted(facts, parts)
+        if together:
+            local = facts.memory_parts | (facts.ssd_parts if tiers.ssd_readable else np.uint64(0))
+            if not self._has(match, facts, local, wanted).all():
+                tiers.release(match)
+                return None
+        lease = await self._lease(match, wanted, None)
+        if together and lease.outcomes.count(Outcome.HIT) < len(lease):
+            lease.release()
+            return None
+        return lease
 
-    async def recalled(self) -> None:
-        """Returns when all that the SSD remembers is in the index."""
-        await self._recovery.wait()
-
-    def adopted(self, slots: npt.NDArray[np.int64]) -> None:
-        """These are in memory since before this cache was made, and the SSD may lack them."""
-        self._demotion.mark(slots)
-
-    def reserve_puts(
-        self, names: Sequence[Name], sizes: Sequence[int], terms: Terms, *, chain: bool = False, parent: bytes = b""
-    ) -> Ticket:
-        """Extents for entries that somebody else fills: lone ones, or the blocks of one chain after `parent`.
-
-        The ticket must be ended, when nobody writes to its extents any more."""
-        if chain:
-            return self._storing.reserve_chain(names, sizes, terms, parent)
-        return self._storing.reserve(names, sizes, terms)
-
-    async def save_puts(self, ticket: Ticket, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Waits for the SSD: of these outcomes of a ticket's commit, the HITs that are not durable become FULL."""
-        return await self._demotion.saved(ticket.slots, outcomes)
-
-    def touch(self, locations: Sequence[int]) -> None:
-        """These were read without asking: hits of memory, for the books and for the order of use. Locations that have
-        been freed since are ignored."""
-        self._tiers.release(self._tiers.index.match(self._names(locations)))
-        self._tiers.metrics.add("tiercache_hits_total", len(locations), tier="memory", kind="glance")
+    def _has(self, match: Match, facts: SlotFacts, present: U64, wanted: U64) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = (match.slots >= 0) & ((present & wanted) == wanted)
+        return found & ~self._tiers.expired(facts.expiry_s)
 
     def hold(self, locations: Sequence[int]) -> Lease | None:
         """A lease on entries by where they lie in memory; None unless each of them still lies there."""
@@ -79,6 +105,32 @@ class Serving:
             return None
         return Lease([Outcome.HIT] * len(names), homes, tiers.memory, tiers.end_of(match))
 
+    def touch(self, locations: Sequence[int]) -> None:
+        """These were read without asking: hits of memory, for the books and for the order of use. Locations that have
+        been freed since are ignored."""
+        self._tiers.release(self._tiers.index.match(self._names(locations)))
+        self._tiers.metrics.add("tiercache_hits_total", len(locations), tier="memory", kind="glance")
+
+    def recheck(self, names: Sequence[Name]) -> None:
+        """Somebody found the copies of these in memory damaged: they are hashed, and lost where that is so."""
+        tiers = self._tiers
+        match = tiers.index.match(names)
+        try:
+            homes = tiers.index.facts(match.slots).memory_location
+            there = np.flatnonzero(homes >= 0)
+            places = homes[there].tolist()
+            bad = [
+                int(match.slots[i])
+                for i, one, span in zip(
+                    there.tolist(), tiers.memory.payloads(places), tiers.memory.buffers(places), strict=True
+                )
+                if not verify_parts(span, one.part_bytes, one.parts, one.digests)
+            ]
+            tiers.lose(np.unique(np.array(bad, np.int64)), TierId.MEMORY)
+        finally:
+            tiers.release(match)
+        tiers.metrics.add("tiercache_corruptions_total", len(bad), tier="memory")
+
     def _names(self, locations: Sequence[int]) -> list[Name]:
         """Names of what lies there; stale locations are left out."""
         names: list[Name] = []
@@ -88,3 +140,23 @@ class Serving:
             except LookupError:
                 continue
         return names
+
+    # -- puts ----------------------------------------------------------------------------------------------------------
+
+    async def recall(self, names: Sequence[Name]) -> None:
+        """While the cache recovers: brings what the SSD has of these names into the index, before they are put."""
+        await self._recovery.find(names)
+
+    def reserve_puts(
+        self, names: Sequence[Name], sizes: Sequence[int], terms: Terms, *, chain: bool = False, parent: bytes = b""
+    ) -> Ticket:
+        """Extents for entries that somebody else fills: lone ones, or the blocks of one chain after `parent`.
+
+        The ticket must be ended, when nobody writes to its extents any more."""
+        if chain:
+            return self._storing.reserve_chain(names, sizes, terms, parent)
+        return self._storing.reserve(names, sizes, terms)
+
+
+def _wanted(facts: SlotFacts, parts: Sequence[int] | None) -> U64:
+    return whole(facts.size, facts.part_bytes) if parts is None else np.asarray(parts, np.uint64)

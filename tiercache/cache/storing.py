@@ -16,7 +16,7 @@ from tiercache.errors import CapacityError, ConfigError
 from tiercache.model import Name, Outcome, State, TierId, all_parts, part_bytes_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from tiercache.index import Reservation
     from tiercache.model import Terms
 
-    Stored = Callable[[npt.NDArray[np.int64]], None]
+    Slots = npt.NDArray[np.int64]
+    Stored = Callable[[Slots], None]
+    Save = Callable[[Slots, Sequence[Outcome]], Awaitable[list[Outcome]]]
 
 SCOPE_MAX = 65_535
 
@@ -38,10 +40,10 @@ class Ticket:
     BUSY where somebody else is storing it, FULL where there was no room.
     """
 
-    def __init__(self, tiers: Tiers, stored: Stored, reservation: Reservation) -> None:
+    def __init__(self, tiers: Tiers, stored: Stored, save: Save, reservation: Reservation) -> None:
         """Owns the reservation; `end` gives it back."""
-        self._tiers, self._stored, self._reservation = tiers, stored, reservation
-        self.slots = reservation.slots
+        self._tiers, self._stored, self._save, self._reservation = tiers, stored, save, reservation
+        self.slots: Slots = reservation.slots
         self.outcomes = [Outcome.HIT] * len(self.slots)
         self.locations = [-1] * len(self.slots)
         self._lacking: dict[int, int] = {}  # item -> parts that have not landed
@@ -103,6 +105,10 @@ class Ticket:
             self._stored(self.slots[done])
         return [Outcome.MISS if i in self._lacking else outcome for i, outcome in enumerate(self.outcomes)]
 
+    async def save(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Waits for the SSD, before the end: of these outcomes, the HITs that are not durable become FULL."""
+        return await self._save(self.slots, outcomes)
+
     def end(self) -> None:
         """Gives up what is not whole: from now on nobody writes to the extents of this ticket. Idempotent."""
         if self._ended:
@@ -145,9 +151,9 @@ class Ticket:
 class Storing:
     """Reserve, copy, digest, commit; what is there already, or on its way, is left alone."""
 
-    def __init__(self, tiers: Tiers, recovery: Recovery, stored: Stored) -> None:
-        """`stored` hears of slots that are visible now and that the SSD may lack."""
-        self._tiers, self._recovery, self._stored = tiers, recovery, stored
+    def __init__(self, tiers: Tiers, recovery: Recovery, stored: Stored, save: Save) -> None:
+        """`stored` hears of slots that are visible now and that the SSD may lack; `save` waits until it has them."""
+        self._tiers, self._recovery, self._stored, self._save = tiers, recovery, stored, save
 
     def put(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms) -> list[Outcome]:
         """Lone entries; see Cache.store."""
@@ -202,7 +208,7 @@ class Storing:
     def _ticket(
         self, reservation: Reservation, names: Sequence[Name], sizes: Sequence[int], steps: Sequence[int]
     ) -> Ticket:
-        ticket = Ticket(self._tiers, self._stored, reservation)
+        ticket = Ticket(self._tiers, self._stored, self._save, reservation)
         try:
             ticket.place(names, sizes, steps)
         except BaseException:

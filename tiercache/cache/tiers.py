@@ -46,6 +46,30 @@ class Retiring(Protocol):
         ...
 
 
+class Segment(Protocol):
+    """One memory file of shared memory."""
+
+    @property
+    def ordinal(self) -> int:
+        """Which one it is."""
+        ...
+
+    @property
+    def fd(self) -> int | None:
+        """Its descriptor."""
+        ...
+
+
+@runtime_checkable
+class Mapped(Protocol):
+    """What memory adds that other processes can map."""
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """Its files so far; more may come."""
+        ...
+
+
 def whole(sizes: npt.NDArray[np.uint32], part_bytes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
     """Map with every part set, for each entry (see model.all_parts)."""
     counts = np.maximum(-(-sizes.astype(np.int64) // np.maximum(part_bytes, 1)), 1)
