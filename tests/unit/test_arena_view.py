@@ -330,8 +330,10 @@ def test_only_the_segment_asked_for_is_mapped(pair: tuple[MemoryTier, ArenaView]
         with pytest.raises(ProtocolError):
             other.attach(ordinal, made())
         assert other.known == 0 and open_files() == before, "the descriptor was taken over, and closed"
-    other.attach(0, file(whole))
+    other.attach(0, os.dup(source))
     other.attach(0, os.dup(source))  # once is enough
+    with pytest.raises(ProtocolError, match="not the memory that it was"):
+        other.attach(0, file(whole))
     assert other.known == 1 and len(other.segments) == 1
     assert open_files() <= before + 2, "one, and one that the mapping itself has"
     other.close()

@@ -21,9 +21,9 @@ import numpy as np
 
 from tiercache.buffers import verify_parts
 from tiercache.cpu import layout
-from tiercache.cpu.places import ROW_SHIFT, SEGMENT_SHIFT
+from tiercache.cpu.places import ROW_MASK, ROW_SHIFT, SEGMENT_MAX, SEGMENT_SHIFT
 from tiercache.cpu.segment import Segment
-from tiercache.errors import ProtocolError
+from tiercache.errors import ConfigError, ProtocolError
 from tiercache.model import ALIGN_BYTES, KEY_BYTES_MAX, Facts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Adopted:
         self.pending = tuple(location for table in tables for location in table.pending)
         """Extents that were reserved, and of which nothing is present."""
         self._retired = [location for table in tables for location in table.retired]
-        self._wrong: list[int] = []
+        self._wrong: dict[int, None] = {}
         self._handed_over: set[int] = set()
         self.lost = tuple(lost)
         """Ordinals of segments that could not be used."""
@@ -101,15 +101,9 @@ class Adopted:
     def settle(self) -> None:
         """Nobody holds anything of the dead owner's but what the caller knows of: what is pending, retired or damaged
         goes, and so does what was freed meanwhile. Idempotent."""
-        pending = [one for one in self.pending if not self._present_now(one)]
-        self._arena.release([*pending, *self.orphans()])
+        self._arena.release([*self.pending, *self.orphans()])
         self._arena.let_go()
         self.pending = ()
-
-    def _present_now(self, location: int) -> bool:
-        """A pending extent may have been filled since, by whoever brought it to this owner's knowledge."""
-        place = self._arena.find(location)
-        return place is not None and bool(place.parts)
 
     def _verified(self, location: int) -> Payload | None:
         """What lies there, if it is right."""
@@ -119,7 +113,7 @@ class Adopted:
         payload = place.segment.payload(place.at)
         if verify_parts(place.span, payload.part_bytes, payload.parts, payload.digests):
             return payload
-        self._wrong.append(location)
+        self._wrong[location] = None
         self._arena.retire([location])
         return None
 
@@ -128,12 +122,14 @@ def adopt(arena: Arena, files: Sequence[tuple[int, int]]) -> Adopted:
     """Has an unused arena go on with memory files, (ordinal, descriptor) each; the descriptors stay the caller's.
 
     Raises ProtocolError when none of them can be used: the arena is then as it was, but clients of the dead owner may
-    still have its segments mapped, so its id should not be used for others.
+    still have its segments mapped, so its id should not be used for others. Raises ConfigError when the arena was used.
     """
+    if arena.closed or arena.segments:
+        raise ConfigError("only an arena that was not used yet can take over another one")
     tables: dict[int, _Table] = {}
     lost: set[int] = set()
     for ordinal, descriptor in files:
-        if ordinal not in tables and ordinal not in lost:
+        if 0 <= ordinal <= SEGMENT_MAX and ordinal not in tables and ordinal not in lost:
             try:
                 segment = Segment.attach(ordinal, os.dup(descriptor), arena.id)
                 tables[ordinal] = _read(segment)
@@ -166,6 +162,8 @@ def _read(segment: Segment) -> _Table:
     used = segment.table_pages
     try:
         for found in layout.read_table(segment.memory, pending=True):
+            if found.row > ROW_MASK:
+                continue  # no location could say it
             location = segment.ordinal << SEGMENT_SHIFT | found.row << ROW_SHIFT | found.generation
             if found.state == layout.PENDING:
                 table.pending.append(location)

@@ -122,8 +122,7 @@ class Arena(Places):
         the arena holds what is there and does not grow."""
         whole = next(segment for segment in segments if segment is not None)
         with self._lock:
-            if self._closed or self._segments:
-                raise ConfigError("only an arena that was not used yet can take over another one")
+            assert not self._segments, "only an arena that was not used yet can take over another one"
             self._segment_pages, self._chunk_pages = whole.size // ALIGN_BYTES, whole.chunk_pages
             self._segments_max = max(len(segments), min(SEGMENTS_MAX, self.capacity_bytes // whole.size))
             for start, pages in free:

@@ -169,18 +169,18 @@ def rows_for(parts: int) -> int:
 
 def read_head(memory: mmap.mmap | memoryview) -> Head:
     """Header and directory. Raises ProtocolError where they are not of a segment that this version understands."""
-    span = memoryview(memory)
-    if span.nbytes < ALIGN_BYTES:
-        raise ProtocolError(f"an arena segment of {span.nbytes} bytes is too short for its header")
+    length = len(memory)
+    if length < ALIGN_BYTES:
+        raise ProtocolError(f"an arena segment of {length} bytes is too short for its header")
     (magic, version, row_bytes, segment_bytes, chunk_bytes, chunks, page_bytes, ordinal,
-     arena_id) = HEAD.unpack_from(span)  # fmt: skip
+     arena_id) = HEAD.unpack_from(memory)  # fmt: skip
     if magic != MAGIC:
         raise ProtocolError("this memory is not an arena segment of tiercache")
     if version != VERSION or row_bytes != ROW_BYTES or page_bytes != ALIGN_BYTES:
         raise ProtocolError(f"the arena segment has format {version}, this tiercache reads format {VERSION}")
-    if segment_bytes != span.nbytes or chunk_bytes != chunk_bytes_for(segment_bytes) or chunks > DIRECTORY_MAX:
+    if segment_bytes != length or chunk_bytes != chunk_bytes_for(segment_bytes) or chunks > DIRECTORY_MAX:
         raise ProtocolError(f"the header of the arena segment is damaged: {segment_bytes=} {chunk_bytes=} {chunks=}")
-    firsts = struct.unpack_from(f"<{chunks}I", span, DIRECTORY_AT)
+    firsts = struct.unpack_from(f"<{chunks}I", memory, DIRECTORY_AT)
     if any(not 0 < first <= (segment_bytes - chunk_bytes) // ALIGN_BYTES for first in firsts):
         raise ProtocolError("the directory of the arena segment is damaged")
     return Head(segment_bytes, chunk_bytes, [first * ALIGN_BYTES for first in firsts], ordinal, arena_id)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tiercache.cpu.segment import Segment
 
 SEGMENT_SHIFT, ROW_SHIFT = 52, 32
-ROW_MASK, GENERATION_MASK = (1 << 20) - 1, (1 << 32) - 1
+SEGMENT_MAX, ROW_MASK, GENERATION_MASK = (1 << 11) - 1, (1 << 20) - 1, (1 << 32) - 1
 _LIVE = (layout.PENDING, layout.PRESENT)
 
 

@@ -109,17 +109,29 @@ class Segment:
             if size < ALIGN_BYTES:
                 raise ProtocolError(f"an arena segment of {size} bytes is too short for its header")
             memory = _mapping(fd, size)
-            head = layout.read_head(memory)
-            if (head.ordinal, head.arena_id) != (ordinal, arena_id):
-                raise ProtocolError(
-                    f"segment {head.ordinal} of arena {head.arena_id.hex()} came for {ordinal} of {arena_id.hex()}"
-                )
+            try:
+                head = layout.read_head(memory)
+                if (head.ordinal, head.arena_id) != (ordinal, arena_id):
+                    raise ProtocolError(
+                        f"segment {head.ordinal} of arena {head.arena_id.hex()} came for {ordinal} of {arena_id.hex()}"
+                    )
+            except BaseException:
+                memory.close()
+                raise
         except BaseException:
             os.close(fd)
             raise
         segment = cls(ordinal, fd, memory, foreign=True)
         segment._chunks = head.chunks
         return segment
+
+    @property
+    def file(self) -> tuple[int, int] | None:
+        """What tells its memory file from all others; None where it has none, or was closed."""
+        if self.fd is None:
+            return None
+        facts = os.fstat(self.fd)
+        return facts.st_dev, facts.st_ino
 
     @property
     def chunk_pages(self) -> int:
@@ -225,14 +237,16 @@ class Segment:
         """Frees an extent's rows; answers its first page and its pages, which are the caller's to give back."""
         memory = self.memory
         at = self.row_at(row)
-        _, page, pages, _, _, _, _, _ = layout.SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
-        while row != layout.END:
-            at = self.row_at(row)
+        size, page, pages, _, _, part_bytes, _, _ = layout.SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
+        for _ in range(layout.rows_for(part_count(size, part_bytes))):
+            following = _U32.unpack_from(memory, at + layout.NEXT_AT)[0]
             memory[at + layout.STATE_AT] = layout.FREE
             generation = _U32.unpack_from(memory, at + layout.GENERATION_AT)[0]
             _U32.pack_into(memory, at + layout.GENERATION_AT, generation + 1 & 0xFFFFFFFF or 1)
             self._free_rows.append(row)
-            row = _U32.unpack_from(memory, at + layout.NEXT_AT)[0]
+            row, at = following, self.row_at(following)
+            if at < 0:
+                break
         return page, pages
 
     def add_parts(self, at: int, parts: int, digests: bytes) -> None:

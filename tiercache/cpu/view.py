@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from tiercache.cpu import layout
-from tiercache.cpu.places import Place, Places
+from tiercache.cpu.places import SEGMENT_MAX, Place, Places
 from tiercache.cpu.segment import Segment
 from tiercache.cpu.tier import copy_places
 from tiercache.errors import ClosedError, ProtocolError
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from tiercache.buffers import Buffer
     from tiercache.model import Name
-
-SEGMENTS_MAX = 1 << 11
 
 
 class ArenaView(Places):
@@ -46,23 +44,26 @@ class ArenaView(Places):
     def attach(self, ordinal: int, fd: int) -> None:
         """Maps a segment. The descriptor is the view's from now on, also when this fails; one too many is closed.
 
-        Raises ProtocolError where it is not that segment of this arena, OSError where it cannot be mapped.
+        Raises ProtocolError where it is not that segment of this arena, or not the memory that is mapped under this
+        number already: then this view is of no more use. Raises OSError where it cannot be mapped.
         """
-        if not 0 <= ordinal < SEGMENTS_MAX:
+        if not 0 <= ordinal <= SEGMENT_MAX:
             os.close(fd)
             raise ProtocolError(f"an arena has no segment {ordinal}")
         segment = Segment.attach(ordinal, fd, self._id)
         with self._lock:
-            closed = self._closed
-            there = ordinal < len(self._segments) and self._segments[ordinal] is not None
-            if not closed and not there:
+            closed, known = self._closed, self._segments[ordinal] if ordinal < len(self._segments) else None
+            if not closed and known is None:
                 segments = self._segments + [None] * (ordinal + 1 - len(self._segments))
                 segments[ordinal] = segment
                 self._segments = segments  # in one piece: other threads look while this grows
-        if closed or there:
-            segment.close()
+                return
+            same = known is not None and known.file == segment.file
+        segment.close()
         if closed:
             raise ClosedError("the memory arena is closed")
+        if not same:
+            raise ProtocolError(f"segment {ordinal} of the arena is not the memory that it was")
 
     def find(self, location: int) -> Place | None:
         """The extent at a location; None when it was freed, never was, or is not what an extent can be."""
