@@ -62,7 +62,7 @@ class SharedCache:
         self._durable = greeting.durable
         self._link = link
         self._leasing = Leasing(link, settings.owner_deadline_s + 2 * self.settings.ssd_deadline_s)
-        self._puts = Puts(link, self._start)
+        self._puts = Puts(link, self._start, int(self.settings.client_share * self.settings.memory_bytes))
         self._notes: SharedNotes | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = ""

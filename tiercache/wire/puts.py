@@ -50,6 +50,10 @@ def check(put: Put) -> None:
     """Refuses what an owner would refuse, in the same words, and what no message can say."""
     if len(put.names) != len(put.values):
         raise ConfigError(f"{len(put.names)} names and {len(put.values)} values: give one value for each name")
+    if any(name.ordinal for name in put.names):
+        raise ConfigError("only lone entries and blocks of chains are put: names with an ordinal are pages of files")
+    if put.form is Form.BLOCK and len({len(name.key) for name in put.names}) > 1:
+        raise ConfigError("the digests of a chain are of one width: 16 or 32 bytes")
     if not 0 <= put.terms.scope <= SCOPE_MAX:
         raise ConfigError(f"scope must be a whole number from 0 to {SCOPE_MAX}, not {put.terms.scope!r}")
     if not (math.isfinite(put.terms.cost_s) and put.terms.cost_s >= 0):
@@ -59,12 +63,12 @@ def check(put: Put) -> None:
         raise CapacityError(f"an entry of {most} bytes can never fit in one piece; split the value")
 
 
-def tickets(put: Put) -> list[Put]:
+def tickets(put: Put, step_bytes: int = STEP_BYTES) -> list[Put]:
     """The batch in pieces of one ticket each, in order; a chain goes on where the piece before ended."""
     pieces: list[Put] = []
     start, held, parent = 0, 0, put.parent
     for i, value in enumerate(put.values):
-        if i > start and (held + value.length > STEP_BYTES or i - start >= STEP_NAMES):
+        if i > start and (held + value.length > step_bytes or i - start >= STEP_NAMES):
             pieces.append(put._replace(names=put.names[start:i], values=put.values[start:i], parent=parent))
             if put.form is Form.BLOCK:
                 parent = put.names[i - 1].key
@@ -120,8 +124,9 @@ class Ticket:
     def settle(self, home: Home, answer: memoryview) -> list[Outcome]:
         """Takes the owner's last word on every item."""
         outcomes = frames.unpack_outcomes(answer)
-        if len(outcomes) != len(self.outcomes):
+        if len(outcomes) > len(self.outcomes):
             raise ProtocolError(f"{len(outcomes)} answers to {len(self.outcomes)} names")
+        outcomes += self.outcomes[len(outcomes) :]  # what this process may not hold was BUSY from the beginning
         self.outcomes = outcomes
         home.memo.learn(
             (name, location)
@@ -134,15 +139,18 @@ class Ticket:
 class Puts:
     """Puts of one client, from threads and tasks. What an owner's death cut off is done once more."""
 
-    def __init__(self, link: Link, start: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]) -> None:
-        """`start` begins a task that ends before the client does."""
+    def __init__(
+        self, link: Link, start: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]], quota_bytes: int
+    ) -> None:
+        """`start` begins a task that ends before the client does; `quota_bytes` is what this process may hold."""
         self._link, self._start = link, start
+        self._step_bytes = max(1, min(STEP_BYTES, quota_bytes // 4))
 
     def store(self, put: Put) -> list[Outcome]:
         """Puts a batch from a thread."""
         check(put)
         outcomes: list[Outcome] = []
-        for piece in tickets(put):
+        for piece in tickets(put, self._step_bytes):
             outcomes += self._store_piece(piece)
         return outcomes
 
@@ -172,7 +180,7 @@ class Puts:
         """Puts a batch from a task."""
         check(put)
         outcomes: list[Outcome] = []
-        for piece in tickets(put):
+        for piece in tickets(put, self._step_bytes):
             # Shielded: a caller that gives up must not free values, or extents, that a thread still copies.
             outcomes += await asyncio.shield(self._start(self._put_piece(piece)))
         return outcomes

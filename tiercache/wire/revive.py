@@ -26,7 +26,7 @@ from tiercache.wire.sockets import CannotShare, Foreign, Lost, NoOwner
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from tiercache.wire.bond import Greeting, Holds
     from tiercache.wire.memo import View
@@ -38,7 +38,7 @@ PAUSE_S, PAUSE_S_MAX = 0.01, 0.5
 AWAY_S = 1.0
 """After an owner could not be had, nobody looks for one again before so long; then somebody does, and nobody waits."""
 HOLDS_MAX = 1 << 16
-"""Leases in one message."""
+"""Leases, and about as many locations, in one message."""
 
 _CLOCK = SystemClock()
 
@@ -302,21 +302,34 @@ class Revive:
             bond.lay(line, self._on_forget)
 
     def _redeclare(self, bond: Bond) -> None:
-        """Says which leases this process has; also when it has none, for the owner waits to hear it."""
-        holds = list(self._holds.of(bond.home))
-        for start in range(0, max(1, len(holds)), HOLDS_MAX):
-            some = holds[start : start + HOLDS_MAX]
+        """Says which leases this process has; also when it has none, for the owner waits to hear it. Any other message
+        says that this was all."""
+        unkept = 0
+        for some in _batches(self._holds.of(bond.home)):
             held = bond.channels.ask(Op.REDECLARE, frames.pack_holds(some))
             if len(held) != len(some):
                 raise ProtocolError(f"{len(held)} answers to {len(some)} leases")
-            if not all(held):
-                log.warning(
-                    "%d leases on the cache's memory could not be kept: their views may change", held.tolist().count(0)
-                )
+            unkept += held.tolist().count(0)
+        bond.channels.ask(Op.QUARANTINE)
+        if unkept:
+            log.warning("%d leases on the cache's memory could not be kept: their views may change", unkept)
 
     def _on_loop(self, work: object) -> None:
         assert self.loop is not None
         asyncio.run_coroutine_threadsafe(work, self.loop).result(self._ways.deadline_s)  # type: ignore[arg-type]
+
+
+def _batches(holds: Iterable[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
+    """Leases in batches of one message each; one at least, which may be empty."""
+    batch: list[tuple[int, list[int]]] = []
+    size = 0
+    for number, locations in holds:
+        batch.append((number, locations))
+        size += 1 + len(locations)
+        if size >= HOLDS_MAX:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _first(channel: Channel, make: Callable[[], Channel]) -> Callable[[], Channel]:
