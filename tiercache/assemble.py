@@ -1,4 +1,8 @@
-"""Assemble: from settings to a working cache. The only file that knows concrete tiers, policies and origins."""
+"""Assemble: from settings to a working cache. The only file that knows concrete tiers, policies and origins.
+
+`acquire` gives a process its one cache of a directory: shared, by way of the directory's owner, where that can be, and
+in this process alone otherwise. `build` makes the latter, for the owner itself too.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,24 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tiercache.cache import Cache
-from tiercache.clock import SystemClock
-from tiercache.cpu.tier import MemoryTier
-from tiercache.errors import ConfigError, LockedError
-from tiercache.index import Index
+from tiercache.clock import SystemClock, system_random
+from tiercache.errors import ConfigError, LockedError, TierCacheError
 from tiercache.metrics import Metrics
-from tiercache.policy import POLICIES
-from tiercache.settings import Settings, load
+from tiercache.settings import RULES, Settings, load
 from tiercache.sync import BlockingCache, io_loop, runs_here, wait
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Mapping
 
+    from tiercache.cache import Cache
     from tiercache.clock import Clock
     from tiercache.core import Core
     from tiercache.origin import Origin
     from tiercache.pages.reader import PageReader
     from tiercache.tier import Tier
+    from tiercache.wire.client import SharedCache
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +38,19 @@ CLOSE_S_MAX = 30.0
 """A look at whether a directory has been closed is taken at least so often."""
 
 
-def build(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
-    """A cache that has not been started. Blocking: it opens files. Where another process holds the directory, or the
-    disk refuses, it says so in one line and goes on with memory alone."""
+def build(settings: Settings, clock: Clock, metrics: Metrics, arena_id: bytes = bytes(16)) -> Cache:
+    """A cache of this process that has not been started. Blocking: it opens files. Where another process holds the
+    directory, or the disk refuses, it says so in one line and goes on with memory alone."""
+    from tiercache.cache import Cache  # a process that shares does without all of this
+    from tiercache.cpu.tier import MemoryTier
+    from tiercache.index import Index
+    from tiercache.policy import POLICIES
+
     if settings.policy not in POLICIES:
         raise ConfigError(f"policy must be one of {', '.join(sorted(POLICIES))}, not {settings.policy!r}")
     ssd = _open_ssd(settings, clock, metrics) if settings.ssd_bytes else None
     policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
-    memory = MemoryTier(settings.memory_bytes)
+    memory = MemoryTier(settings.memory_bytes, arena_id=arena_id)
     return Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
 
 
@@ -67,11 +75,62 @@ def _open_ssd(settings: Settings, clock: Clock, metrics: Metrics) -> Tier | None
     return None
 
 
-class _Shared:
+def _join(settings: Settings) -> Core | None:
+    """The cache of the directory's owner, which is started where there is none; None, in one line, where that cannot
+    be. Blocking: it waits for the owner, never for this process's loop."""
+    if not settings.share:
+        return None
+    try:
+        if not hasattr(os, "memfd_create"):
+            raise ConfigError("this system has no memory files")
+        return _shared_cache(settings, start=True)
+    except (TierCacheError, OSError) as error:
+        log.warning("%s cannot be shared (%s); this process caches alone", settings.directory, error)
+        return None
+
+
+def visit(settings: Settings) -> Core | None:
+    """The cache of the directory's owner if one lives now, to ask it something; None where none does. Close it.
+    Raises UnavailableError or ProtocolError where the owner cannot be asked."""
+    from tiercache.wire import sockets
+
+    settings = replace(settings, directory=os.path.realpath(settings.directory))
+    try:
+        sockets.connect(settings.directory, group=settings.share_group).close()
+    except (sockets.NoOwner, sockets.CannotShare):
+        return None
+    return _shared_cache(settings, start=False)
+
+
+def _shared_cache(settings: Settings, *, start: bool) -> SharedCache:
+    """The cache of the owner; `start` allows to start one, now and after each one's death."""
+    from tiercache.cpu.view import ArenaView
+    from tiercache.wire import sockets, starting
+    from tiercache.wire.client import SharedCache
+    from tiercache.wire.revive import Ways
+
+    directory, group, deadline_s = settings.directory, settings.share_group, settings.owner_deadline_s
+    facts = plain(settings)
+
+    def connect(begin: bool) -> socket.socket:
+        if begin and start:
+            return starting.find_or_start(directory, facts, group=group, deadline_s=deadline_s)
+        return sockets.connect(directory, group=group, wait_s=deadline_s)
+
+    ways = Ways(connect, ArenaView, system_random().randbytes(16).hex(), os.getpid(), deadline_s)
+    return SharedCache.open(ways, settings=settings, clock=SystemClock(), metrics=Metrics())
+
+
+def plain(settings: Settings) -> dict[str, str | int | float | bool]:
+    """Every setting by name, ready for JSON; `Settings(**plain(s)) == s`."""
+    return {name: getattr(settings, name) for name in RULES}
+
+
+class _Open:
     """One cache of this process and how many hold it."""
 
-    def __init__(self, cache: Cache, loop: asyncio.AbstractEventLoop) -> None:
-        self.cache, self.loop, self.holders = cache, loop, 0
+    def __init__(self, cache: Core, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+        self.cache, self.settings, self.loop, self.holders = cache, settings, loop, 0
         self.begun = False
 
     async def begin(self) -> None:
@@ -85,7 +144,7 @@ class _Shared:
             self.cache.begin()
 
 
-_shared: dict[str, _Shared] = {}
+_open: dict[str, _Open] = {}
 _opening: dict[str, threading.Event] = {}
 """Directories that a thread is opening, without the lock: others wait for it to succeed or to fail."""
 _closing: dict[str, threading.Event] = {}
@@ -101,10 +160,10 @@ def _forget_after_fork() -> None:
     """
     global _lock  # it may be held by a thread that does not exist in the child
     _lock = threading.Lock()
-    for shared in _shared.values():
-        shared.cache.disown()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(shared.cache))
-    _shared.clear()
+    for opened in _open.values():
+        opened.cache.disown()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened.cache))
+    _open.clear()
     _opening.clear()
     _closing.clear()
 
@@ -112,7 +171,7 @@ def _forget_after_fork() -> None:
 os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def acquire(settings: Settings) -> Cache:
+def acquire(settings: Settings) -> Core:
     """The process's one running cache for settings.directory, on the I/O loop; give it back with `release`.
 
     Callers on the loop wait for files at most, never for another thread that needs the loop.
@@ -120,25 +179,25 @@ def acquire(settings: Settings) -> Cache:
     settings = replace(settings, directory=os.path.realpath(settings.directory))
     loop = io_loop()
     on_loop = runs_here(loop)
-    shared = None
-    while shared is None:
-        shared, busy = _hold(settings, on_loop=on_loop)
+    opened = None
+    while opened is None:
+        opened, busy = _hold(settings, on_loop=on_loop)
         if busy is not None:
             busy.wait(CLOSE_S_MAX)
-        elif shared is None:
-            shared = _build_shared(settings, loop)
+        elif opened is None:
+            opened = _open_one(settings, loop)
     if on_loop:
-        shared.begin_here()
-    elif not shared.begun:
+        opened.begin_here()
+    elif not opened.begun:
         try:
-            wait(shared.begin(), loop)
+            wait(opened.begin(), loop)
         except BaseException:
-            release(shared.cache)
+            release(opened.cache)
             raise
-    return shared.cache
+    return opened.cache
 
 
-def _hold(settings: Settings, *, on_loop: bool) -> tuple[_Shared | None, threading.Event | None]:
+def _hold(settings: Settings, *, on_loop: bool) -> tuple[_Open | None, threading.Event | None]:
     """(the open cache, held once more; None), (None; what to wait for), or (None; None): this caller is to open it."""
     directory = settings.directory
     with _lock:
@@ -147,25 +206,26 @@ def _hold(settings: Settings, *, on_loop: bool) -> tuple[_Shared | None, threadi
             busy = _closing.get(directory)
         if busy is not None:
             return None, busy
-        shared = _shared.get(directory)
-        if shared is None:
+        opened = _open.get(directory)
+        if opened is None:
             _opening[directory] = threading.Event()
             return None, None
-        shared.holders += 1
-    if shared.cache.settings != settings:
+        opened.holders += 1
+    if opened.settings != settings:
         log.warning("%s is already open in this process with other settings; those stay", directory)
-    return shared, None
+    return opened, None
 
 
-def _build_shared(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Shared:
+def _open_one(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Open:
     """Opens the cache that `_hold` left to this caller, held once; its background work has not begun."""
     opening = _opening[settings.directory]
     try:
-        shared = _Shared(build(settings, SystemClock(), Metrics()), loop)
-        shared.holders = 1
+        cache = _join(settings) or build(settings, SystemClock(), Metrics())
+        opened = _Open(cache, settings, loop)
+        opened.holders = 1
         with _lock:
-            _shared[settings.directory] = shared
-        return shared
+            _open[settings.directory] = opened
+        return opened
     finally:
         with _lock:
             _opening.pop(settings.directory, None)
@@ -175,23 +235,23 @@ def _build_shared(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Share
 def release(cache: Core) -> None:
     """Gives back a cache from `acquire`; the last holder closes it. Unknown caches are ignored: a fork forgot them."""
     with _lock:
-        directory = next((name for name, shared in _shared.items() if shared.cache is cache), None)
+        directory = next((name for name, opened in _open.items() if opened.cache is cache), None)
         if directory is None:
             return
-        shared = _shared[directory]
-        shared.holders -= 1
-        if shared.holders > 0:
+        opened = _open[directory]
+        opened.holders -= 1
+        if opened.holders > 0:
             return
-        del _shared[directory]
+        del _open[directory]
         closing = _closing[directory] = threading.Event()
-    if runs_here(shared.loop):  # which cannot wait for itself
-        task = shared.loop.create_task(cache.close())
+    if runs_here(opened.loop):  # which cannot wait for itself
+        task = opened.loop.create_task(cache.close())
         _last_tasks.add(task)
         task.add_done_callback(_last_tasks.discard)
         task.add_done_callback(lambda _: _closed(directory, closing))
         return
     try:
-        wait(cache.close(), shared.loop)
+        wait(cache.close(), opened.loop)
     finally:
         _closed(directory, closing)
 
@@ -235,7 +295,8 @@ def open_reader(cache: Core, origin: Origin) -> PageReader:
 
 
 def open_cache(directory: str | os.PathLike[str] | None = None, **settings: object) -> BlockingCache:
-    """Opens the cache in `directory` (created if needed) for this process: memory and SSD, nothing to start or to stop.
+    """Opens the cache in `directory` (created if needed), memory and SSD, nothing to start or to stop. All processes of
+    a user that open a directory share it: see `share` among the settings.
 
     Keyword arguments are settings (see tiercache.settings.Settings); the settings file and TIERCACHE_* variables fill
     in the rest. Opening a directory twice in one process gives the same cache. Use it as a context manager or close it.

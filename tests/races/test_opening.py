@@ -187,7 +187,7 @@ def test_a_thread_that_needs_the_loop_to_open_a_target_gets_it(tmp_path: Path, m
         assert fs.cat_file(str(file)) == b"data"
     finally:
         fs.close()
-    assert os.path.realpath(tmp_path / "cache") not in assemble._shared
+    assert os.path.realpath(tmp_path / "cache") not in assemble._open
 
 
 def test_a_fault_while_opening_reaches_the_opener_and_the_next_tries_anew(

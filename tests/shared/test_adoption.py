@@ -9,7 +9,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,16 +92,9 @@ class Dead:
 
 
 @pytest.fixture(params=[0, 64 * MIB], ids=["memory", "ssd"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
-    yield Settings(
-        str(tmp_path),
-        32 * MIB,
-        request.param,
-        disk_free_floor_bytes=0,
-        queue_bytes=4 * MIB,
-        segment_bytes=4 * MIB,
-        share=False,
-    )
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    sizes = {"queue_bytes": 4 * MIB, "segment_bytes": 4 * MIB, "disk_free_floor_bytes": 0}
+    return Settings(str(tmp_path), 32 * MIB, request.param, share=False, **sizes)
 
 
 def adopt(settings: Settings, dead: Dead, use: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,10 @@ import typer
 from rich.markup import escape
 
 from tiercache import __version__
-from tiercache.cli import contents, files, output
+from tiercache.cli import asking, contents, files, output
 from tiercache.cli import doctor as doctors
 from tiercache.cli import warm as warming
+from tiercache.cli.finding import GOOD, LIMITED, MISSING
 from tiercache.cli.show import Show, WarmShow
 from tiercache.errors import ConfigError
 from tiercache.settings import config_path, format_size, load, parse_size, read_machine
@@ -36,7 +38,7 @@ Options = Annotated[
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 """The parser's own faults: click's ClickException, of which newer versions of typer carry a copy."""
-MARKS = {doctors.GOOD: "[green]ok   [/]", doctors.LIMITED: "[yellow]limit[/]", doctors.MISSING: "[dim]none [/]"}
+MARKS = {GOOD: "[green]ok   [/]", LIMITED: "[yellow]limit[/]", MISSING: "[dim]none [/]"}
 
 
 def run() -> int:
@@ -110,9 +112,9 @@ def config(directory: Directory = None, as_json: Json = False) -> None:
 
 @app.command()
 def stat(directory: Directory = None, as_json: Json = False) -> None:
-    """Show how much the cache on SSD holds, against its caps, and how well it is."""
+    """Show how much the cache holds, against its caps, how well it is, and who uses it now."""
     settings = load(directory=directory)
-    facts = contents.with_tier(settings, contents.stat)
+    facts = asking.answered(settings, asking.stat, contents.stat)
     if as_json:
         output.print_json({"directory": settings.directory, **facts})
         return
@@ -127,8 +129,25 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
     names = {"page": "files", "block": "blocks", "lone": "objects"}
     for form, one in facts["forms"].items():
         lines[names[form]] = f"{one['keys']:,}, {format_size(one['held_bytes'])} in {one['entries']:,} entries"
+    if "owner" in facts:
+        lines |= _sharing_lines(facts)
     for name, text in lines.items():
         output.console().print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+
+
+def _sharing_lines(facts: dict[str, Any]) -> dict[str, str]:
+    """What only a living owner can say."""
+    memory, owner = facts["memory"], facts["owner"]
+    lines = {
+        "memory": f"{format_size(facts['memory_bytes'])} held, {format_size(memory['used_bytes'])} of "
+        f"{format_size(memory['capacity_bytes'])} in use",
+        "owner": f"process {owner['pid']}",
+    }
+    for at, one in enumerate(owner["clients"]):
+        who = f"process {one['pid']}" if one["pid"] else "a process of another PID namespace"
+        me = " (this command)" if one["pid"] == os.getpid() else ""
+        lines[f"client {at + 1}"] = f"{who}{me}: {one['leases']:,} leases on {format_size(one['pinned_bytes'])}"
+    return lines
 
 
 @app.command()
@@ -139,9 +158,9 @@ def ls(
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """List what the cache on SSD holds: by key, or, with URLs, how much of each file is there."""
+    """List what the cache holds: by key, or, with URLs, how much of each file is there."""
     settings = load(directory=directory)
-    held = contents.with_tier(settings, contents.scan)
+    held = asking.answered(settings, asking.scan, contents.scan)
     if urls:
         found = files.named(settings, urls, files.parse_options(options or []))
         rows = contents.beside(held, [(one.path, one.size_bytes, one.key) for one in found])
@@ -177,7 +196,11 @@ def evict(
         if size is None:
             raise ConfigError(f"--down-to {down_to}: give a size such as 10GiB")
         left = size
-    facts = contents.with_tier(settings, lambda tier: contents.evict(tier, keys=keys, down_to=left))
+    facts = asking.answered(
+        settings,
+        lambda core: asking.evict(core, keys=keys, down_to=left),
+        lambda tier: contents.evict(tier, keys=keys, down_to=left),
+    )
     if as_json:
         output.print_json({"directory": settings.directory, **facts})
         return
@@ -194,7 +217,9 @@ def fsck(
     """Read every byte on SSD and say what is damaged; nothing is changed without --repair."""
     from tiercache.ssd.fsck import fsck as check
 
-    report = check(load(directory=directory).directory, repair=repair)
+    settings = load(directory=directory)
+    asking.refuse_when_open(settings)
+    report = check(settings.directory, repair=repair)
     facts = {**asdict(report), "clean": report.clean}
     if as_json:
         output.print_json(facts)

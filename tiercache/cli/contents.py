@@ -1,4 +1,4 @@
-"""What a cache directory holds, and giving space back. Opens the SSD tier alone, as its owner."""
+"""What a cache directory holds, and giving space back, where no owner has it open: opens the SSD tier alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Held:
     kind: str
     entries: int
     held_bytes: int
+    """On SSD."""
+    memory_bytes: int = 0
 
     def facts(self) -> dict[str, Any]:
         """One row for people and for JSON."""
@@ -38,6 +40,7 @@ class Held:
             "kind": self.kind,
             "entries": self.entries,
             "held_bytes": self.held_bytes,
+            "memory_bytes": self.memory_bytes,
         }
 
 
@@ -114,12 +117,6 @@ async def stat(tier: SsdTier) -> dict[str, Any]:
     """Totals: usage against caps, health, and entries by form."""
     status = tier.status()
     held = await scan(tier)
-    forms: dict[str, dict[str, int]] = {}
-    for row in held:
-        one = forms.setdefault(row.form, {"keys": 0, "entries": 0, "held_bytes": 0})
-        one["keys"] += 1
-        one["entries"] += row.entries
-        one["held_bytes"] += row.held_bytes
     return {
         "health": status.health.name.lower(),
         "reason": status.reason,
@@ -129,8 +126,20 @@ async def stat(tier: SsdTier) -> dict[str, Any]:
         "capacity_files": status.capacity_files,
         "held_bytes": sum(row.held_bytes for row in held),
         "entries": sum(row.entries for row in held),
-        "forms": forms,
+        "forms": by_form(held),
     }
+
+
+def by_form(held: Sequence[Held]) -> dict[str, dict[str, int]]:
+    """Rows summed by form."""
+    forms: dict[str, dict[str, int]] = {}
+    for row in held:
+        one = forms.setdefault(row.form, {"keys": 0, "entries": 0, "held_bytes": 0, "memory_bytes": 0})
+        one["keys"] += 1
+        one["entries"] += row.entries
+        one["held_bytes"] += row.held_bytes
+        one["memory_bytes"] += row.memory_bytes
+    return forms
 
 
 async def evict(tier: SsdTier, *, keys: frozenset[bytes] | None = None, down_to: int | None = None) -> dict[str, int]:
@@ -160,7 +169,7 @@ async def evict(tier: SsdTier, *, keys: frozenset[bytes] | None = None, down_to:
 
 def beside(held: Sequence[Held], files: Sequence[tuple[str, int, bytes | None]]) -> list[dict[str, Any]]:
     """One row for each file (path, size, key): how many bytes of this version are held."""
-    by_key = {row.key: row.held_bytes for row in held}
+    by_key = {row.key: max(row.held_bytes, row.memory_bytes) for row in held}
     rows = []
     for path, size, key in files:
         have = by_key.get(key, 0) if key is not None else 0

@@ -9,11 +9,12 @@ import os
 import re
 import resource
 import tempfile
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiercache.cli import sharing
+from tiercache.cli.finding import GOOD, LIMITED, MISSING, Finding
 from tiercache.errors import TierCacheError
 from tiercache.model import ALIGN_BYTES
 from tiercache.settings import Settings, format_size, load, read_disk, read_machine
@@ -21,21 +22,8 @@ from tiercache.settings import Settings, format_size, load, read_disk, read_mach
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-GOOD, LIMITED, MISSING = "good", "limited", "missing"
-"""Works as it is; works with a limit worth knowing; not there, and the cache goes on without it."""
-
 FILES_WANTED = 8192
 """Open files that a cache with full segments and many origin connections may want."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the doctor: what, how it is, the fact in plain words, and what would change it (or nothing)."""
-
-    topic: str
-    state: str
-    fact: str
-    hint: str = ""
 
 
 def examine(directory: str | None = None, root: Path = Path("/")) -> list[Finding]:
@@ -47,7 +35,7 @@ def examine(directory: str | None = None, root: Path = Path("/")) -> list[Findin
         trouble.append(Finding("settings", MISSING, str(error), "correct it; until then nothing opens"))
     found = [*trouble, _cpu(), *_memory(root, settings), *_limits(root), *_huge_pages(root)]
     if settings is not None:
-        found += _disk(settings)
+        found += [*_disk(settings), *sharing.examine(settings, root)]
     return [*found, _gpu(root), _ucx(), _rdma(root), *_packages()]
 
 
@@ -76,7 +64,8 @@ def _limits(root: Path) -> Iterator[Finding]:
     if locked == resource.RLIM_INFINITY:
         yield Finding("locked memory", GOOD, "unlimited")
     else:
-        hint = "only GPU and RDMA transfers want more: `ulimit -l unlimited`, or LimitMEMLOCK=infinity in systemd"
+        hint = "caching and sharing need none; GPU and RDMA transfers will want more: `ulimit -l unlimited`, or "
+        hint += "LimitMEMLOCK=infinity in systemd"
         yield Finding("locked memory", LIMITED, f"at most {format_size(locked)} (memlock)", hint)
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files >= FILES_WANTED or files == resource.RLIM_INFINITY:

@@ -112,6 +112,9 @@ class Adoption:
 
     def hold(self, locations: Sequence[int]) -> Lease | None:
         """A lease on what a client held before; None where some of it is not there as it was."""
+        known = self._cache.serving.hold(locations)
+        if known is not None:
+            return known
         tiers = self._cache.tiers
         where = np.array(locations, np.int64)
         slots = tiers.index.slots_at(TierId.MEMORY, where)

@@ -25,16 +25,17 @@ from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.owner import state
 from tiercache.owner.adoption import Adoption
-from tiercache.owner.state import Process, State
+from tiercache.owner.state import State
 from tiercache.settings import Settings, load
 from tiercache.wire import sockets, starting
 from tiercache.wire.door import Door
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from tiercache.cache import Cache
+    from tiercache.lease import Lease
 
 log = logging.getLogger("tiercache.owner")
 
@@ -148,8 +149,11 @@ class Owner:
         self._idle: asyncio.TimerHandle | None = None
         self._leaving: asyncio.TimerHandle | None = None
         self._arena = b""
-        self._written: frozenset[Process] = frozenset()
+        self._written: State | None = None
         self._adoption: Adoption | None = None
+        """What a dead owner left, until all its clients are back or gone."""
+        self._taken: Adoption | None = None
+        """The same for good: leases on it may be older than this owner."""
         self._cache: Cache
         self._door: Door
 
@@ -162,7 +166,7 @@ class Owner:
         log.info("serving %s with %d bytes of memory", self._directory, self._settings.memory_bytes)
         self._count()
         await self._over.wait()
-        if self._told_to_go and self._written:
+        if self._told_to_go and self._door.clients:
             await self._leave_to_the_next()
         await self._close()
         return GOOD
@@ -180,12 +184,22 @@ class Owner:
                 adoption = None
         if adoption is None:
             cache = self._begin(system_random().randbytes(16))
-        self._cache, self._adoption = cache, adoption
-        self._note_clients()
+        self._cache, self._adoption, self._taken = cache, adoption, adoption
+        facts = os.stat(self._directory)
+        group = self._settings.share_group
         self._door = Door(
-            cache, settings=self._settings, arena=self._arena, metrics=self._metrics, clock=self._clock,
-            on_join=self._joined, on_left=self._left, on_redeclared=self._redeclared,
-        )  # fmt: skip
+            cache,
+            settings=self._settings,
+            arena=self._arena,
+            metrics=self._metrics,
+            clock=self._clock,
+            admit=lambda peer: sockets.admits(peer, facts, group=group),
+            hold=self._hold,
+            on_join=self._joined,
+            on_left=self._left,
+            on_redeclared=self._redeclared,
+        )
+        self._note_clients()
         if adoption is not None:
             adoption.begin(self._settled)
         self._door.serve(self._listener)
@@ -229,28 +243,26 @@ class Owner:
         self._note_clients()
         self._count()
 
-    def _holders(self, *more: int) -> Iterator[Process]:
-        """Every process that may hold a piece of the memory."""
-        if self._adoption is not None:
-            yield from self._adoption.awaited
-        pids = set(more) | (self._door.pids if hasattr(self, "_door") else set())
-        for pid in pids:
-            if (found := state.process(pid)) is not None:
-                yield found
+    def _hold(self, locations: Sequence[int]) -> Lease | None:
+        """A lease on what a client held before this owner was there."""
+        return self._taken.hold(locations) if self._taken is not None else self._cache.serving.hold(locations)
 
-    def _note_clients(self, *more: int) -> None:
-        """Writes down who is there, if that has changed."""
-        holders = frozenset(self._holders(*more))
-        if holders == self._written and self._written:
+    def _note_clients(self, *coming: int) -> None:
+        """Writes down who may hold a piece of the memory, if that has changed."""
+        pids = self._door.pids.union(coming)
+        holders = {found for pid in pids if (found := state.process(pid)) is not None}
+        if self._adoption is not None:
+            holders |= self._adoption.awaited
+        strangers = len(pids) - len({each.pid for each in holders} & pids)
+        now = State(self._arena, state.me(), tuple(sorted(holders)), strangers, assemble.plain(self._settings))
+        if now == self._written:
             return
         try:
-            State(self._arena, state.me(), tuple(sorted(holders)), strangers, assemble.plain(self._settings)).write(
-                self._directory
-            )
-            self._written = holders
+            now.write(self._directory)
+            self._written = now
         except OSError as error:
             log.warning("owner.state could not be written (%s): should this owner die, its memory is lost", error)
-            self._written = frozenset()
+            self._written = None
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
