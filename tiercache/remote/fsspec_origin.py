@@ -18,6 +18,7 @@ from tiercache.model import Outcome
 from tiercache.origin import Span, Stat
 from tiercache.remote.landing import Landing, Threads, differ
 from tiercache.remote.retry import DoubtfulError, ThrottledError
+from tiercache.remote.rights import local_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -200,7 +201,7 @@ class LocalOrigin:
     """
 
     def __init__(self, *, threads: int = 8, metrics: Metrics | None = None) -> None:
-        self.identity = f"file+{os.getuid()}"
+        self.identity = f"file+{local_reader()}"
         self._metrics = metrics if metrics is not None else Metrics()
         self._threads = Threads(threads)
 

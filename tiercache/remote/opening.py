@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from tiercache.remote.retry import Patience, RetryingOrigin
 from tiercache.remote.split import SplitOrigin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from random import Random
 
     from tiercache.metrics import Metrics
@@ -48,7 +47,8 @@ def open_origin(
     options = dict(options or {})
     inner: Origin | None = None
     if filesystem is not None:
-        identity = _identity(protocol, options or getattr(filesystem, "storage_options", {}) or {})
+        made_of = options or getattr(filesystem, "storage_options", {}) or {}
+        identity = _identity(protocol, made_of, getattr(filesystem, "storage_args", ()))
         own = _private(filesystem)
         inner = FsspecOrigin(
             own or filesystem, identity, owned=own is not None, threads=patience.concurrency, metrics=metrics
@@ -135,16 +135,18 @@ def _private(given: Any) -> Any:
     return fs
 
 
-def _identity(protocol: str, options: Mapping[str, Any]) -> str:
-    """The same as over obstore where that understands the options, so that both share what is cached."""
-    from tiercache.remote.options import S3_IGNORED, UNDERSTOOD, Unsupported, surroundings
+def _identity(protocol: str, options: Mapping[str, Any], arguments: Sequence[Any] = ()) -> str:
+    """The same as over obstore where that understands the options, so that both share what is cached. `arguments` are
+    those without names, of a filesystem that was given."""
+    from tiercache.remote.options import S3_IGNORED, UNDERSTOOD, Unsupported
+    from tiercache.remote.rights import digest, filesystem, local_reader, surroundings
 
     understand = UNDERSTOOD.get(OBJECT_PROTOCOLS.get(protocol, ""))
-    if understand is not None:
+    if understand is not None and not arguments:
         try:
             return understand(options).reader
         except Unsupported:
             pass
-    given = sorted((str(k), repr(v)) for k, v in options.items() if k not in S3_IGNORED)
-    text = repr([given, surroundings()])  # what these options leave open is decided elsewhere
-    return f"{protocol}+{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    given = {name: value for name, value in options.items() if name not in S3_IGNORED}
+    # What these options leave open is decided elsewhere.
+    return f"{protocol}+{digest(filesystem(protocol, arguments, given), surroundings(), local_reader())}"

@@ -6,7 +6,6 @@ slower and right. Where s3fs would ask the environment, profiles or the instance
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tiercache.errors import ConfigError, OriginError
+from tiercache.remote.rights import KEYS, RIGHTS, contents, digest, surroundings
 from tiercache.settings import read_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
 REGION = "us-east-1"
 REGION_TIMEOUT_S = 5.0
@@ -60,40 +60,6 @@ class StoreOptions:
     client: dict[str, Any] = field(default_factory=dict)
     credentials: Callable[[], dict[str, Any]] | None = None
     needs_region: bool = False
-
-
-def digest(text: str) -> str:
-    """A short hash of an access key id, for identities."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-RIGHTS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_PROFILE",
-    "AWS_DEFAULT_PROFILE",
-    "AWS_ROLE_ARN",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-    "AWS_CONFIG_FILE",
-    "AWS_SHARED_CREDENTIALS_FILE",
-    "GOOGLE_APPLICATION_CREDENTIALS",
-    "GOOGLE_SERVICE_ACCOUNT",
-    "AZURE_CLIENT_ID",
-    "AZURE_TENANT_ID",
-    "AZURE_FEDERATED_TOKEN_FILE",
-    "AZURE_STORAGE_CLIENT_ID",
-    "AZURE_STORAGE_ACCOUNT_KEY",
-    "AZURE_STORAGE_SAS_TOKEN",
-)
-"""Variables that decide as whom a process reads when its options do not."""
-
-
-def surroundings(names: Iterable[str] = RIGHTS) -> str:
-    """A hash of what a process gets its rights from besides options: its user and these variables. Readers for whom it
-    differs share nothing that is cached; one reader whose variables change begins anew."""
-    environ = read_machine().environ
-    return digest(repr([os.getuid(), *((name, environ[name]) for name in names if environ.get(name))]))
 
 
 def s3_options(options: Mapping[str, Any]) -> StoreOptions:
@@ -164,7 +130,7 @@ def _s3_credentials(
         config["access_key_id"], config["secret_access_key"] = given["key"], given["secret"]
         if given["token"]:
             config["session_token"] = given["token"]
-        return digest(given["key"]), None
+        return digest(given["key"], given["secret"], given["token"]), None
     return session.credentials(config)
 
 
@@ -213,11 +179,11 @@ class _Session:
             config["access_key_id"], config["secret_access_key"] = frozen["access_key_id"], frozen["secret_access_key"]
             if frozen["token"]:
                 config["session_token"] = frozen["token"]
-            return digest(frozen["access_key_id"]), None
-        # Key ids of roles change by the hour; the profile or role that gives them says who reads.
-        role = self._session.get_scoped_config().get("role_arn", "")
-        own = surroundings(name for name in RIGHTS if name != "AWS_ACCESS_KEY_ID")
-        return digest(f"{found.method} {self._profile or self._variable('profile') or ''} {role} {own}"), current
+            return digest(frozen["access_key_id"], frozen["secret_access_key"], frozen["token"]), None
+        # Keys of roles change by the hour; the profile or role that gives them says who reads.
+        profile = self._profile or self._variable("profile") or ""
+        own = surroundings(name for name in RIGHTS if name not in KEYS)
+        return digest(found.method, profile, self._session.get_scoped_config(), own), current
 
     def _variable(self, name: str) -> str | None:
         value = self._session.get_config_variable(name) if self._session is not None else None
@@ -252,14 +218,23 @@ def gs_options(options: Mapping[str, Any]) -> StoreOptions:
         reader = "anonymous"
     elif isinstance(token, str) and os.path.exists(token):
         config["application_credentials"] = token
-        reader = digest(os.path.realpath(token))
+        reader = digest(contents(token))
     elif token == "google_default":
-        reader = digest(f"google_default {surroundings()}")
+        reader = digest("google_default", surroundings(), [contents(path) for path in google_files()])
     else:
         raise Unsupported("token")
     if rest:
         raise Unsupported(", ".join(sorted(rest)))
     return StoreOptions("gs", f"gs+{endpoint or 'googleapis.com'}+{reader}", config, client)
+
+
+def google_files() -> list[str]:
+    """Where Google's default credentials may lie, as far as these files are there."""
+    machine = read_machine()
+    given = machine.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or machine.environ.get("GOOGLE_SERVICE_ACCOUNT")
+    folder = machine.environ.get("CLOUDSDK_CONFIG") or str(machine.home / ".config" / "gcloud")
+    places = (given, os.path.join(folder, "application_default_credentials.json"))
+    return [place for place in places if place and os.path.exists(place)]
 
 
 AZURE_NAMES = {
@@ -278,9 +253,8 @@ def az_options(options: Mapping[str, Any]) -> StoreOptions:
     config = {ours: rest.pop(name) for name, ours in AZURE_NAMES.items() if name in rest}
     if "account_name" not in config:
         raise Unsupported("no account_name")
-    reader = digest(
-        str(config.get("client_id") or config.get("sas_key") or config.get("account_key") or surroundings())
-    )
+    proven = any(config.get(name) for name in ("account_key", "sas_key", "client_secret"))
+    reader = digest(config, "" if proven else surroundings())
     if rest.pop("anon", False):
         config["skip_signature"] = True
         reader = "anonymous"
@@ -299,7 +273,7 @@ def http_options(options: Mapping[str, Any]) -> StoreOptions:
     client: dict[str, Any] = {"allow_http": True}
     if headers:
         client["default_headers"] = {str(k): str(v) for k, v in headers.items()}
-    reader = digest(repr(sorted(headers.items()))) if headers else "anonymous"
+    reader = digest(headers) if headers else "anonymous"
     return StoreOptions("http", f"http+{reader}", {}, client)
 
 

@@ -1,0 +1,181 @@
+"""Rights: who reads, as a hash without secrets, the same in every process that reads with the same credentials.
+
+What is cached of an origin, and what processes tell each other of it, belongs to those whose hash is the same. So it
+takes in everything that proves who reads, the secret too: knowing the name of somebody's key is no right to what that
+key opens. What cannot be told from outside (a session object, a filesystem that lives in memory) belongs to this
+process alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from tiercache.clock import system_random
+from tiercache.settings import read_machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+FILE_BYTES_MAX = 1 << 20
+"""Files of credentials are not longer."""
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+"""Variables that a role's credentials may come in, new ones by the hour."""
+RIGHTS = (
+    *KEYS,
+    "HOME",  # where files of credentials are looked for
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "GCE_METADATA_HOST",
+    "CLOUDSDK_CONFIG",
+    "AZURE_CLIENT_ID",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_CLIENT_CERTIFICATE_PATH",
+    "AZURE_TENANT_ID",
+    "AZURE_USERNAME",
+    "AZURE_PASSWORD",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_CONFIG_DIR",
+    "AZURE_STORAGE_CLIENT_ID",
+    "AZURE_STORAGE_CLIENT_SECRET",
+    "AZURE_STORAGE_TENANT_ID",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_TOKEN",
+    "AZURE_MSI_ENDPOINT",
+    "IDENTITY_ENDPOINT",
+    "MSI_ENDPOINT",
+    "HADOOP_USER_NAME",
+    "HADOOP_CONF_DIR",
+    "KRB5CCNAME",
+    "HF_TOKEN",
+    "GITHUB_TOKEN",
+    "NETRC",
+)
+"""Variables that decide as whom a process reads when its options do not."""
+
+
+def digest(*parts: object) -> str:
+    """A short hash of what tells readers apart."""
+    return hashlib.sha256(told(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def surroundings(names: Iterable[str] = RIGHTS) -> str:
+    """A hash of what a process gets its rights from besides options: its user and these variables. Readers for whom it
+    differs share nothing that is cached; one reader whose variables change begins anew."""
+    environ = read_machine().environ
+    return digest(os.getuid(), [(name, environ[name]) for name in names if environ.get(name)])
+
+
+def local_reader() -> str:
+    """A hash of what decides which files a process may read, and which files its paths mean: user, groups, and the
+    root, which differs between containers (whose images have different files of one size and one time)."""
+    root = os.stat("/")
+    users = os.getuid(), os.geteuid(), os.getegid(), sorted(os.getgroups())
+    # Only devices with a driver keep their numbers: others are counted up at every mount.
+    return digest(users, root.st_dev if os.major(root.st_dev) else 0, root.st_ino)
+
+
+def contents(path: str) -> str:
+    """A hash of a file of credentials, or of its name where this process cannot read it."""
+    try:
+        with open(path, "rb") as stream:
+            return digest(stream.read(FILE_BYTES_MAX))
+    except OSError:
+        return digest("unreadable", os.path.realpath(path))
+
+
+def told(value: object) -> str:
+    """Any option as text that is the same in every process, whatever the order of sets and dictionaries."""
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return str.__repr__(value)
+    if isinstance(value, bytes | bytearray):
+        return repr(bytes(value))
+    if isinstance(value, PurePath):
+        return f"path {str(value)!r}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{told(key)}: {told(each)}' for key, each in value.items()))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(told, value))}]"
+    if isinstance(value, set | frozenset):
+        return f"<{', '.join(sorted(map(told, value)))}>"
+    made_of: Any = value
+    if hasattr(made_of, "storage_args") and hasattr(made_of, "storage_options"):  # a filesystem of fsspec's
+        return filesystem(made_of.protocol, made_of.storage_args, made_of.storage_options)
+    return _own.told(value)
+
+
+def filesystem(protocol: str | Iterable[str], arguments: Iterable[Any], options: Mapping[str, Any]) -> str:
+    """A filesystem of fsspec's, by what it was made of."""
+    name = protocol if isinstance(protocol, str) else next(iter(protocol))
+    own = _own.process() if name == "memory" else ""
+    return f"{name} {told(list(arguments))} {told(options)} {own}"
+
+
+class _Own:
+    """What cannot be told in other processes: objects are told apart by when they were first met in this one."""
+
+    def __init__(self) -> None:
+        self.forked()
+        self._count = 0
+        self._met: list[tuple[Callable[[], object], int]] = []
+
+    def forked(self) -> None:
+        """In a child: from here on its objects go their own way."""
+        self._lock = threading.Lock()
+        self._token = ""
+
+    def process(self) -> str:
+        """A name of this process that no other has, a forked one neither."""
+        with self._lock:
+            if not self._token:
+                self._token = f"{system_random().getrandbits(128):032x}"
+            return self._token
+
+    def told(self, value: object) -> str:
+        """A name of this very object: no later one has it, wherever it lies."""
+        token = self.process()
+        with self._lock:
+            self._met = [(get, number) for get, number in self._met if get() is not None]
+            for get, number in self._met:
+                if get() is value:
+                    return f"{token} {number}"
+            self._count += 1
+            self._met.append((_remembering(value), self._count))
+            return f"{token} {self._count}"
+
+
+def _remembering(value: object) -> Callable[[], object]:
+    """What answers an object as long as it is there; it stays where that cannot be known."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+_own = _Own()
+os.register_at_fork(after_in_child=_own.forked)
