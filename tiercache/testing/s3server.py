@@ -1,7 +1,8 @@
 """A small S3 server over a directory: fast, honest about what it counts, for tests, demos and benchmarks on loopback.
 
 In process: `with S3Server(root) as server: server.url, server.stats.requests`. As a program:
-`python -m tiercache.testing.s3server ROOT --port 9000`. It checks no signatures and listens on loopback only.
+`python -m tiercache.testing.s3server ROOT --port 9000`. It listens on loopback only and checks no signatures; access
+keys in `refused` get 403 for everything.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import socket
 import sys
 from collections import Counter, deque
@@ -41,12 +43,14 @@ LOG_ROWS_MAX = 100_000
 SMALL_BYTES = 64 << 10
 """Bodies up to here are read and sent with their head; larger ones go by sendfile."""
 SEND_BUFFER_BYTES = 1 << 20
+CREDENTIAL = re.compile(r"Credential=([^/,\s]+)/")
 REASONS = {
     200: "OK",
     204: "No Content",
     206: "Partial Content",
     304: "Not Modified",
     400: "Bad Request",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     409: "Conflict",
@@ -143,12 +147,20 @@ def _names(header: str, etag: str) -> bool:
     )
 
 
+def signer(request: Request) -> str:
+    """The access key id that a request was signed with, or empty."""
+    found = CREDENTIAL.search(request.header("authorization") or "")
+    return found[1] if found else request.query.get("X-Amz-Credential", "").partition("/")[0]
+
+
 class S3Server:
     """The server in a thread of its own. A context manager; `url` and `port` are set while it runs."""
 
     def __init__(self, root: str | os.PathLike[str], *, port: int = 0, clock: Clock | None = None) -> None:
         self.stats = Stats()
         self.port = port
+        self.refused: set[str] = set()
+        """Access key ids whose requests are refused; "" stands for requests without a signature."""
         self._clock = clock or SystemClock()
         self._api = S3Api(Files(Path(root)), self._clock)
         self._thread = LoopThread(self.serve, "tiercache-s3server")
@@ -223,6 +235,8 @@ class S3Server:
         return (request.header("connection") or "").lower() != "close"
 
     async def _answer(self, request: Request) -> Answer:
+        if signer(request) in self.refused:
+            raise Refusal(403, "AccessDenied", "Access Denied")
         answer = await self._api.answer(request)
         found = answer.found
         if found is None:
