@@ -54,8 +54,10 @@ def test_formats_are_packed_alike() -> None:
         int(row[name])
         for name in ("size", "offset_pages", "length_pages", "generation", "ordinal", "part_bytes", "state", "parts")
     )
-    for name in ("size", "generation", "next", "expiry_s", "width", "form", "retired", "state", "check", "parts"):
-        at = layout.SHAPE_AT if name == "size" else getattr(layout, f"{name.removesuffix('_s').upper()}_AT")
+    identity = [row[name].item() for name in ("expiry_s", "width", "form", "retired", "state")]
+    assert layout.IDENTITY.unpack_from(row.tobytes()) == (row["key"].tobytes(), *identity)
+    for name in ("size", "generation", "next", "width", "retired", "state", "check", "parts"):
+        at = layout.SHAPE_AT if name == "size" else getattr(layout, f"{name.upper()}_AT")
         assert layout.ROW.fields is not None and layout.ROW.fields[name][1] == at
     assert layout.ROW.fields["digests"][1] == layout.DIGESTS_AT
     assert all(layout.ROW.fields[name][1] % 8 == 0 for name in ("generation", "parts")), "in one piece"

@@ -85,7 +85,10 @@ SHAPE = struct.Struct("<QIIIiI23xB4xQ")
 """What a copy must know, from SHAPE_AT on: size, offset_pages, length_pages, generation, ordinal, part_bytes, state,
 parts."""
 
-SHAPE_AT, GENERATION_AT, NEXT_AT, EXPIRY_AT, WIDTH_AT, FORM_AT = 64, 80, 92, 96, 110, 113
+IDENTITY = struct.Struct("<32s64xI10xB2xBBB")
+"""Whose a row is, and whether it may be read now: key, expiry_s, width, form, retired, state."""
+
+SHAPE_AT, GENERATION_AT, NEXT_AT, WIDTH_AT = 64, 80, 92, 110
 RETIRED_AT, STATE_AT, CHECK_AT, PARTS_AT, DIGESTS_AT = 114, 115, 116, 120, 128
 END = 0xFFFFFFFF
 """`next` of the last row of a chain."""
@@ -98,6 +101,7 @@ DIRECTORY_AT = 256
 DIRECTORY_MAX = (ALIGN_BYTES - DIRECTORY_AT) // 4
 
 assert ROW.itemsize == ROW_BYTES and ROW_FIELDS.size == RETIRED_AT and SHAPE_AT + SHAPE.size == DIGESTS_AT
+assert IDENTITY.size == CHECK_AT
 
 
 class Head(NamedTuple):
@@ -127,6 +131,7 @@ class Found(NamedTuple):
 
 _STRONG = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 _digest = xxhash.xxh3_64_intdigest
+_CHECKED = struct.Struct("<114s2xI")
 _gates = threading.Lock(), threading.Lock()
 
 
@@ -150,8 +155,9 @@ def check_of(fields: bytes) -> int:
 
 def intact(memory: mmap.mmap, at: int) -> bool:
     """Whether the row at `at` says what was said when it was made."""
-    raw = memory[at : at + PARTS_AT]
-    return _digest(raw[:RETIRED_AT]) & 0xFFFFFFFF == int.from_bytes(raw[CHECK_AT:], "little")
+    fields, check = _CHECKED.unpack_from(memory, at)
+    same: bool = _digest(fields) & 0xFFFFFFFF == check
+    return same
 
 
 def chunk_bytes_for(segment_bytes: int) -> int:

@@ -10,7 +10,7 @@ from tiercache.cpu.places import SEGMENT_MAX, Place, Places
 from tiercache.cpu.segment import Segment
 from tiercache.cpu.tier import copy_places
 from tiercache.errors import ClosedError, ProtocolError
-from tiercache.model import ALIGN_BYTES, PARTS_MAX, Form, Outcome, part_count
+from tiercache.model import ALIGN_BYTES, PARTS_MAX, Form, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +68,14 @@ class ArenaView(Places):
     def find(self, location: int) -> Place | None:
         """The extent at a location; None when it was freed, never was, or is not what an extent can be."""
         place = super().find(location)
-        return place if place is not None and _possible(place) else None
+        if place is None:
+            return None
+        segment, at, size, _, offset_pages, _, _, part_bytes = place
+        if not layout.intact(segment.memory, at):
+            return None
+        if offset_pages * ALIGN_BYTES + size > segment.size or size > part_bytes * PARTS_MAX or not part_bytes:
+            return None
+        return place
 
     def glance(self, location: int, name: Name, now_s: float = 0) -> Place | None:
         """The extent at a location if it is that of `name`, present in whole or part, not retired, and not over at
@@ -76,16 +83,11 @@ class ArenaView(Places):
         place = self.find(location)
         if place is None:
             return None
-        at, memory = place.at, place.segment.memory
         key, ordinal = name
-        if memory[at : at + len(key)] != key or memory[at + layout.WIDTH_AT] != len(key):
+        found, expiry_s, width, form, retired, state = layout.IDENTITY.unpack_from(place.segment.memory, place.at)
+        if found[:width] != key or state != layout.PRESENT or retired or (expiry_s and expiry_s <= now_s):
             return None
-        if place.ordinal != ordinal and memory[at + layout.FORM_AT] != Form.BLOCK:  # a block's is only its depth
-            return None
-        if memory[at + layout.STATE_AT] != layout.PRESENT or memory[at + layout.RETIRED_AT]:
-            return None
-        expiry_s = int.from_bytes(memory[at + layout.EXPIRY_AT : at + layout.EXPIRY_AT + 4], "little")
-        return None if expiry_s and expiry_s <= now_s else place
+        return place if place.ordinal == ordinal or form == Form.BLOCK else None  # a block's is only its depth
 
     def copy_out(
         self,
@@ -122,14 +124,3 @@ class ArenaView(Places):
             if not place.stale:
                 outcomes[i] = outcome
         return outcomes
-
-
-def _possible(place: Place) -> bool:
-    """Whether the row is as its owner made it, and its shape one that an extent in its segment can have."""
-    return (
-        layout.intact(place.segment.memory, place.at)
-        and place.offset_pages > 0
-        and place.offset_pages * ALIGN_BYTES + place.size <= place.segment.size
-        and place.part_bytes > 0
-        and part_count(place.size, place.part_bytes) <= PARTS_MAX
-    )
