@@ -226,6 +226,28 @@ def test_an_owner_that_reads_nothing_ends_a_channel() -> None:
     there.close()
 
 
+def test_an_answer_that_trickles_in_has_one_deadline() -> None:
+    class Leaps:
+        """A clock on which every look costs ten seconds."""
+
+        now_s = 0.0
+
+        def monotonic(self) -> float:
+            self.now_s += 10
+            return self.now_s
+
+        def wall(self) -> float:
+            return self.now_s
+
+    here, there = socket.socketpair()
+    there.send(pack(Op.ANSWER, 1, bytes(100))[:50])
+    channel = Channel(here, 5, clock=Leaps())
+    there.send(bytes(10))
+    with pytest.raises(Lost, match="within 5 s"):
+        channel.ask(ECHO)
+    there.close()
+
+
 def test_a_signal_that_raises_ends_a_channel() -> None:
     here, there = socket.socketpair()
     channel = Channel(here)
@@ -397,6 +419,45 @@ def test_what_cannot_connect_says_so_and_leaves_its_place() -> None:
                     pool.ask(ECHO)
             sockets.append(other.post())
             assert await elsewhere(pool.ask, ECHO, b"x") == b"x"
+            pool.close()
+
+    play(scene)
+
+
+def test_a_forked_child_has_none_of_the_parents_connections() -> None:
+    async def scene() -> None:
+        async with owner() as other:
+            channel, client = Channel(other.post()), Client(other.post())
+            assert await elsewhere(channel.ask, ECHO, b"x") == b"x"
+            child = os.fork()
+            if not child:
+                code = 1
+                try:
+                    client.line.tell(Op.RELEASE, b"from a child")
+                    channel.ask(ECHO)
+                except Lost:
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert await elsewhere(channel.ask, ECHO, b"parent") == b"parent"
+            assert await client.line.ask(ECHO, b"parent") == b"parent"
+            assert not other.told
+            channel.close()
+            client.line.close()
+
+    play(scene)
+
+
+def test_a_channel_that_was_interrupted_as_it_was_answered_is_not_used_again() -> None:
+    async def scene() -> None:
+        async with owner() as other:
+            sockets = [other.post() for _ in range(2)]
+            pool = Channels(lambda: Channel(sockets.pop()), 1)
+            assert await elsewhere(pool.ask, ECHO, b"x") == b"x"
+            pool._idle[0].interrupt()
+            assert await elsewhere(pool.ask, ECHO, b"y") == b"y"
+            assert not sockets
             pool.close()
 
     play(scene)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import weakref
@@ -45,6 +46,9 @@ class Channel:
         self._send, self._recv_into = sock.sendall, sock.recv_into
         self._ending = threading.Lock()
         self.closed = False
+        self.interrupted = False
+        """Whether `interrupt` was called: whatever was answered, it is good for nothing more."""
+        _alive.add(self)
 
     def ask(self, op: int, body: bytes = b"", *, wait_s: float | None = None) -> memoryview:
         """The body of the answer (its own memory). Raises the owner's fault, or Lost."""
@@ -120,6 +124,7 @@ class Channel:
     def interrupt(self) -> None:
         """Ends the connection under whoever waits on it in another thread: Lost is raised there."""
         with self._ending:
+            self.interrupted = True
             if not self.closed:
                 try:
                     self._sock.shutdown(socket.SHUT_RDWR)
@@ -177,6 +182,18 @@ class Channel:
         if isinstance(error, BlockingIOError):
             return Lost(f"the owner did not answer within {self._set_s:g} s")
         return Lost(f"the connection to the owner ended: {error.strerror or str(error) or 'closed'}")
+
+
+# In a forked child every channel is the parent's: a question from there would take the parent's answers.
+_alive: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for each in list(_alive):
+        each.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Channels:
@@ -257,12 +274,16 @@ class Channels:
 
     def _take(self) -> Channel:
         try:
-            return self._idle.pop()
+            channel = self._idle.pop()
         except IndexError:
-            return self._make_or_wait()
+            channel = self._make_or_wait()
+        while channel.interrupted:  # given back after `lost` had passed over it
+            self._drop(channel)
+            channel = self._make_or_wait()
+        return channel
 
     def _give(self, channel: Channel) -> None:
-        if channel.closed or self._ended:
+        if channel.closed or channel.interrupted or self._ended:
             self._drop(channel)
             return
         self._idle.append(channel)

@@ -86,11 +86,13 @@ class Op(IntEnum):
     """One-way: f64 seconds to believe it (0: not at all, let the next one try), u32 length of name, name, value."""
     FORGET = 23
     """Prefixes of names of notes to forget (JSON list of hex), from a client with a number: answered (empty) when every
-    other client has been told; from the owner with number 0: forget your own copies."""
+    other client has forgotten; from the owner: forget your own copies, and then say TOLD."""
     CALL = 24
     """JSON [method, {arguments}] for rare things (contents, evict, ...). Answer: JSON."""
     REDECLARE = 25
     """To a new owner: u64 lease and i64 locations, again and again; see pack_holds. Answer: u8 for each lease: held."""
+    TOLD = 26
+    """One-way, number of the owner's FORGET: done."""
 
 
 class Patience(IntEnum):

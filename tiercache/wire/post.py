@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 QUESTIONS_MAX = 16_384
 """Open questions of one connection; a Line of ours stays under half of it by itself, so more is no client of ours."""
 
-ONE_WAY = frozenset({Op.RELEASE, Op.TOUCH, Op.FILLED, Op.UNFILLED, Op.ABANDON, Op.SETTLE})
+ONE_WAY = frozenset({Op.RELEASE, Op.TOUCH, Op.FILLED, Op.UNFILLED, Op.ABANDON, Op.SETTLE, Op.TOLD})
 
 
 class Post:
@@ -62,7 +62,7 @@ class Post:
         self._send(Op.FAULT, number, pack_fault(error))
 
     def push(self, op: int, number: int, body: bytes) -> None:
-        """Says something unasked: FILL with the number of its READ, FORGET with 0."""
+        """Says something unasked: FILL with the number of its READ, FORGET with one of its own."""
         self._send(op, number, body)
 
     def take_fds(self) -> list[int]:

@@ -68,6 +68,7 @@ class Stream:
         """Whether descriptors are taken in; what else comes is closed by the kernel."""
         self.fds: list[int] = []
         """Descriptors that came and that nobody took yet, in order."""
+        _alive.add(self)
         self._read(True)
 
     # -- in
@@ -136,7 +137,7 @@ class Stream:
                 except (BlockingIOError, InterruptedError):
                     pass
             if sent < len(data):
-                self._keep(memoryview(data)[sent:], [] if sent else [os.dup(each) for each in fds])
+                self._keep(memoryview(data)[sent:], [] if sent else _copies(fds))
         except OSError as error:
             self._end(_words(error))
 
@@ -211,6 +212,30 @@ class Stream:
         self._sock.close()
         self._wake()
         self._loop.call_soon(self._on_end, why)
+
+
+# In a forked child every stream is the parent's: one byte from there would end in the middle of the parent's messages.
+_alive: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for each in list(_alive):
+        each.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _copies(fds: Sequence[int]) -> list[int]:
+    """For those that must wait, since the caller may close its own."""
+    copies: list[int] = []
+    try:
+        for each in fds:
+            copies.append(os.dup(each))  # noqa: PERF401 - what was copied before a failure must be known
+    except OSError:
+        close_all(copies)
+        raise
+    return copies
 
 
 def _words(error: OSError) -> str:
