@@ -31,8 +31,8 @@ class _Question(NamedTuple):
 
 class Line:
     """All methods are for its loop. `on_push(frame)` gets what is no answer (FILL carries the number of its READ,
-    FORGET one of the owner's); `on_lost(why)` is called once, later on the loop, when the connection has ended, also after `close`; by
-    then every open question was given Lost.
+    FORGET one of the owner's); `on_lost(why)` is called once, later on the loop, when the connection has ended, also
+    after `close`; by then every open question was given Lost.
 
     Pushes are dealt with as they come, while an asker runs in a later turn of the loop: a push that came after an
     answer may be dealt with before the asker sees that answer."""
