@@ -175,7 +175,10 @@ class Filling:
                 places.append((i, location))
         if homeless:
             names, sizes, part_bytes = self.shapes(slots[homeless])
-            for i, location in zip(homeless, self._tiers.reserve(names, sizes, part_bytes), strict=True):
+            fresh = self._tiers.reserve(names, sizes, part_bytes)
+            housed = [at for at, location in enumerate(fresh) if location >= 0]
+            self._tiers.describe(slots[homeless][housed], [fresh[at] for at in housed])
+            for i, location in zip(homeless, fresh, strict=True):
                 if location < 0:
                     outcomes[i] = Outcome.FULL
                 else:

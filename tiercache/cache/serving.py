@@ -12,7 +12,7 @@ import numpy as np
 from tiercache.buffers import verify_parts
 from tiercache.cache.tiers import Mapped, whole
 from tiercache.lease import Lease
-from tiercache.model import Outcome, TierId
+from tiercache.model import Form, Name, Outcome, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tiercache.cache.storing import Storing, Ticket
     from tiercache.cache.tiers import Tiers
     from tiercache.index import Match, SlotFacts
-    from tiercache.model import Name, Terms
+    from tiercache.model import Terms
 
     U64 = npt.NDArray[np.uint64]
 
@@ -136,9 +136,11 @@ class Serving:
         names: list[Name] = []
         for location in locations:
             try:
-                names.append(self._tiers.memory.payloads([location])[0].name)
+                payload = self._tiers.memory.payloads([location])[0]
             except LookupError:
                 continue
+            # A block is found by its digest alone; what stands beside it is its depth.
+            names.append(Name(payload.name.key) if payload.form is Form.BLOCK else payload.name)
         return names
 
     # -- puts ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ class Ticket:
             self.locations[i] = location
             self._shapes[i] = shape
             self._lacking[i] = all_parts(*shape)
+        housed = list(self._shapes)
+        self._tiers.describe(self.slots[housed], [self.locations[i] for i in housed])
 
     def fill(self, values: Sequence[Buffer]) -> list[Outcome]:
         """Copies values to where they are to be, digests and shows them."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from tiercache.model import ALIGN_BYTES, Outcome, TierId
+from tiercache.model import ALIGN_BYTES, Form, Kind, Outcome, Payload, TierId
 from tiercache.tier import Addressable, Health, Tier
 
 if TYPE_CHECKING:
@@ -43,6 +43,15 @@ class Retiring(Protocol):
 
     def retire(self, locations: Sequence[int]) -> None:
         """Marks extents whose entries were deleted, though somebody still holds them: nobody new may read them."""
+        ...
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """What memory adds that outlives its process: whoever comes after reads there what lies where."""
+
+    def describe(self, locations: Sequence[int], payloads: Sequence[Payload]) -> None:
+        """Writes down all that is known of extents before they are filled, but for parts and digests."""
         ...
 
 
@@ -95,6 +104,8 @@ class Tiers:
         """Whether the SSD may hold entries that the index has not been told of: until then nothing there is garbage."""
         self.expiries = False
         """Whether any entry ever had an expiry: until then no look-up checks for it."""
+        self.shared = False
+        """Whether other processes look into the memory, and one of them may come after this one."""
         self.nudge: Callable[[], None] = lambda: None
         """Wakes the background work; safe anywhere."""
         self._dropped: deque[Match | Reservation | list[int]] = deque()
@@ -229,6 +240,26 @@ class Tiers:
             for i, location in zip(short, again, strict=True):
                 locations[i] = location
         return locations
+
+    def describe(self, slots: npt.NDArray[np.int64], locations: list[int]) -> None:
+        """Writes beside fresh extents of shared memory what the index knows of the slots that they are for."""
+        memory: object = self.memory
+        if not self.shared or not locations or not isinstance(memory, Describing):
+            return
+        index = self.index
+        facts = index.facts(slots)
+        rows = zip(
+            index.names(slots), facts.size.tolist(), facts.part_bytes.tolist(), facts.kind.tolist(),
+            index.parents(slots), facts.scope.tolist(), facts.cost_s.tolist(), facts.expiry_s.tolist(),
+            index.forms(slots).tolist(), strict=True,
+        )  # fmt: skip
+        memory.describe(
+            locations,
+            [
+                Payload(name, size, step, 0, b"", Kind(kind), parent, scope, cost_s, expiry_s, 0, Form(form))
+                for name, size, step, kind, parent, scope, cost_s, expiry_s, form in rows
+            ],
+        )
 
     def evict(self, wanted_bytes: int) -> int:
         """Drops the oldest entries from memory until about `wanted_bytes` are free; answers the bytes freed."""

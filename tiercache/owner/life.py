@@ -207,6 +207,7 @@ class Owner:
     def _begin(self, arena: bytes) -> Cache:
         self._arena = arena
         cache = assemble.build(self._settings, self._clock, self._metrics, arena)
+        cache.tiers.shared = True
         cache.begin()
         return cache
 
