@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import mmap
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,8 @@ from tiercache.policy.lru import LRU
 from tiercache.testing.tiers import MIB, SHAPES, Item, item, store
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from tiercache.cpu.adopt import Adopted
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
@@ -136,7 +140,9 @@ def test_facts_tell_the_index_all_it_knew() -> None:
     batches = list(adopted.facts(batch_bytes=20_000))
     assert [len(facts.sizes) for facts in batches] == [2, 2, 2, 1]
     ticks = np.concatenate([facts.ticks for facts in batches]).tolist()
-    assert ticks == sorted(ticks, reverse=True), "last used first"
+    order = np.concatenate([facts.locations for facts in batches]).tolist()
+    assert [at[where].tick for where in order] == sorted((one.tick for one in made), reverse=True), "the last first"
+    assert ticks == sorted(ticks, reverse=True)
     index = Index(100, [LRU(), LRU()])
     (facts,) = adopted.facts()
     loaded = index.load(facts, TierId.MEMORY)
@@ -377,6 +383,68 @@ def test_only_the_memory_of_this_arena_is_taken() -> None:
     os.close(plain)
     for one in (tier, other, odd):
         asyncio.run(one.close())
+
+
+@pytest.mark.slow
+def test_after_a_death_at_any_line_everything_is_whole_and_every_page_somebodys() -> None:
+    """As if the owner were killed before each line of the tier, arena and segment that a churn executes."""
+    items = [item(seed, 9_000 + seed, 512 if seed % 3 else 4096, None if seed % 2 else 0b11) for seed in range(12)]
+    expected = {one.payload.name: one for one in items}
+    tier = new(MIB)
+    asyncio.run(store(tier, items[:1]))
+    source = files(tier)[0][1]
+    modules = {layout.__file__.replace("layout", name) for name in ("tier", "arena", "segment")}
+    deaths: Counter[tuple[str, int]] = Counter()
+    wrong: list[object] = []
+
+    def die(where: tuple[str, int]) -> None:
+        """Somebody goes on with a copy of the memory as it is now."""
+        descriptor = os.memfd_create("copy", os.MFD_ALLOW_SEALING)
+        os.sendfile(descriptor, source, 0, MIB)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        fresh = new(MIB)
+        adopted = fresh.adopt([(0, descriptor)])
+        os.close(descriptor)
+        found = named(adopted)
+        if adopted.damaged or not all(reads(fresh, at, expected[name]) for at, (name, _) in found.items()):
+            wrong.append(where)
+        adopted.settle()
+        fills_up_apart(fresh, list(found))
+        asyncio.run(fresh.close())
+
+    def step(frame: FrameType, event: str, _: object) -> object:
+        if frame.f_code.co_filename not in modules:
+            return None
+        sys.settrace(None)
+        where = frame.f_code.co_name, frame.f_lineno
+        deaths[where] += 1
+        if deaths[where] in (1, 5, 25):
+            die(where)
+        sys.settrace(step)  # type: ignore[arg-type]
+        return step
+
+    def churn() -> None:
+        rng, held = random.Random(1), list[int]()
+        for _ in range(12):
+            for one in rng.sample(items, 3):
+                (location,) = tier.reserve([one.payload.name], [one.payload.size], [one.payload.part_bytes])
+                tier.describe([location], [one.payload])
+                tier.buffers([location])[0].array()[:] = memoryview(one.data)
+                tier.commit([location], [one.payload.parts], [one.payload.digests])
+                held.append(location)
+            rng.shuffle(held)
+            while len(held) > 14:
+                tier.free([held.pop()])
+
+    before = sys.gettrace()
+    sys.settrace(step)  # type: ignore[arg-type]
+    try:
+        churn()
+    finally:
+        sys.settrace(before)
+    assert wrong == []
+    assert {"make_row", "describe", "drop_row", "add_parts", "add_chunk"} <= {name for name, _ in deaths}
+    asyncio.run(tier.close())
 
 
 CHURN = """

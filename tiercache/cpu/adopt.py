@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,15 +76,17 @@ class Adopted:
         return len(self._wrong)
 
     def facts(self, batch_bytes: int = BATCH_BYTES) -> Iterator[Facts]:
-        """Everything present that has the right bytes, with its location; what was used last comes first, as far as
-        the table knows. Blocking: call it from a thread. Each batch was hashed right before it is given out."""
+        """Everything present that has the right bytes, with its location; what came last comes first, as far as the
+        table knows, and `ticks` count down. Blocking: call it from a thread. Each batch was hashed right before it is
+        given out."""
         batch: list[tuple[int, Payload]] = []
-        size = 0
+        size, tick = 0, len(self._present)
         for location in self._present.tolist():
             payload = self._verified(location)
             if payload is None:
                 continue
-            batch.append((location, payload))
+            batch.append((location, replace(payload, tick=tick)))
+            tick -= 1
             size += payload.size
             if size >= batch_bytes or len(batch) >= BATCH_ROWS:
                 yield _facts(batch)
