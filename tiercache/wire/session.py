@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EARLY_MAX = 1024
 LAST, DURABLE = 1, 2
 """Flags of COMMIT."""
 
@@ -86,6 +87,7 @@ class Session:
         self._metrics = metrics
         self._leases: dict[int, _Held] = {}
         self._asked: dict[int, bool] = {}  # leases of open questions -> released already
+        self._early: dict[int, None] = {}  # leases released before they were asked for: connections overtake each other
         self._puts: dict[int, _Put] = {}
         self._last_put = 0
         self._lanes: dict[str, _Lane] = {}
@@ -124,7 +126,7 @@ class Session:
         """A question for a lease is open. Raises ProtocolError where that number is in use."""
         if number in self._leases or number in self._asked:
             raise ProtocolError(f"lease {number} is in use")
-        self._asked[number] = False
+        self._asked[number] = number in self._early
 
     def unask_lease(self, number: int) -> None:
         """The question was answered otherwise. Harmless after `grant`."""
@@ -158,6 +160,10 @@ class Session:
                 held.lease.release()
             elif number in self._asked:
                 self._asked[number] = True
+            else:
+                self._early[number] = None
+                if len(self._early) > EARLY_MAX:
+                    del self._early[next(iter(self._early))]
 
     def redeclare(self, number: int, locations: Sequence[int], hold: Callable[[Sequence[int]], Lease | None]) -> bool:
         """A lease that this process has from before; True if it is held. Quotas do not matter here: it has it."""
