@@ -56,7 +56,7 @@ class _Link:
     """One client's connection: what is said in a direction arrives in that order, later."""
 
     def __init__(self, table: NotesTable) -> None:
-        self._table = table
+        self._table, self._ended = table, False
         self._open: set[asyncio.Future[memoryview]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._there: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
@@ -70,6 +70,8 @@ class _Link:
         self._back.put_nowait(what)
 
     def end(self) -> None:
+        """Nothing comes or goes any more."""
+        self._ended = True
         for task in self._tasks:
             task.cancel()
         for future in self._open:
@@ -81,6 +83,8 @@ class _Link:
             (await queue.get())()
 
     async def _ask(self, op: int, body: bytes) -> memoryview:
+        if self._ended:
+            raise UnavailableError("the connection has ended")
         future: asyncio.Future[memoryview] = asyncio.get_running_loop().create_future()
         self._open.add(future)
         self._there.put_nowait(lambda: self._start(self._answer(op, body, future)))

@@ -15,6 +15,7 @@ from tiercache.wire.frames import Op, Patience
 from tiercache.wire.post import ONE_WAY
 from tiercache.wire.session import DURABLE, LAST
 from tiercache.wire.sockets import FDS_MAX
+from tiercache.wire.telling import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -47,8 +48,11 @@ class Answers:
         clients: Callable[[], list[dict[str, Any]]],
         others: Callable[[Session], Sequence[Post]],
         hold: Callable[[Sequence[int]], Lease | None],
+        believed_s: float,
     ) -> None:
-        """`others` are the lines of all clients but this one; `hold` takes leases from before this owner's time."""
+        """`others` are the lines of all clients but this one; `hold` takes leases from before this owner's time;
+        facts that clients know expire by themselves after `believed_s`."""
+        self._telling = Telling(believed_s)
         self._core, self._serving = cache, cache.serving
         self._notes, self._clients, self._others, self._hold = notes, clients, others, hold
         # A handler answers, or answers None: then it has begun a task, or there is nothing to answer.
@@ -72,6 +76,7 @@ class Answers:
             Op.CLAIM: self._claim,
             Op.SETTLE: self._settle,
             Op.FORGET: self._forget,
+            Op.TOLD: self._told,
             Op.CALL: self._call,
             Op.REDECLARE: self._redeclare,
         }
@@ -362,16 +367,30 @@ class Answers:
         name, value, ttl_s = frames.unpack_settle(body)
         self._notes.settle(name, session, value, min(ttl_s, NOTE_S_MAX))
 
-    def _forget(self, session: Session, post: Post, number: int, body: memoryview) -> bytes:
+    def _forget(self, session: Session, post: Post, number: int, body: memoryview) -> bytes | None:
         said = frames.unpack_json(body)
         try:
             prefixes = [bytes.fromhex(prefix) for prefix in said]
         except (TypeError, ValueError):
             raise ProtocolError("prefixes of notes are a list of hexadecimal texts") from None
         self._notes.forget(prefixes)
-        for other in self._others(session):
-            other.push(Op.FORGET, 0, bytes(body))
-        return b""
+        waited = self._telling.begin(self._others(session), bytes(body))
+        if waited is None:
+            return b""
+
+        async def later() -> bytes:
+            await waited
+            return b""
+
+        session.work("forget", post, number, later, len(body))
+        return None
+
+    def _told(self, session: Session, post: Post, number: int, body: memoryview) -> None:
+        self._telling.told(post, number)
+
+    def gone(self, post: Post) -> None:
+        """A connection has ended."""
+        self._telling.gone(post)
 
 
 def _check_chain(names: Sequence[Name]) -> None:

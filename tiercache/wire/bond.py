@@ -129,6 +129,8 @@ class Bond:
             self.loads.begin(self.line, frame.number, frame.body)
         elif frame.op == Op.FORGET:
             self._on_forget(frame.body)
+            if self.line is not None and not self.ended:
+                self.line.tell(Op.TOLD, number=frame.number)
         elif frame.op != Op.FILL:
             raise ProtocolError(f"a message {frame.op} that nobody asked for")
 

@@ -77,7 +77,12 @@ class Door:
         self._on_join, self._on_left, self._on_redeclared = on_join, on_left, on_redeclared
         self._notes = Notes(clock, NOTES_MAX, NOTE_BYTES_MAX)
         self._answers = Answers(
-            cache, self._notes, clients=self.facts, others=self._lines, hold=hold or cache.serving.hold
+            cache,
+            self._notes,
+            clients=self.facts,
+            others=self._lines,
+            hold=hold or cache.serving.hold,
+            believed_s=max(settings.stat_ttl_s, settings.negative_ttl_s),
         )
         self._welcome: dict[str, Any] = {
             "tiercache": tiercache.__version__,
@@ -221,6 +226,7 @@ class Door:
 
     def _gone(self, post: Post, why: str) -> None:
         """A connection has ended."""
+        self._answers.gone(post)
         self._strangers.pop(post, None)
         session = self._guests.pop(post, None)
         if session is None or session.ended:
