@@ -139,15 +139,17 @@ def test_facts_tell_the_index_all_it_knew() -> None:
     fresh, adopted = heir(tier)
     batches = list(adopted.facts(batch_bytes=20_000))
     assert [len(facts.sizes) for facts in batches] == [2, 2, 2, 1]
-    ticks = np.concatenate([facts.ticks for facts in batches]).tolist()
-    order = np.concatenate([facts.locations for facts in batches]).tolist()
-    assert [at[where].tick for where in order] == sorted((one.tick for one in made), reverse=True), "the last first"
-    assert ticks == sorted(ticks, reverse=True)
+    order = [at[where] for facts in batches for where in facts.locations.tolist()]
+    assert [one.form for one in order] == [Form.LONE, Form.PAGE, Form.PAGE] + 4 * [Form.BLOCK]
+    assert [one.tick for one in order[:3]] == [70, 59, 54], "the last first"
+    assert [one.name.ordinal for one in order[3:]] == [0, 1, 2, 3], "parents first, in whatever batch"
+    ticks = [tick for facts in batches for tick in facts.ticks.tolist()]
+    assert sorted(order, key=lambda one: one.tick) == [one for _, one in sorted(zip(ticks, order, strict=True))]
     index = Index(100, [LRU(), LRU()])
-    (facts,) = adopted.facts()
-    loaded = index.load(facts, TierId.MEMORY)
-    index.validate()
-    assert loaded.taken == len(at) and not len(loaded.surplus) and not len(loaded.waiting)
+    for facts in adopted.facts(batch_bytes=20_000):
+        loaded = index.load(facts, TierId.MEMORY)
+        index.validate()
+        assert loaded.taken == len(facts.sizes) and not len(loaded.surplus) and not len(loaded.waiting)
     for where, one in at.items():
         match = index.match([one.name])
         found = index.facts(match.slots)

@@ -25,7 +25,7 @@ from tiercache.cpu import layout
 from tiercache.cpu.places import ROW_MASK, ROW_SHIFT, SEGMENT_MAX, SEGMENT_SHIFT
 from tiercache.cpu.segment import Segment
 from tiercache.errors import ConfigError, ProtocolError
-from tiercache.model import ALIGN_BYTES, KEY_BYTES_MAX, Facts
+from tiercache.model import ALIGN_BYTES, KEY_BYTES_MAX, Facts, Form
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,8 +46,8 @@ class _Table(NamedTuple):
     """What the table of one segment says: locations, and pages that nobody has."""
 
     segment: Segment
-    present: list[int]
-    ticks: list[int]
+    present: list[tuple[int, int, int]]
+    """Location, tick, and the depth of a block in its chain, from 1 (0: no block)."""
     retired: list[int]
     pending: list[int]
     free: list[tuple[int, int]]
@@ -59,9 +59,11 @@ class Adopted:
 
     def __init__(self, arena: Arena, tables: Sequence[_Table], lost: Sequence[int]) -> None:
         self._arena = arena
-        present = np.array([location for table in tables for location in table.present], np.int64)
-        ticks = np.array([tick for table in tables for tick in table.ticks], np.int64)
-        self._present: npt.NDArray[np.int64] = present[np.argsort(-ticks, kind="stable")]
+        rows = np.array([one for table in tables for one in table.present], np.int64).reshape(-1, 3)
+        self._present = rows[np.lexsort((-rows[:, 1], rows[:, 2])), 0].tolist()
+        ranks = np.empty(len(rows), np.int64)
+        ranks[np.argsort(rows[:, 1], kind="stable")] = np.arange(1, len(rows) + 1)
+        self._ranks = dict(zip(rows[:, 0].tolist(), ranks.tolist(), strict=True))
         self.pending = tuple(location for table in tables for location in table.pending)
         """Extents that were reserved, and of which nothing is present."""
         self._retired = [location for table in tables for location in table.retired]
@@ -76,17 +78,16 @@ class Adopted:
         return len(self._wrong)
 
     def facts(self, batch_bytes: int = BATCH_BYTES) -> Iterator[Facts]:
-        """Everything present that has the right bytes, with its location; what came last comes first, as far as the
-        table knows, and `ticks` count down. Blocking: call it from a thread. Each batch was hashed right before it is
-        given out."""
+        """Everything present that has the right bytes, with its location. What came last comes first, as far as the
+        table knows, but blocks after all else, and parents before their children. `ticks` have the order in which
+        things came. Blocking: call it from a thread. Each batch was hashed right before it is given out."""
         batch: list[tuple[int, Payload]] = []
-        size, tick = 0, len(self._present)
-        for location in self._present.tolist():
+        size = 0
+        for location in self._present:
             payload = self._verified(location)
             if payload is None:
                 continue
-            batch.append((location, replace(payload, tick=tick)))
-            tick -= 1
+            batch.append((location, replace(payload, tick=self._ranks[location])))
             size += payload.size
             if size >= batch_bytes or len(batch) >= BATCH_ROWS:
                 yield _facts(batch)
@@ -153,14 +154,15 @@ def adopt(arena: Arena, files: Sequence[tuple[int, int]]) -> Adopted:
         table.segment.own(table.held)
     layout.fence()
     free = [extent for table in tables.values() for extent in table.free]
-    kept = [one for table in tables.values() for one in (*table.present, *table.retired, *table.pending)]
+    kept = [one for table in tables.values() for one in (*table.retired, *table.pending)]
+    kept += [one[0] for table in tables.values() for one in table.present]
     arena.take_over(segments, free, kept)
     return Adopted(arena, [tables[ordinal] for ordinal in sorted(tables)], sorted(lost))
 
 
 def _read(segment: Segment) -> _Table:
     """Sorts out the table of a segment. Changes nothing."""
-    table = _Table(segment, [], [], [], [], [], [])
+    table = _Table(segment, [], [], [], [], [])
     pages = segment.size // ALIGN_BYTES
     used = segment.table_pages
     try:
@@ -173,8 +175,9 @@ def _read(segment: Segment) -> _Table:
             elif found.retired:
                 table.retired.append(location)
             else:
-                table.present.append(location)
-                table.ticks.append(found.payload.tick)
+                payload = found.payload
+                depth = payload.name.ordinal + 1 if payload.form is Form.BLOCK else 0
+                table.present.append((location, payload.tick, depth))
             table.held.extend((found.row, *found.chain))
             used.append((found.offset // ALIGN_BYTES, found.length // ALIGN_BYTES))
     except ProtocolError:
