@@ -1,0 +1,154 @@
+"""What processes of a directory know of an origin: found out once for all, and never from before a write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+from tests.connectors.conftest import s3_options
+from tiercache.testing.s3server import S3Server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes share by memory files"),
+]
+
+PROGRAM = """
+    import hashlib, json, sys
+    from tiercache_connectors.fsspec_fs import TierCacheFileSystem
+
+    fs = TierCacheFileSystem(**json.loads(sys.argv[1]))
+    fs.mount
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        what, *arguments = json.loads(line)
+        try:
+            if what == "cat":
+                answer = hashlib.sha256(fs.cat_file(*arguments)).hexdigest()
+            elif what == "footer":
+                with fs.open(arguments[0]) as file:
+                    file.seek(-8, 2)
+                    answer = file.read().hex()
+            elif what == "pipe":
+                answer = fs.pipe_file(arguments[0], arguments[1].encode())
+            elif what == "write":
+                with fs.open(arguments[0], "wb") as file:
+                    file.write(arguments[1].encode())
+                answer = None
+            elif what == "text":
+                answer = fs.cat_file(*arguments).decode()
+            elif what == "info":
+                answer = fs.info(*arguments)["size"]
+            elif what == "ls":
+                answer = fs.ls(*arguments, detail=False)
+            else:
+                answer = getattr(fs, what)(*arguments)
+        except FileNotFoundError:
+            answer = "absent"
+        print(json.dumps(answer), flush=True)
+    fs.close()
+"""
+
+
+class Process:
+    """A process with a filesystem."""
+
+    def __init__(self, directory: str, server: S3Server) -> None:
+        arguments = {
+            "target_protocol": "s3",
+            "target_options": s3_options(server.url),
+            "directory": directory,
+            "memory_bytes": 64 << 20,
+            "ssd_bytes": 0,
+            "linger_s": 0.2,
+            "share": True,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TIERCACHE_SHARE": "true"},
+        )
+
+    def begin(self, *what: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, *what: Any) -> Any:
+        self.begin(*what)
+        return self.end()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "root" / "lake" / "d"
+    folder.mkdir(parents=True)
+    for i in range(8):
+        (folder / f"{i}.parquet").write_bytes(bytes([i]) * 300_000 + b"footer%d." % i)
+    with S3Server(tmp_path / "root") as server:
+        yield server
+
+
+@pytest.fixture
+def processes(server, tmp_path):
+    made = [Process(str(tmp_path / "cache"), server) for _ in range(4)]
+    for each in made:
+        assert each.end() == "ready"
+    yield made
+    for each in made:
+        each.close()
+
+
+def together(processes, *what):
+    for each in processes:
+        each.begin(*what)
+    return [each.end() for each in processes]
+
+
+def test_many_openers_ask_as_one(processes, server):
+    for i in range(8):
+        server.stats.clear()
+        assert together(processes, "footer", f"lake/d/{i}.parquet") == [(b"footer%d." % i).hex()] * 4
+        # The one who looked first brought the footer with the facts; it is in memory for the others.
+        assert server.stats.by_operation == {"GetObject": 1}
+    server.stats.clear()
+    assert together(processes, "info", "lake/d/nothing") == ["absent"] * 4
+    assert server.stats.requests <= 3
+    server.stats.clear()
+    listed = together(processes, "ls", "lake/d")
+    assert listed == [[f"lake/d/{i}.parquet" for i in range(8)]] * 4
+    assert server.stats.by_operation == {"ListObjectsV2": 1}
+    server.stats.clear()
+    assert together(processes, "info", "lake/d/3.parquet") == [300_008] * 4
+    assert server.stats.requests == 0
+
+
+def test_a_write_is_seen_by_every_process_when_it_returns(processes):
+    for turn in range(40):
+        writer = processes[turn % 4]
+        verb, text = ("pipe", "write")[turn % 2], f"turn {turn} " * (turn + 1)
+        assert writer(verb, "lake/d/new", text) is None
+        assert together(processes, "text", "lake/d/new") == [text] * 4
+        assert together(processes, "ls", "lake/d")[0][-1] == "lake/d/new"
+        assert processes[(turn + 1) % 4]("rm", "lake/d/new") is None
+        assert together(processes, "info", "lake/d/new") == ["absent"] * 4
+        assert all("lake/d/new" not in names for names in together(processes, "ls", "lake/d"))
