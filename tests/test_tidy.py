@@ -21,6 +21,9 @@ REFUSED_MODULES = {"base", "common", "helpers", "misc", "util", "utils"}
 REFUSED_TWINS = re.compile(r"(async_|batched_|abatch_).*|.*_(nowait|async|sync|batched)")
 FILE_BYTES_MAX = 300_000
 
+FACES = {"Core"}
+"""What everything above calls as a whole: no port, of which a backend has to implement every method."""
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -115,7 +118,7 @@ def test_ports_are_small() -> None:
     found = []
     for path, node in nodes(ast.ClassDef):
         methods = [each for each in node.body if isinstance(each, Function) and not is_property(each)]
-        if is_protocol(node) and len(methods) > PROTOCOL_METHODS_MAX:
+        if is_protocol(node) and len(methods) > PROTOCOL_METHODS_MAX and node.name not in FACES:
             found.append(f"{place(path, node)}: {node.name} has {len(methods)} methods, at most {PROTOCOL_METHODS_MAX}")
     report(found)
 

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tiercache.clock import SystemClock, system_random
 from tiercache.errors import ConfigError, LockedError, TierCacheError
@@ -22,7 +22,7 @@ from tiercache.sync import BlockingCache, io_loop, runs_here, wait
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from tiercache.cache import Cache
     from tiercache.clock import Clock
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tiercache.pages.reader import PageReader
     from tiercache.tier import Tier
     from tiercache.wire.client import SharedCache
+    from tiercache.wire.memo import View
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def _shared_cache(settings: Settings, *, start: bool) -> SharedCache:
             return starting.find_or_start(directory, facts, group=group, deadline_s=deadline_s)
         return sockets.connect(directory, group=group, wait_s=deadline_s)
 
-    ways = Ways(connect, ArenaView, system_random().randbytes(16).hex(), os.getpid(), deadline_s)
+    view_of = cast("Callable[[bytes], View]", ArenaView)  # whose copies take its own places only
+    ways = Ways(connect, view_of, system_random().randbytes(16).hex(), os.getpid(), deadline_s)
     return SharedCache.open(ways, settings=settings, clock=SystemClock(), metrics=Metrics())
 
 

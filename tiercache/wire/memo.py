@@ -70,12 +70,8 @@ class View(Protocol):
         """(ordinal, descriptor) of what is attached."""
         ...
 
-    def find(self, location: int) -> Spot | None:
-        """The extent at a location; None when it was freed, or never was."""
-        ...
-
     def glance(self, location: int, name: Name, now_s: float = 0) -> Spot | None:
-        """As `find`, where it is that name's, in time and not deleted."""
+        """The extent at a location, where it is that name's, in time and not deleted; else None."""
         ...
 
     def copy_places(
