@@ -134,6 +134,33 @@ def test_forgetting_works_in_any_thread_and_after_the_loop():
     assert asyncio.run(main()).forget([b"z"]).done()
 
 
+def test_what_cannot_be_settled_is_not_held():
+    async def main():
+        answers = asyncio.Queue()
+
+        async def ask(op, body):
+            return await answers.get()
+
+        def tell(op, body):
+            raise UnavailableError("no owner is there")
+
+        notes = SharedNotes(ask, tell, asyncio.get_running_loop())
+        answers.put_nowait(memoryview(b"\1"))
+        assert await notes.claim(b"a") is None
+        notes.settle(b"a", b"", 0.0)
+        given_up = asyncio.create_task(notes.claim(b"a"))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        answers.put_nowait(memoryview(b"\1"))
+        while notes._turns:
+            await asyncio.sleep(0)
+        answers.put_nowait(memoryview(b"\0value"))
+        assert await notes.claim(b"a") == b"value"
+
+    asyncio.run(main())
+
+
 def test_what_is_no_answer_is_refused():
     with pytest.raises(ProtocolError):
         unpack_prefixes(memoryview(pack_json(["zz"])))

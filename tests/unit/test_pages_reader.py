@@ -19,6 +19,8 @@ from tiercache.pages.plan import plan_around
 from tiercache.pages.reader import PageReader
 from tiercache.settings import Settings
 from tiercache.testing.model import DictOrigin
+from tiercache.testing.notes import NotesTable
+from tiercache.testing.simloop import SimClock, simulate
 
 PAGE, PART = 64 << 10, 4096
 KIB = 1 << 10
@@ -191,6 +193,45 @@ def test_sizes_at_the_edges_of_pages_and_parts(size):
             assert origin.bytes + (tail_bytes and min(size, tail_bytes + PART)) <= size + PART
 
     asyncio.run(main())
+
+
+def test_of_many_processes_one_brings_the_tail_for_all():
+    async def main(loop):
+        origin, cache, reader = world(tail_bytes=100_000)
+        clock = SimClock(loop)
+        table = NotesTable(clock)
+        readers = [
+            PageReader(
+                cache,
+                origin,
+                settings=reader.settings,
+                clock=clock,
+                metrics=Metrics(),
+                part_bytes=PART,
+                notes=table.client(),
+            )
+            for _ in range(4)
+        ]
+        pins = await asyncio.gather(*[each.open("f") for each in readers])
+        assert len({pin.version for pin in pins}) == 1
+        for each, pin in zip(readers, pins, strict=True):
+            assert each.read_resident(pin, len(DATA) - 100_000, len(DATA)) == DATA[-100_000:]
+        assert [asked[0] for asked in origin.asked] == ["tail"]
+        await asyncio.sleep(11)  # the facts have expired
+        await asyncio.gather(*[each.open("f") for each in readers])
+        assert [asked[0] for asked in origin.asked] == ["tail", "stat"]
+        origin.set("f", b"new")
+        await readers[2].facts.forget_shared(["f"])
+        await asyncio.sleep(0.001)
+        pins = await asyncio.gather(*[each.open("f") for each in readers])
+        assert [each.read_resident(pin, 0, 3) for each, pin in zip(readers, pins, strict=True)] == [b"new"] * 4
+        assert [asked[0] for asked in origin.asked] == ["tail", "stat", "tail"]
+        for each in readers:
+            await each.close()
+        await table.close()
+
+    for seed in range(5):
+        simulate(main, seed)
 
 
 def test_the_first_look_brings_the_tail_and_whole_small_files():

@@ -81,13 +81,9 @@ class SharedNotes:
 
     def settle(self, name: bytes, value: bytes, ttl_s: float) -> None:
         """See Notes."""
-        if name not in self._turns:
-            return
-        try:
-            self._tell(Op.SETTLE, pack_settle(name, value, ttl_s))
-        except TierCacheError:
-            pass  # an owner that is lost has no claims either
-        self._end(name)
+        if name in self._turns:
+            self._settle(name, value, ttl_s)
+            self._end(name)
 
     def forget(self, prefixes: Sequence[bytes]) -> Future[None]:
         """See Notes."""
@@ -143,8 +139,14 @@ class SharedNotes:
     def _unwanted(self, name: bytes, done: asyncio.Task[memoryview]) -> None:
         """The answer has come when nobody wanted it any more."""
         if not done.cancelled() and done.exception() is None and done.result()[0] == YOURS:
-            self._tell(Op.SETTLE, pack_settle(name, b"", 0.0))
+            self._settle(name, b"", 0.0)
         self._end(name)
+
+    def _settle(self, name: bytes, value: bytes, ttl_s: float) -> None:
+        try:
+            self._tell(Op.SETTLE, pack_settle(name, value, ttl_s))
+        except TierCacheError:
+            pass  # an owner that is lost has no claims either
 
     def _end(self, name: bytes) -> None:
         self._end_waiting(self._turns.pop(name))
