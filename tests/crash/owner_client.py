@@ -2,7 +2,7 @@
 
 Writes durable and visible values, reads its own and others', holds leases with views across the owner's deaths, and
 reads files through the filesystem. Says on stdout, one line each: `a N` a durable put was acknowledged, `w TEXT` wrong
-bytes, `l N` a durable value is gone, `x TEXT` a fault, `b COUNTS...` beats (one count a thread), `s ...` sums at the end.
+bytes, `l N` a durable value is gone, `x TEXT` a fault, `b COUNTS...` beats (one a thread), `s ...` sums at last.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def hear(clients: list[Seen], sums: Sums, wait_s: float) -> None:
 def owner_pid(directory: Path) -> int | None:
     """Who owns the directory now, as the owner says."""
     try:
-        return int(json.loads((directory / "owner.state").read_text())["owner"]["pid"])
+        return int(json.loads((directory / "owner.state").read_text())["owner"][0])
     except (OSError, ValueError, KeyError):
         return None
 
