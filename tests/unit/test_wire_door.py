@@ -298,6 +298,37 @@ def test_a_sleeper_in_a_page_of_which_parts_are_there(tmp_path: Path) -> None:
     play(tmp_path, scene, limits=Limits(16 * MIB, fill_s=0.05))
 
 
+def test_a_sleeper_in_a_page_that_is_deleted(tmp_path: Path) -> None:
+    """Who waits for it reads around the cache: the page has one extent, and somebody may write to it."""
+
+    async def scene(house: House) -> None:
+        one, two = await house.visitor(), await house.visitor()
+        read = asyncio.ensure_future(two.read(RUN, [0], [1]))
+        asked = await two.gaps()
+        two.fill(RUN, *asked)
+        two.unfill(*asked[:2])
+        await read
+        reads = [asyncio.ensure_future(one.read(RUN, [0], [0b1000]))]
+        asked = await one.gaps()
+        reads.append(asyncio.ensure_future(two.read(RUN, [0], [0b1000])))
+        await two.ping()
+        await two.ask(Op.DELETE, frames.pack_names([Name(RUN.key, 0)]))
+        with pytest.raises(UnavailableError):
+            await reads[0]
+        assert (await reads[1]).outcomes == [FULL]
+        read = asyncio.ensure_future(two.read(RUN, [0], [0b1000]))
+        again = await two.gaps()
+        assert again[2][0].location != asked[2][0].location
+        two.unfill(*again[:2])
+        with pytest.raises(UnavailableError):
+            await read
+        one.unfill(*asked[:2])
+        two.release(1)
+        await two.ping()
+
+    play(tmp_path, scene, limits=Limits(16 * MIB, fill_s=0.05))
+
+
 def test_reads_that_cannot_be(tmp_path: Path) -> None:
     async def scene(house: House) -> None:
         line = await house.visitor()

@@ -53,7 +53,7 @@ class Filling:
         self.flights = Flights()
         self._ssd_loads: set[asyncio.Future[None]] = set()
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
-        self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent of nobody -> what may still write to it
+        self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent that nobody may use -> what may write to it
 
     async def ensure(
         self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], load: Load | None = None
@@ -169,7 +169,9 @@ class Filling:
             location = int(locations[i])
             if location < 0:
                 location = self._extents.get(int(slots[i]), -1)
-            if location < 0:
+            if location in self._forsaken:  # of an entry that was deleted meanwhile: it gets no other
+                outcomes[i] = Outcome.FULL
+            elif location < 0:
                 homeless.append(i)
             else:
                 places.append((i, location))
@@ -299,21 +301,20 @@ class Filling:
             slots = np.array([share.slot], np.int64)
             if self._extents.get(share.slot) == share.location:
                 del self._extents[share.slot]
-                self._forsaken[share.location] = [
-                    one for one in self.flights.loads(share.slot) if one is not share.future
-                ]
                 own.append(share.location)
             elif int(self._tiers.index.facts(slots).memory_location[0]) == share.location:
                 self._tiers.lose(slots, TierId.MEMORY)  # freed when nobody, and so no load, holds the slot
-            self._forsaken.get(share.location, []).append(writing)
+            writers = self._forsaken.setdefault(share.location, [])
+            writers += [one for one in self.flights.loads(share.slot) if one is not share.future]
+            writers.append(writing)
             self.flights.end(share.slot, share.future)
         try:
-            while busy := [one for at in own for one in self._forsaken[at] if not one.done()]:
+            locations = {share.location for share in shares}
+            while busy := [one for at in locations for one in self._forsaken.get(at, ()) if not one.done()]:
                 await asyncio.wait(busy)
-            await asyncio.wait([writing])
         finally:
-            for location in own:
-                del self._forsaken[location]
+            for location in locations:
+                self._forsaken.pop(location, None)
             self._tiers.memory.free(own)
 
     def _land(self, share: Share, part_bytes: int, digests: bytes | None = None) -> None:

@@ -145,7 +145,6 @@ class Visitor:
         else:
             self.forgets.append(frames.unpack_json(frame.body))
             self.line.tell(Op.TOLD, number=frame.number)
-            self.line.tell(Op.TOLD, number=frame.number)
 
     async def ask(self, op: int, body: bytes = b"", *, number: int = 0) -> memoryview:
         """A question; an answer that does not come is a failure of the test."""

@@ -4,6 +4,7 @@ that may wait in tasks of the session."""
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 from tiercache.errors import ConfigError, ProtocolError, TierCacheError
@@ -256,7 +257,7 @@ class Answers:
         room, fits = session.room_bytes, 0
         largest = self._serving.entry_bytes_max
         for size in ask.sizes if session.may_put and not session.ended else ():
-            room -= max(ALIGN, min(size, largest))  # what is larger is refused below, with the reason
+            room -= max(ALIGN, size) if size <= largest else 0  # what can never fit is refused below, with the reason
             if room < 0:
                 break
             fits += 1
@@ -342,6 +343,8 @@ class Answers:
             return frames.pack_json({})
         if method == "clients":
             return frames.pack_json(self._clients())
+        if method == "owner":
+            return frames.pack_json({"pid": os.getpid(), "clients": self._clients()})
 
         async def later() -> bytes:
             async with asyncio.timeout(session.limits.question_s):
