@@ -131,6 +131,8 @@ class Found(NamedTuple):
 
 _STRONG = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 _digest = xxhash.xxh3_64_intdigest
+_U32 = struct.Struct("<I")
+_KINDS, _FORMS = tuple(Kind), tuple(Form)
 _CHECKED = struct.Struct("<114s2xI")
 _gates = threading.Lock(), threading.Lock()
 
@@ -213,10 +215,11 @@ def read_table(memory: mmap.mmap | memoryview, *, pending: bool = False) -> Iter
     pages = head.segment_bytes // ALIGN_BYTES
     taken.append((pages, 0))
     candidates = np.flatnonzero((rows["state"] == PRESENT) | (rows["state"] == PENDING) & pending)
+    raw = rows.tobytes()
     used: set[int] = set()
     free_from = table = 0
     for row in candidates[np.argsort(rows["offset_pages"][candidates], kind="stable")].tolist():
-        found = _found(rows, row)
+        found = _found(raw, row)
         if found is None or not used.isdisjoint(found.chain):
             continue
         first, last = found.offset // ALIGN_BYTES, (found.offset + found.length) // ALIGN_BYTES
@@ -229,49 +232,37 @@ def read_table(memory: mmap.mmap | memoryview, *, pending: bool = False) -> Iter
         yield found
 
 
-def _found(rows: np.ndarray[tuple[int], np.dtype[np.void]], row: int) -> Found | None:
+def _found(rows: bytes, row: int) -> Found | None:
     """The extent that a chain of rows describes; None where it contradicts itself."""
-    fields = rows[row]
-    if check_of(fields.tobytes()[:RETIRED_AT]) != int(fields["check"]):
+    at = row * ROW_BYTES
+    fields, check = _CHECKED.unpack_from(rows, at)
+    if check_of(fields) != check:
         return None
-    size, part_bytes, parts = int(fields["size"]), int(fields["part_bytes"]), int(fields["parts"])
-    width, parent_width, kind = int(fields["width"]), int(fields["parent_width"]), int(fields["kind"])
-    state, length = int(fields["state"]), int(fields["length_pages"]) * ALIGN_BYTES
-    if width not in (16, 32) or parent_width not in (0, 16, 32):
+    (key, parent, size, page, pages, generation, ordinal, part_bytes, following, expiry_s, tick, cost_s, scope, width,
+     parent_width, kind, form) = ROW_FIELDS.unpack(fields)  # fmt: skip
+    _, _, _, _, _, _, state, parts = SHAPE.unpack_from(rows, at + SHAPE_AT)
+    if width not in (16, 32) or parent_width not in (0, 16, 32) or kind >= len(_KINDS) or form >= len(_FORMS):
         return None
-    if kind not in Kind.__members__.values() or int(fields["form"]) not in Form.__members__.values():
-        return None
-    if not part_bytes or part_count(size, part_bytes) > PARTS_MAX or not 0 < length >= size:
+    if not part_bytes or part_count(size, part_bytes) > PARTS_MAX or not 0 < pages * ALIGN_BYTES >= size:
         return None
     if (state == PRESENT and not parts) or parts & ~all_parts(size, part_bytes):
         return None
     count = part_count(size, part_bytes)
-    digests = fields["digests"].tobytes()
+    digests = rows[at + DIGESTS_AT : at + ROW_BYTES]
     chain: list[int] = []
     for _ in range(rows_for(count) - 1):
-        at = int(rows[chain[-1] if chain else row]["next"])
-        if at >= len(rows) or int(rows[at]["state"]) != MORE or at in chain:
+        start = following * ROW_BYTES
+        if start >= len(rows) or rows[start + STATE_AT] != MORE or following in chain:
             return None
-        chain.append(at)
-        digests += rows[at]["digests"].tobytes()
+        chain.append(following)
+        digests += rows[start + DIGESTS_AT : start + ROW_BYTES]
+        (following,) = _U32.unpack_from(rows, start + NEXT_AT)
     payload = Payload(
-        Name(fields["key"].tobytes()[:width], int(fields["ordinal"])),
-        size,
-        part_bytes,
-        parts,
-        masked_digests(digests, parts, count),
-        Kind(kind),
-        fields["parent"].tobytes()[:parent_width],
-        int(fields["scope"]),
-        float(fields["cost_s"]),
-        int(fields["expiry_s"]),
-        int(fields["tick"]),
-        Form(int(fields["form"])),
-    )
-    return Found(
-        row, int(fields["generation"]), int(fields["offset_pages"]) * ALIGN_BYTES, length, state,
-        bool(fields["retired"]), payload, tuple(chain),
+        Name(key[:width], ordinal), size, part_bytes, parts, masked_digests(digests, parts, count), _KINDS[kind],
+        parent[:parent_width], scope, cost_s, expiry_s, tick, _FORMS[form],
     )  # fmt: skip
+    retired = bool(rows[at + RETIRED_AT])
+    return Found(row, generation, page * ALIGN_BYTES, pages * ALIGN_BYTES, state, retired, payload, tuple(chain))
 
 
 def masked_digests(digests: bytes, parts: int, count: int) -> bytes:
