@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import fcntl
 import logging
@@ -278,7 +279,13 @@ class Owner:
         self._idle = None
         if self._door.clients or self._over.is_set():
             return
-        if self._adoption is not None or not self._stop_listening():
+        try:
+            again = self._adoption is not None or not self._stop_listening()
+        except UnavailableError as gone:  # nobody can find this owner any more, and nothing of it would outlive it
+            log.warning("%s: going", gone)
+            self._door.stop_listening()
+            again = False
+        if again:
             self._idle = asyncio.get_running_loop().call_later(AGAIN_S, self._consider)
             return
         log.info("nobody came for %g s: going", self._settings.linger_s)
@@ -324,7 +331,8 @@ class Owner:
     async def _close(self) -> None:
         """Leaves nothing behind but what is on the SSD."""
         if self._told_to_go:
-            self._stop_listening(whoever_waits=True)
+            with contextlib.suppress(UnavailableError):  # the directory is gone, and the socket with it
+                self._stop_listening(whoever_waits=True)
         for timer in (self._idle, self._leaving):
             if timer is not None:
                 timer.cancel()
