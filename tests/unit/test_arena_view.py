@@ -20,12 +20,15 @@ from tiercache.cpu.segment import Segment
 from tiercache.cpu.tier import MemoryTier, copy_places
 from tiercache.cpu.view import ArenaView
 from tiercache.errors import ClosedError, ConfigError, ProtocolError
+from tiercache.lease import Lease
 from tiercache.model import PART_BYTES, Form, Name, Outcome, Payload, all_parts
 from tiercache.testing.tiers import MIB, SHAPES, Item, item, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
+
+    from tiercache.lease import Extents
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
 
@@ -424,7 +427,12 @@ def test_views_keep_their_memory_beyond_the_close(pair: tuple[MemoryTier, ArenaV
     tier, view = pair
     one = item(1, 5000)
     (location,) = asyncio.run(store(tier, [one]))
-    array = view.buffers([location])[0].array()
+    extents: Extents = view
+    lease = Lease([Outcome.HIT], [location], extents, lambda safely: None)
+    target = bytearray(100)
+    assert lease.copy_into(0, 4000, 4100, Buffer.of(target)) is Outcome.HIT and target == one.data[4000:4100]
+    array = lease.array(0)
+    lease.release()
     view.close()
     assert array.tobytes() == one.data
     assert view.copy_out([location], [Buffer.of(bytearray(5000))]) == [Outcome.MISS]
