@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     U64 = npt.NDArray[np.uint64]
 
+LOCATIONS_MAX = 1 << 16
+"""Locations whose slots are remembered."""
+
 
 class Serving:
     """See the module. Any thread, except for the coroutines: those run on the cache's loop."""
@@ -41,6 +44,7 @@ class Serving:
     ) -> None:
         """`lease` brings parts of what was matched to memory, as far as a local tier has them."""
         self._tiers, self._recovery, self._storing, self._lease = tiers, recovery, storing, lease
+        self._slots: dict[int, int] = {}  # location in memory -> slot, as far as they were asked for
 
     @property
     def entry_bytes_max(self) -> int:
@@ -106,10 +110,26 @@ class Serving:
         return Lease([Outcome.HIT] * len(names), homes, tiers.memory, tiers.end_of(match))
 
     def touch(self, locations: Sequence[int]) -> None:
-        """These were read without asking: hits of memory, for the books and for the order of use. Locations that have
+        """These were read without asking (on the loop): hits of memory, and the order of use. Locations that have
         been freed since are ignored."""
-        self._tiers.release(self._tiers.index.match(self._names(locations)))
+        slots = self._slots
+        if any(location not in slots for location in locations):
+            self._learn(locations)
+        known = [location for location in locations if location in slots]
+        if known:
+            rows = np.array([slots[location] for location in known], np.int64)
+            self._tiers.index.touch_at(rows, np.array(known, np.int64))
         self._tiers.metrics.add("tiercache_hits_total", len(locations), tier="memory", kind="glance")
+
+    def _learn(self, locations: Sequence[int]) -> None:
+        """Finds out whose these locations are. A location is one entry's for ever: its generation sees to that."""
+        if len(self._slots) > LOCATIONS_MAX:
+            self._slots.clear()
+        index = self._tiers.index
+        match = index.match(self._names([location for location in locations if location not in self._slots]))
+        homes = index.facts(match.slots).memory_location.tolist()
+        self._slots.update({at: slot for at, slot in zip(homes, match.slots.tolist(), strict=True) if at >= 0})
+        self._tiers.release(match)
 
     def recheck(self, names: Sequence[Name]) -> None:
         """Somebody found the copies of these in memory damaged: they are hashed, and lost where that is so."""

@@ -147,6 +147,12 @@ class Index:
             self._pins += 1
         return Match(rows, Pin(rows, reserved=True))
 
+    def touch_at(self, slots: I64, locations: I64) -> None:
+        """Used just now: those of these slots whose copy in memory still lies there."""
+        with self.lock:
+            there = self._slots.location[TierId.MEMORY].take(self._slots.payload.take(slots)) == locations
+            self._entries.touch(slots[there])
+
     def hit_few(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> tuple[list[int], list[int]] | None:
         """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and their places in memory; None
         unless all of these parts are there. Undo with `release_few`."""
