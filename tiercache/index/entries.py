@@ -113,24 +113,26 @@ class Entries:
 
     def hit_whole(self, names: Sequence[Name]) -> tuple[list[int], list[int]]:
         """See Index.hit_whole."""
-        columns, find = self.slots, self.names.find
+        columns, find, touch = self.slots, self.names.find, self.touch
         states, payloads, sizes, steps = columns.states, columns.payloads, columns.sizes, columns.steps
+        parts, places, pins = columns.memory_parts, columns.memory_locations, columns.pins
         rows: list[int] = []
         locations: list[int] = []
+        # One by one and without arrays: after a batch of copies nothing of this is in the processor's cache, and then
+        # a handful of NumPy's calls cost as much as a batch of 32 does here.
         for key, ordinal in names:
             row = find(key, ordinal)
             payload = payloads[row]
             if states[row] >= RESIDENT:
                 wanted = (1 << (-(-sizes[row] // steps[payload]) or 1)) - 1
-                if columns.memory_parts[payload] & wanted == wanted:
+                if parts[payload] & wanted == wanted:
                     rows.append(row)
-                    locations.append(columns.memory_locations[payload])
+                    locations.append(places[payload])
                     continue
             locations.append(-1)
         for row in rows:
-            columns.pins[row] += 1
-        if rows:
-            self.touch(np.unique(rows))
+            pins[row] += 1
+            touch(row)
         return rows, locations
 
     def drain(self) -> Freed | None:

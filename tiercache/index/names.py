@@ -37,6 +37,16 @@ STRETCH_MIN = 48
 _KEY_BITS = PAGE_BIT | WIDE_BIT
 
 
+def _mixed(key: bytes) -> int:
+    """A key's words mixed into 64 bits, whose upper ones are its bucket (see RowTable.bucket)."""
+    width = len(key)
+    if width == 16:
+        return fold(NARROW.unpack(key)) * MIX & WORD
+    if width == 32:
+        return fold(WIDE.unpack(key)) * MIX & WORD
+    raise ConfigError(f"a key has 16 or 32 bytes, not {width}")
+
+
 class Query:
     """Digests of one chain, as bytes and as words; made outside the lock."""
 
@@ -65,11 +75,14 @@ class NameTable:
     # -- one name -----------------------------------------------------------------------------------------------------
     def find(self, key: bytes, ordinal: int) -> int:
         """The slot of a page (if the key is a file version's) or else of a lone object or block; 0 = none."""
-        if self.runs.rows.used:
-            run = self.runs.find(key)
+        mixed = _mixed(key)
+        runs, table = self.runs, self.table
+        if runs.table.heads[mixed >> runs.table.shift]:
+            run = runs.find(key)
             if run:
                 return self.find_page(run, ordinal)
-        return self.find_key(key)
+        row = table.heads[mixed >> table.shift]
+        return self._key_in_bucket(key, row) if row else 0
 
     def find_page(self, run: int, ordinal: int) -> int:
         """The slot of one page of a run; 0 = none."""
@@ -83,23 +96,23 @@ class NameTable:
 
     def find_key(self, key: bytes) -> int:
         """The slot of a lone object or block; 0 = none."""
-        if len(key) == 16:
-            words, bits = NARROW.unpack(key), 0
-        elif len(key) == 32:
-            words, bits = WIDE.unpack(key), WIDE_BIT
-        else:
-            raise ConfigError(f"a key has 16 or 32 bytes, not {len(key)}")
-        slots, table = self.slots, self.table
-        row = table.heads[table.bucket(fold(words))]
+        row = self.table.heads[_mixed(key) >> self.table.shift]
+        return self._key_in_bucket(key, row) if row else 0
+
+    def _key_in_bucket(self, key: bytes, row: int) -> int:
+        """The slot of a key among those linked from `row` on; 0 = none."""
+        slots, nexts = self.slots, self.table.nexts
+        forms, heads = slots.forms, slots.ident_bytes
+        bits, tails = (WIDE_BIT, slots.tail_bytes) if len(key) == 32 else (0, None)
         while row:
+            at = row * 16
             if (
-                slots.words[row * 2] == words[0]
-                and slots.words[row * 2 + 1] == words[1]
-                and slots.forms[row] & _KEY_BITS == bits
-                and (not bits or slots.tail_bytes[row * 16 : row * 16 + 16] == key[16:])
+                heads[at : at + 16] == key[:16]
+                and forms[row] & _KEY_BITS == bits
+                and (tails is None or tails[at : at + 16] == key[16:])
             ):
                 return row
-            row = table.nexts[row]
+            row = nexts[row]
         return 0
 
     # -- many names ---------------------------------------------------------------------------------------------------
