@@ -17,11 +17,13 @@ import xxhash
 
 from tiercache.buffers import (
     Buffer,
+    Source,
     copy,
     copy_many,
     copy_many_verified,
     copy_parts,
     copy_verified,
+    digest_rows,
     entry_digest,
     exported,
     new_bytes,
@@ -81,6 +83,12 @@ def test_slices_stay_inside() -> None:
         Buffer.of(b"0123").slice(2, 3)
 
 
+def source_of(data: bytes | bytearray, part_bytes: int = 4096, digests: bytes = b"") -> Source:
+    """`data` as the arena describes an entry to be copied."""
+    span = Buffer.of(data)
+    return span.address, span.length, part_bytes, digest_rows(len(digests) // 8).unpack(digests), span
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_copies_and_new_bytes(size: int) -> None:
     data = random.Random(size).randbytes(size)
@@ -88,7 +96,7 @@ def test_copies_and_new_bytes(size: int) -> None:
     copy(Buffer.of(data), room)
     assert value == data and type(value) is bytes and hash(value) == hash(data)
     target = bytearray(size + 2)
-    copy_many([Buffer.of(data)], [Buffer.of(target).slice(1, size + 1)])
+    copy_many([source_of(data)], [Buffer.of(target).slice(1, size + 1)])
     assert target == b"\0" + data + b"\0"
 
 
@@ -154,10 +162,8 @@ def test_many_are_copied_and_each_is_verified() -> None:
             sources[damaged][-1:] = b"" if not sources[damaged] else bytes([sources[damaged][-1] ^ 1])
         targets = [bytearray(b"\x77" * (len(data) + 2)) for data in datas]
         good = copy_many_verified(
-            [Buffer.of(one) for one in sources],
+            [source_of(*facts) for facts in zip(sources, steps, digests, strict=True)],
             [Buffer.of(one).slice(1, len(one) - 1) for one in targets],
-            steps,
-            digests,
         )
         assert good == [i != damaged or not data for i, data in enumerate(datas)]
         assert targets == [b"\x77" + bytes(one) + b"\x77" for one in sources]

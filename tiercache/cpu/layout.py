@@ -47,6 +47,7 @@ VERSION = 1
 
 FREE, PENDING, PRESENT, MORE = range(4)
 """States of a row. PENDING: reserved, no part present yet. PRESENT: `parts` are there. MORE: digests of another row."""
+LIVE = (PENDING, PRESENT)
 
 ROW_BYTES = 256
 ROW_DIGESTS = 16

@@ -15,11 +15,11 @@ from tiercache.model import ALIGN_BYTES, part_count
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tiercache.buffers import Source
     from tiercache.cpu.segment import Segment
 
 SEGMENT_SHIFT, ROW_SHIFT = 52, 32
 SEGMENT_MAX, ROW_MASK, GENERATION_MASK = (1 << 11) - 1, (1 << 20) - 1, (1 << 32) - 1
-_LIVE = (layout.PENDING, layout.PRESENT)
 
 
 class Place(NamedTuple):
@@ -45,13 +45,25 @@ class Place(NamedTuple):
         """Digests of all parts, undefined where one is absent."""
         return self.segment.digests(self.at, part_count(self.size, self.part_bytes))
 
+    def source(self, hashed: bool) -> Source:
+        """What a copy of the whole extent needs, its digests only if `hashed`."""
+        segment = self.segment
+        wanted = segment.wanted(self.at, part_count(self.size, self.part_bytes)) if hashed else ()
+        return (
+            segment.span.address + self.offset_pages * ALIGN_BYTES,
+            self.size,
+            self.part_bytes,
+            wanted,
+            segment.memory,
+        )
+
     @property
     def stale(self) -> bool:
         """Whether the extent was freed since it was found: then what was read of it in between is worthless."""
         layout.fence()
         at, memory = self.at, self.segment.memory
         found = memory[at + layout.GENERATION_AT : at + layout.GENERATION_AT + 4]
-        return int.from_bytes(found, "little") != self.generation or memory[at + layout.STATE_AT] not in _LIVE
+        return int.from_bytes(found, "little") != self.generation or memory[at + layout.STATE_AT] not in layout.LIVE
 
 
 class Places:
@@ -87,7 +99,7 @@ class Places:
         size, offset_pages, _, generation, number, part_bytes, state, parts = layout.SHAPE.unpack_from(
             memory, at + layout.SHAPE_AT
         )
-        if generation != location & GENERATION_MASK or state not in _LIVE:
+        if generation != location & GENERATION_MASK or state not in layout.LIVE:
             return None
         return Place(segment, at, size, parts, offset_pages, generation, number, part_bytes)
 
@@ -99,6 +111,21 @@ class Places:
                 raise ClosedError("the memory arena is closed")
             raise LookupError(f"no extent at {location:#x}: it was freed")
         return place
+
+    def sources(self, locations: Sequence[int], *, hashed: bool) -> list[Source]:
+        """What copies of whole extents need, with digests or without; raises as `need`."""
+        segments = self._segments  # one reading: another thread may close
+        sources = []
+        for location in locations:
+            ordinal = location >> SEGMENT_SHIFT
+            row, generation = location >> ROW_SHIFT & ROW_MASK, location & GENERATION_MASK
+            segment = segments[ordinal] if 0 <= ordinal < len(segments) else None
+            source = segment.source(row, generation, hashed) if segment is not None else None
+            if source is None:
+                self.need(location)
+                raise LookupError(f"no extent at {location:#x}: the arena is closing")
+            sources.append(source)
+        return sources
 
     def buffers(self, locations: Sequence[int]) -> list[Buffer]:
         """The extents in place. Raises LookupError where one was freed: the caller holds what it asks for."""

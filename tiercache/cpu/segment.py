@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.buffers import Buffer, runs
+from tiercache.buffers import Buffer, digest_rows, runs
 from tiercache.cpu import layout
 from tiercache.errors import ProtocolError
 from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, part_count
@@ -17,9 +17,12 @@ from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, part_count
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from tiercache.buffers import Source
+
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_FIELDS = layout.ROW_FIELDS
+_FIELDS, _SHAPE = layout.ROW_FIELDS, layout.SHAPE
+
 _KINDS, _FORMS = tuple(Kind), tuple(Form)  # a tenth of the time that calling the enumerations takes
 _ROWS_MAX = 1 << 20  # what a location has room for
 
@@ -272,6 +275,25 @@ class Segment:
         row_digests = layout.ROW_DIGESTS * 8
         found = b"".join([memory[to : to + row_digests] for to in self._digest_places(at, count)])
         return found[: count * 8].ljust(count * 8, b"\0")
+
+    def source(self, row: int, generation: int, hashed: bool) -> Source | None:
+        """What a copy of the whole extent in this row needs, its digests only if `hashed`; None where there is none of
+        this generation now."""
+        at = self.row_at(row)
+        if at < 0:
+            return None
+        memory = self.memory
+        size, page, _, now, _, part_bytes, state, _ = _SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
+        if now != generation or state not in layout.LIVE:
+            return None
+        wanted = self.wanted(at, part_count(size, part_bytes)) if hashed else ()
+        return self.span.address + page * ALIGN_BYTES, size, part_bytes, wanted, memory
+
+    def wanted(self, at: int, count: int) -> tuple[int, ...]:
+        """Digests of the first `count` parts of the extent whose row lies at `at`, as numbers."""
+        if count <= layout.ROW_DIGESTS:
+            return digest_rows(count).unpack_from(self.memory, at + layout.DIGESTS_AT)
+        return digest_rows(count).unpack(self.digests(at, count))
 
     def payload(self, at: int) -> Payload:
         """What the table says of the extent whose row lies at `at`."""

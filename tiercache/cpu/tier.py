@@ -97,7 +97,17 @@ class MemoryTier:
 
         Raises LookupError where one was freed, ConfigError where a target is too small.
         """
-        return copy_places([self.arena.need(location) for location in locations], targets, spans, verify=verify)
+        if spans is not None:
+            return copy_places([self.arena.need(location) for location in locations], targets, spans, verify=verify)
+        sources = self.arena.sources(locations, hashed=verify)
+        for source, target in zip(sources, targets, strict=True):
+            if target.length < source[1]:
+                raise ConfigError(f"a target has {target.length} bytes, its entry {source[1]}: pass a larger buffer")
+        if not verify:
+            copy_many(sources, targets)
+            return [Outcome.HIT] * len(sources)
+        good = copy_many_verified(sources, targets)
+        return [Outcome.HIT if one else Outcome.CORRUPT for one in good]
 
     async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[int]:
         """Copies the present parts of each source into a new extent and commits them."""
@@ -208,12 +218,11 @@ def copy_places(
     for place, target in zip(places, targets, strict=True):
         if target.length < place.size:
             raise ConfigError(f"a target has {target.length} bytes, its entry {place.size}: pass a larger buffer")
-    sources = [place.span for place in places]
+    sources = [place.source(verify) for place in places]
     if not verify:
         copy_many(sources, targets)
         return [Outcome.HIT] * len(places)
-    steps = [place.part_bytes for place in places]
-    good = copy_many_verified(sources, targets, steps, [place.digests for place in places])
+    good = copy_many_verified(sources, targets)
     return [Outcome.HIT if one else Outcome.CORRUPT for one in good]
 
 
