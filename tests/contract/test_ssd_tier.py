@@ -111,3 +111,23 @@ def test_falls_back_where_direct_is_refused(tmp_path: Path) -> None:
         await tier.close()
 
     asyncio.run(check())
+
+
+def test_no_old_bytes_behind_a_record(tmp_path: Path) -> None:
+    """Threads lay records out in memory that they use again: header and last block are filled up with zeros."""
+
+    async def check() -> None:
+        tier = SsdTier(str(tmp_path), 16 * MIB, threads=1)
+        one, two = item(1, 3 * BLOCK_BYTES), item(2, BLOCK_BYTES + 5)
+        await store(tier, [one])
+        (location,) = await store(tier, [two])
+        number, _, block = split_location(location)
+        await tier.close()
+        with open(segment_path(str(tmp_path), number), "rb") as file:
+            file.seek(block * BLOCK_BYTES)
+            record = file.read(3 * BLOCK_BYTES)
+        assert record[BLOCK_BYTES : 2 * BLOCK_BYTES + 5] == two.data
+        assert set(record[2 * BLOCK_BYTES + 5 :]) == {0}
+        assert set(record[BLOCK_BYTES // 2 : BLOCK_BYTES]) == {0}
+
+    asyncio.run(check())

@@ -5,9 +5,12 @@ there, and copies what is right. So a read that outlives its deadline has no hol
 target away (`abandon`), and when the disk answers at last, the bytes stay in the thread's buffer. Copying costs little,
 since the bytes were just hashed and are in the cache.
 
-Writes go straight from the caller's memory. A write that outlives its deadline may still put those addresses' later
-content on the disk, into room that is dead already and is not used again before the thread came back. The job holds
-the sources' owners until then, so that their memory is not unmapped.
+Writes take the same way back: a thread lays records out in its buffer and writes from there. The copy costs less than
+it saves, because that buffer lies in huge pages and a memory arena does not (it is shared memory, of which most kernels
+make none): the system then pins and describes one page to the disk where it had to gather 256 of 4 KiB. Measured on a
+virtual disk: 5.2 GB/s beside 3.5 with entries of 1 MiB, 4.2 beside 3.6 of 256 KiB. A write that outlives its deadline
+may still read the caller's addresses, into room that is dead already and is not used again before the thread came back.
+The job holds the sources' owners until then, so that their memory is not unmapped.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from tiercache.buffers import Buffer, copy
+from tiercache.buffers import Buffer
 from tiercache.model import Outcome, Payload
 from tiercache.ssd.records import BLOCK_BYTES, check_header, pack_header, pieces_of, read_header, runs_of
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from tiercache.tier import Want
 
 SCRATCH_BYTES = 4 << 20
-"""Private memory of a thread: a read goes through it, a write takes header and tail blocks from it."""
+"""Private memory of a thread, that every read and write goes through."""
 READ_BYTES = 1 << 20
 """Neighbouring records are read in one call up to about this much."""
 WRITE_BYTES = (1 << 20) + (64 << 10)
@@ -46,8 +49,6 @@ GAP_BYTES = 64 << 10
 HUGE_BYTES = 2 << 20
 SMALL_BYTES = 32 << 10
 """A copy below this is over before the GIL could be given away and had back."""
-VECTORS_MAX = 512
-HEADERS_MAX = 128
 
 _ZEROS = memoryview(bytes(BLOCK_BYTES))
 _digest = xxhash.xxh3_64_intdigest
@@ -67,7 +68,8 @@ class Memory:
     """An aligned span of private memory."""
 
     def __init__(self, length: int) -> None:
-        memory = mmap.mmap(-1, length)
+        # Private: of memory that could be shared most kernels make no huge pages (shmem_enabled is `never`).
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if length >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # fewer pages to pin for each call, where the kernel has huge ones
                 memory.madvise(mmap.MADV_HUGEPAGE)
@@ -273,12 +275,11 @@ class WriteItem:
 
 
 class WriteJob(Job):
-    """Writes adjacent records of one segment with one gathered write."""
+    """Writes adjacent records of one segment together."""
 
     def __init__(self, segment: Segment, on_release: Callable[[Segment], None]) -> None:
         super().__init__(segment)
         self.items: list[WriteItem] = []
-        self.vectors = 0
         self.blocks = 0
         self.end = 0
         self._on_release = on_release
@@ -286,75 +287,65 @@ class WriteJob(Job):
     def add(self, item: WriteItem) -> bool:
         """Takes a record in, if it can go in the same call."""
         segment, _, block, length = item.place
-        payload = item.payload
-        vectors = 1 + 2 * len(runs_of(payload.parts, payload.part_bytes, payload.size))
         if self.items and (
-            segment is not self.segment
-            or block != self.end
-            or (self.blocks + length) * BLOCK_BYTES > WRITE_BYTES
-            or len(self.items) >= HEADERS_MAX
-            or self.vectors + vectors > VECTORS_MAX
+            segment is not self.segment or block != self.end or (self.blocks + length) * BLOCK_BYTES > WRITE_BYTES
         ):
             return False
         self.items.append(item)
-        self.vectors += vectors
         self.blocks += length
         self.end = block + length
         return True
 
     def work(self, io: FileIO, scratch: Scratch, seed: int) -> None:
-        """One gathered write."""
-        vectors: list[memoryview] = []
-        used = 0
+        """Lays the records out in private memory, and writes them from there: in one call, but for the largest."""
+        out = _Out(io, self.segment.descriptor, scratch.memory, self.items[0].place.block * BLOCK_BYTES)
         for item in self.items:
-            used = self._gather(item, vectors, scratch, used, seed, direct=io.direct)
-        offset = self.items[0].place.block * BLOCK_BYTES
-        written = io.pwritev(self.segment.descriptor, vectors, offset)
-        if written != self.blocks * BLOCK_BYTES:
-            raise OSError(errno.ENOSPC, f"only {written} bytes of {self.blocks * BLOCK_BYTES} were written")
-
-    def _gather(
-        self, item: WriteItem, vectors: list[memoryview], scratch: Scratch, used: int, seed: int, *, direct: bool
-    ) -> int:
-        payload, source = item.payload, item.source
-        place = (self.segment.number, self.segment.generation, item.place.block)
-        header = pack_header(payload, place, seed)
-        vectors.append(_block(scratch, used, header))
-        used += BLOCK_BYTES
-        for start, stop, _ in runs_of(payload.parts, payload.part_bytes, payload.size):
-            whole = (stop - start) // BLOCK_BYTES * BLOCK_BYTES
-            if whole:
-                run = source.slice(start, whole)
-                if direct and run.address % BLOCK_BYTES:
-                    run = _aligned(run)
-                vectors.append(run.view())
-            if start + whole < stop:
-                vectors.append(_block(scratch, used, source.view()[start + whole : stop]))
-                used += BLOCK_BYTES
-        return used
+            payload, source = item.payload, item.source
+            header = pack_header(payload, (self.segment.number, self.segment.generation, item.place.block), seed)
+            out.put(Buffer.of(header))
+            for start, stop, _ in runs_of(payload.parts, payload.part_bytes, payload.size):
+                out.put(source.slice(start, stop - start))
+        out.flush()
 
     def release(self) -> None:
         """The segment may be used again."""
         self._on_release(self.segment)
 
 
-def _block(scratch: Scratch, at: int, content: bytes | memoryview) -> memoryview:
-    """A block of private memory with this content and zeros behind it, so that no old bytes reach the disk."""
-    block = scratch.memory.view[at : at + BLOCK_BYTES]
-    _fill(block, content)
-    return block
+class _Out:
+    """Bytes on their way to a stretch of a segment file, block by block, through a thread's private memory."""
+
+    def __init__(self, io: FileIO, descriptor: int, memory: Memory, offset: int) -> None:
+        self._io, self._descriptor, self._memory, self._offset = io, descriptor, memory, offset
+        self._used = 0
+
+    def put(self, source: Buffer) -> None:
+        """Bytes for the next blocks, with zeros behind them to the end of the last: no old ones reach the disk."""
+        memory, address, length = self._memory, source.address, source.length
+        while length:
+            if self._used == SCRATCH_BYTES:
+                self.flush()
+            used, size = self._used, min(length, SCRATCH_BYTES - self._used)
+            (_move if size >= SMALL_BYTES else _move_small)(memory.address + used, address, size)
+            end = used + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+            if used + size < end:
+                memory.view[used + size : end] = _ZEROS[: end - used - size]
+            self._used = end
+            address, length = address + size, length - size
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        used, self._used = self._used, 0
+        written = self._io.pwritev(self._descriptor, [self._memory.view[:used]], self._offset)
+        if written != used:
+            raise OSError(errno.ENOSPC, f"only {written} bytes of {used} were written")
+        self._offset += used
 
 
 def _fill(block: memoryview, content: bytes | memoryview) -> None:
     length = len(content)
     block[:length] = content
     block[length:] = _ZEROS[length:]
-
-
-def _aligned(run: Buffer) -> Buffer:
-    memory = Memory(run.length)
-    copy(run, memory.buffer)
-    return memory.buffer
 
 
 def plan_writes(items: Sequence[WriteItem], on_release: Callable[[Segment], None]) -> list[WriteJob]:
