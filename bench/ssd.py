@@ -6,6 +6,8 @@
   round; the ratio is the median of the rounds' ratios. Both sides overwrite files that exist, fio reads the tier's own
   files and writes to those of them that are free, and both have memory for eight entries to write from and read into.
 - `read_cold_ratio_*`, `write_cold_ratio_*`: the same, our side with memory that no cache of the host holds.
+- `read_huge_ratio_*`, `write_huge_ratio_*`: beside a bare loop of preads or pwrites in eight threads with memory in
+  huge pages, like the tier's own: fio's lies in pages of 4 KiB, and that is most of the distance to it.
 - `read_ratio`, `write_ratio`: the smaller of the two sizes.
 - `restart_s`: a fresh process opens a directory of a million entries and loads the index; from the start of the process
   to the last entry loaded, the rows' files put out of the page cache before.
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -75,6 +78,47 @@ class Fio:
         side = json.loads(done.stdout)["jobs"][0]["write" if kind == "write" else "read"]
         assert side["io_bytes"] == self.size_bytes, side["io_bytes"]
         return float(side["io_bytes"] / side["bw_bytes"])
+
+
+class Bare:
+    """What fio does, from memory in huge pages: no headers, no digests, no names."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.memory = []
+        for _ in range(JOBS[-1]):
+            memory = mmap.mmap(-1, 2 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory[:] = random.Random(1).randbytes(2 * MIB)
+            self.memory.append(memoryview(memory))
+
+    def run(self, kind: str, block_bytes: int, files: list[Path]) -> float:
+        """Seconds of one run over the files, synced at the end."""
+        descriptors = [os.open(path, os.O_RDWR | os.O_DIRECT) for path in files]
+        each = self.size_bytes // len(files) // block_bytes
+        blocks = [(fd, number * block_bytes) for number in reversed(range(each)) for fd in descriptors]
+        if kind == "randread":
+            random.Random(each).shuffle(blocks)
+
+        def work(view: memoryview) -> None:
+            part = [view[:block_bytes]]
+            call = os.pwritev if kind == "write" else os.preadv
+            while blocks:
+                try:
+                    descriptor, offset = blocks.pop()
+                except IndexError:
+                    return
+                assert call(descriptor, part, offset) == block_bytes
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(self.memory)) as threads:
+            list(threads.map(work, self.memory))
+            if kind == "write":
+                list(threads.map(os.fdatasync, descriptors))
+        seconds = time.perf_counter() - start
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return seconds
 
 
 class Ours:
@@ -175,7 +219,7 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
     figures: list[Figure] = []
     size_bytes = options.mib * MIB
     worst: dict[str, list[Figure]] = {"read": [], "write": []}
-    fio = Fio(size_bytes)
+    fio, bare = Fio(size_bytes), Bare(size_bytes)
     for entry_bytes in (MIB, MIB // 4):
         ours = Ours(home / "tier", size_bytes, entry_bytes, options.threads, POOL_ENTRIES * entry_bytes)
         cold = Ours(home / "cold", size_bytes, entry_bytes, options.threads, COLD_BYTES)
@@ -183,7 +227,7 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
             await side.warm_up()
         taken: dict[str, list[float]] = {}
         for turn in range(options.rounds + 1):
-            sides = await one_round(ours, cold, fio, entry_bytes, random.Random(turn))
+            sides = await one_round(ours, cold, fio, bare, entry_bytes, random.Random(turn))
             if turn:
                 for name, seconds in sides:
                     taken.setdefault(name, []).append(seconds)
@@ -195,6 +239,7 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
             figure = ratio_figure(kind, entry_bytes, size_bytes, taken, "tier")
             worst[kind].append(figure)
             figures += [figure, ratio_figure(kind, entry_bytes, size_bytes, taken, "cold")]
+            figures.append(bare_figure(kind, entry_bytes, taken))
     for kind, pair in worst.items():
         value = min(f.value for f in pair if f.value is not None)
         figures.append(Figure(f"{kind}_ratio", value, 0.90, at_most=False, note="the smaller of 1 MiB and 256 KiB"))
@@ -202,21 +247,28 @@ async def measure_ratios(home: Path, options: argparse.Namespace, commands: list
     return figures
 
 
-async def one_round(ours: Ours, cold: Ours, fio: Fio, entry_bytes: int, rng: random.Random) -> list[tuple[str, float]]:
-    """All sides write, in any order, and then all read; fio writes to files in which nothing lives."""
+async def one_round(
+    ours: Ours, cold: Ours, fio: Fio, bare: Bare, entry_bytes: int, rng: random.Random
+) -> list[tuple[str, float]]:
+    """All sides write, in any order, and then all read; fio and the bare loop write to files in which nothing lives."""
     sides: list[tuple[str, float]] = []
     for side in (ours, cold):
         await side.give_up()
     tiers = {"tier": ours, "cold": cold}
     peers = {f"fio{jobs}": jobs for jobs in JOBS}
-    for who in rng.sample([*tiers, *peers], len(tiers) + len(peers)):
+    everyone = [*tiers, *peers, "bare"]
+    for who in rng.sample(everyone, len(everyone)):
         if who in tiers:
             sides.append((f"write/{who}", await tiers[who].write()))
+        elif who == "bare":
+            sides.append((f"write/{who}", bare.run("write", entry_bytes, ours.files(live=False))))
         else:
             sides.append((f"write/{who}", fio.run("write", entry_bytes, peers[who], ours.files(live=False))))
-    for who in rng.sample([*tiers, *peers], len(tiers) + len(peers)):
+    for who in rng.sample(everyone, len(everyone)):
         if who in tiers:
             sides.append((f"read/{who}", await tiers[who].read()))
+        elif who == "bare":
+            sides.append((f"read/{who}", bare.run("randread", entry_bytes, ours.files(live=True))))
         else:
             sides.append((f"read/{who}", fio.run("randread", entry_bytes, peers[who], ours.files(live=True))))
     return sides
@@ -235,6 +287,15 @@ def ratio_figure(kind: str, entry_bytes: int, size_bytes: int, taken: dict[str, 
         note = f"ours with {COLD_BYTES >> 20} MiB of memory, which no cache holds; fio with a block for each thread"
         return Figure(f"{kind}_cold_ratio_{size}", value, None, at_most=False, raw=raw, note=note)
     return Figure(f"{kind}_ratio_{size}", value, 0.90, at_most=False, raw=raw, note=f"fio's best: {best} threads")
+
+
+def bare_figure(kind: str, entry_bytes: int, taken: dict[str, list[float]]) -> Figure:
+    """Our speed over that of the bare loop."""
+    size = "1m" if entry_bytes == MIB else "256k"
+    bare, mine = taken[f"{kind}/bare"], taken[f"{kind}/tier"]
+    note = "beside a bare loop from huge pages"
+    raw: dict[str, Json] = {"seconds_bare": bare, "seconds_tier": mine}
+    return Figure(f"{kind}_huge_ratio_{size}", median_ratio(bare, mine), None, at_most=False, raw=raw, note=note)
 
 
 # -- a million entries ------------------------------------------------------------------------------------------------
