@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
 
-ID = bytes(range(16))
+ID = b"of the view test"
 
 OWNER = """
 import asyncio, sys
 from tiercache.cpu.tier import MemoryTier
 from tiercache.testing.tiers import item, store
 
-tier = MemoryTier(int(sys.argv[1]), segment_bytes=int(sys.argv[2]), arena_id=bytes(range(16)))
+tier = MemoryTier(int(sys.argv[1]), segment_bytes=int(sys.argv[2]), arena_id=b"of the view test")
 for line in sys.stdin:
     what, *numbers = line.split()
     numbers = [int(number) for number in numbers]
