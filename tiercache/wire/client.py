@@ -11,13 +11,12 @@ import asyncio
 import logging
 import os
 import weakref
-from dataclasses import fields
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tiercache.buffers import Buffer
 from tiercache.errors import ClosedError, ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.model import Form, Kind, Name, Outcome, Terms
-from tiercache.settings import Settings
 from tiercache.wire import frames
 from tiercache.wire.frames import Op, Patience, ReadAsk
 from tiercache.wire.glance import glance_into, glance_pages
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from tiercache.clock import Clock
     from tiercache.lease import Lease, Load, PageRun
     from tiercache.metrics import Metrics
+    from tiercache.settings import Settings
     from tiercache.wire.bond import Greeting
     from tiercache.wire.memo import Home
     from tiercache.wire.revive import Ways
@@ -45,6 +45,11 @@ EXPIRY_S_MAX = (1 << 32) - 1
 """The last moment that an entry can expire at, in the year 2106."""
 ON_LOOP_S = 1.0
 """What must be asked in the middle of a plain call on the loop waits no longer."""
+OWNERS_SETTINGS = (
+    "memory_bytes", "ssd_bytes", "ssd_files_max", "disk_free_floor_bytes", "ssd_threads", "ssd_deadline_s",
+    "queue_bytes", "high_mark", "low_mark", "slots_max", "policy", "segment_bytes", "client_share", "linger_s",
+)  # fmt: skip
+"""What belongs to the directory. How files are read and what is verified is each process's own affair."""
 OPENED_BEFORE_FORK = (
     "this cache was opened before the fork, in the parent process: open it again with tiercache.open(...)"
 )
@@ -61,7 +66,7 @@ class SharedCache:
         self.settings = _owners(settings, greeting.settings)
         self._durable = greeting.durable
         self._link = link
-        self._leasing = Leasing(link, settings.owner_deadline_s + 2 * self.settings.ssd_deadline_s)
+        self._leasing = Leasing(link, max(link.deadline_s, 2 * self.settings.ssd_deadline_s))
         self._puts = Puts(link, self._start, int(self.settings.client_share * self.settings.memory_bytes))
         self._notes: SharedNotes | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -430,18 +435,16 @@ def _sources(values: Sequence[object]) -> list[Buffer]:
 
 
 def _owners(mine: Settings, said: Mapping[str, Any]) -> Settings:
-    """The owner's settings, which count; says so where this process asked for others."""
-    names = [each.name for each in fields(Settings) if each.name != "sources"]
+    """My settings, with the owner's where they are its business; says so where this process asked for others."""
     try:
-        theirs = Settings(**{name: said[name] for name in names}, sources=mine.sources)
+        both = replace(mine, **{name: said[name] for name in OWNERS_SETTINGS})
     except (KeyError, TypeError, ConfigError) as fault:
-        raise ProtocolError(f"the owner's settings are not those of this version: {fault}") from None
-    other = [name for name in names if getattr(theirs, name) != getattr(mine, name)]
+        raise ProtocolError(f"the owner's settings do not fit this version or these settings: {fault}") from None
+    asked = {row.name for row in mine.explain() if not row.source.startswith("default")}
+    other = [name for name in OWNERS_SETTINGS if name in asked and getattr(both, name) != getattr(mine, name)]
     if other:
-        log.warning(
-            "%s is already open with other settings (%s); those stay", theirs.directory, ", ".join(sorted(other))
-        )
-    return theirs
+        log.warning("%s is already open with other settings (%s); those stay", mine.directory, ", ".join(sorted(other)))
+    return both
 
 
 _clients: weakref.WeakSet[SharedCache] = weakref.WeakSet()

@@ -52,7 +52,7 @@ class Link:
     def __init__(self, ways: Ways) -> None:
         self.holds = Holds()
         self.revive = Revive(ways, self.holds, self._met)
-        self._deadline_s = ways.deadline_s
+        self.deadline_s = ways.deadline_s
         self._numbers = itertools.count(1)
         self._ended: deque[int] = deque()  # leases that ended where nothing could be said, or nobody was there
         self._homes: list[Home] = []  # of owners before this one, as long as leases look at them
@@ -83,7 +83,7 @@ class Link:
             try:
                 return Answer(bond, bond.channels.ask(op, body, wait_s=wait_s))
             except Lost as cut:
-                slow = _CLOCK.monotonic() - began_s > SLOW * (wait_s or self._deadline_s)
+                slow = _CLOCK.monotonic() - began_s > SLOW * (wait_s or self.deadline_s)
                 if self._lives(bond, str(cut)) and slow:
                     raise UnavailableError(f"the cache's owner lives, but gave no answer: {cut}") from cut
                 if not again:
@@ -95,7 +95,7 @@ class Link:
         if bond.ended:
             return False
         try:
-            bond.channels.ask(Op.QUARANTINE, wait_s=self._deadline_s)
+            bond.channels.ask(Op.QUARANTINE, wait_s=self.deadline_s)
         except (TierCacheError, OSError):
             self.revive.lost(bond, why)
             return False
@@ -163,7 +163,7 @@ class Link:
         asked = asyncio.ensure_future(line.ask(op, body, number=number, late=over))
         try:
             while True:
-                done, _ = await asyncio.wait([asked], timeout=self._deadline_s)
+                done, _ = await asyncio.wait([asked], timeout=self.deadline_s)
                 if done:
                     loads.done(number)
                     return asked.result()
@@ -176,10 +176,10 @@ class Link:
         """An answer takes long: does the owner still answer anything? Raises Lost where it does not."""
         assert bond.line is not None
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self.deadline_s):
                 await bond.line.ask(Op.QUARANTINE)
         except TimeoutError:
-            raise Lost(f"the owner has not answered anything for {self._deadline_s:g} s") from None
+            raise Lost(f"the owner has not answered anything for {self.deadline_s:g} s") from None
 
     # -- leases --------------------------------------------------------------------------------------------------------
 
