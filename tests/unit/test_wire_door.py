@@ -436,6 +436,9 @@ def test_a_client_pins_no_more_than_its_share(tmp_path: Path) -> None:
         ticket, grants = await one.reserve(names, [MIB] * 6)
         assert grants.outcomes == [HIT] * 4 + [BUSY] * 2, "as much as fits"
         assert (await one.reserve(names[4:], [MIB] * 2))[1].outcomes == [BUSY] * 2
+        ticket_of_none, none = await one.reserve(names[4:], [MIB] * 2)
+        assert ticket_of_none == 0 and none.outcomes == [BUSY] * 2
+        assert await one.commit(0, []) == []
         assert (await one.read(RUN, [0], [1])).outcomes == [BUSY]
         landed = [one.write(i, at, os.urandom(MIB)) for i, at in enumerate(grants.locations[:4])]
         assert await one.commit(ticket, landed) == [HIT] * 4

@@ -65,13 +65,14 @@ class House:
             disk_free_floor_bytes=0,
         )
         self.metrics = Metrics()
-        self.cache = build(settings, SystemClock(), self.metrics)
+        arena = os.urandom(16)
+        self.cache = build(settings, SystemClock(), self.metrics, arena_id=arena)
         self.left: list[int] = []
         self.redeclared: list[int] = []
         self.door = Door(
             self.cache,
             settings=settings,
-            arena=bytes(16),
+            arena=arena,
             metrics=self.metrics,
             clock=SystemClock(),
             limits=limits,

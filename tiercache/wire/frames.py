@@ -66,9 +66,12 @@ class Op(IntEnum):
     """One-way, number of the READ: u64 fill: that load has ended, writes nothing more, and left the rest unfilled."""
     RESERVE = 14
     """Terms and shapes of entries to be put (see pack_reserve). Answer: u64 ticket and grants: HIT with a location:
-    fill it; HIT with location -1: is there already; else why not."""
+    fill it; HIT with location -1: is there already; else why not. What is over the asker's share is BUSY; ticket 0: all
+    of it is."""
     COMMIT = 15
-    """u64 ticket, u8 flags (1: last, 2: durable), then items with digests as FILLED. Answer: outcomes."""
+    """u64 ticket, u8 flags (1: last, 2: durable), then items with digests as FILLED. Answer: outcomes, one an item
+    of the ticket, but for those at its end that were over the share: MISS while it lacks parts, CORRUPT where bytes and
+    digests differed."""
     ABANDON = 16
     """One-way: u64 ticket: nothing more will be written or committed under it."""
     DELETE = 17

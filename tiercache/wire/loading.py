@@ -89,10 +89,11 @@ class Loads:
     ) -> None:
         run, view = reading.run, self._home.view
 
-        def landed(indexes: Sequence[int]) -> None:
+        def landed(indexes: Sequence[int], digests: Sequence[bytes] | None = None, /) -> None:
             done = []
-            for i in indexes:
-                rows = part_digests(targets[i].target, run.part_bytes, gaps[i].parts)
+            for at, i in enumerate(indexes):
+                rows = digests[at] if digests is not None else b""
+                rows = rows or part_digests(targets[i].target, run.part_bytes, gaps[i].parts)
                 done.append(Landed(i, gaps[i].parts, rows[: 8 * gaps[i].parts.bit_length()]))
             speaker.tell(Op.FILLED, frames.pack_landed(fill, 0, done), number=number)
 

@@ -118,7 +118,7 @@ class Limits(NamedTuple):
     this never gets through: ask in smaller batches."""
     leases: int = 16_384
     tickets: int = 1_024
-    tasks: int = 64
+    tasks: int = 256
     """Questions of one kind that are dealt with at a time; more wait."""
     waiting: int = 16_384
     waiting_bytes: int = 64 << 20

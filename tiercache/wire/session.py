@@ -193,10 +193,11 @@ class Session:
         task = asyncio.current_task()
         assert task is not None
         failed: BaseException | None = None
+        over = False
 
         async def load(gaps: Sequence[Gap], landed: Landed) -> None:
             nonlocal failed
-            if failed is not None:  # a client whose load failed is not asked again
+            if failed is not None or over:  # a client whose load failed, or that had its answer, is not asked again
                 raise AbandonedLoad("the load has failed")
             try:
                 await self.loads.fill(post, number, run, gaps, landed)
@@ -211,6 +212,8 @@ class Session:
             if failed is None:
                 raise
             raise UnavailableError(str(failed)) from None
+        finally:
+            over = True
 
     # -- puts ----------------------------------------------------------------------------------------------------------
 
