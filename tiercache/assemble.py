@@ -84,10 +84,13 @@ def _join(settings: Settings) -> Core | None:
     try:
         if not hasattr(os, "memfd_create"):
             raise ConfigError("this system has no memory files")
-        return _shared_cache(settings, start=True)
+        cache = _shared_cache(settings, start=True)
     except (TierCacheError, OSError) as error:
         log.warning("%s cannot be shared (%s); this process caches alone", settings.directory, error)
         return None
+    if cache.settings.ssd_bytes and not cache.durable:
+        log.warning("the owner of %s has no SSD tier (owner.log there says why)", settings.directory)
+    return cache
 
 
 def visit(settings: Settings) -> Core | None:

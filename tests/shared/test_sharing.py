@@ -181,3 +181,56 @@ def test_a_second_owner_goes_at_once(shared: Shared, worker: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 3 and "has an owner already" in done.stderr
     assert Path(shared.directory, "owner.sock").is_socket()
+
+
+def test_settings_of_the_directory_are_the_first_ones_and_of_reading_ones_own(shared: Shared, worker: Any) -> None:
+    with tiercache.open(shared.directory, **shared.settings) as one:
+        other = shared.settings | {"memory_bytes": 32 * MIB, "verify_copies": False}
+        two = worker(memory_bytes=32 * MIB, verify_copies=False)
+        assert two.warnings() == [f"{shared.directory} is already open with other settings (memory_bytes); those stay"]
+        assert one.core.settings.memory_bytes == shared.settings["memory_bytes"] != other["memory_bytes"]
+
+
+def test_a_directory_that_somebody_has_alone_is_shared_in_memory(shared: Shared, worker: Any) -> None:
+    alone = worker(share=False)
+    alone.put("a", "x", 1000, durable=True)
+    one, two = worker(), worker()
+    assert one.kind() == two.kind() == "SharedCache"
+    assert "has no SSD tier" in one.warnings()[0] and len(one.warnings()) == 1
+    assert one.put("b", "y", 1000) == "HIT" and two.get("b") == ["y", 1000, True] and two.get("a") == ["MISS"]
+    assert "in use by another process" in shared.log()
+
+
+def test_an_owner_that_hangs_is_gone_around(shared: Shared, worker: Any) -> None:
+    shared.settings["owner_deadline_s"] = 0.5
+    one = worker()
+    one.put("a", "x", 1000)
+    owner = shared.owner
+    os.kill(owner, signal.SIGSTOP)
+    try:
+        assert one.get("a") in (["MISS"], ["x", 1000, True])
+        assert one.get("b") == ["MISS"]
+        two = worker()
+        assert two.kind() == "Cache" and "cannot be shared" in two.warnings()[0]
+    finally:
+        os.kill(owner, signal.SIGCONT)
+    assert worker().put("c", "z", 1000) == "HIT"
+    assert one.await_get("c") == ["z", 1000, True]
+
+
+def test_a_directory_is_shared_with_its_group_by_choice(shared: Shared, worker: Any) -> None:
+    shared.settings["share_group"] = True
+    os.mkdir(shared.directory)
+    os.chmod(shared.directory, 0o770)
+    one = worker()
+    assert one.kind() == "SharedCache" and one.put("a", "x", 1000) == "HIT"
+    assert os.stat(os.path.join(shared.directory, "owner.sock")).st_mode & 0o777 == 0o660
+
+
+def test_a_directory_that_cannot_be_written_to(shared: Shared, worker: Any) -> None:
+    """Root may write anywhere, so a file stands where the directory should be."""
+    Path(shared.directory).write_text("no directory")
+    one = worker()
+    assert one.kind() == "Cache" and one.put("a", "x", 1000) == "HIT" and one.get("a") == ["x", 1000, True]
+    assert "cannot be shared" in one.warnings()[0]
+    os.unlink(shared.directory)

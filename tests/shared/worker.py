@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from typing import Any
 
@@ -64,6 +65,13 @@ class Told:
         """[first letter, length, whether all are the same], or [outcome]."""
         value = self.cache.get([name])[0]
         return self._facts(value) if isinstance(value, bytes) else [value.name]
+
+    def await_get(self, name: str, patience_s: float = 20.0) -> list[Any]:
+        """What it gets as soon as that is no miss."""
+        until, pause = time.monotonic() + patience_s, threading.Event()
+        while (found := self.get(name)) == ["MISS"] and time.monotonic() < until:
+            pause.wait(0.05)
+        return found
 
     def get_many(self, names: list[str]) -> list[list[Any]]:
         return [self._facts(each) if isinstance(each, bytes) else [each.name] for each in self.cache.get(names)]
