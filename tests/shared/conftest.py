@@ -47,6 +47,7 @@ class Shared:
     def kill_owner(self) -> int:
         """Kills it as a crash would; answers who it was."""
         pid = self.owner
+        assert pid, "there is no owner to kill"
         pidfd = os.pidfd_open(pid)
         try:
             os.kill(pid, signal.SIGKILL)

@@ -57,6 +57,7 @@ def test_a_client_that_comes_in_time_keeps_the_owner(shared: Shared, worker: Any
     one.close()
     two = worker()
     assert two.get("a") == ["x", 1000, True] and shared.owner == before
+    assert before
     os.kill(before, signal.SIGTERM)  # so that the test need not wait for it
 
 
@@ -202,10 +203,11 @@ def test_a_directory_that_somebody_has_alone_is_shared_in_memory(shared: Shared,
 
 
 def test_an_owner_that_hangs_is_gone_around(shared: Shared, worker: Any) -> None:
-    shared.settings["owner_deadline_s"] = 0.5
+    shared.settings["owner_deadline_s"] = 3.0
     one = worker()
     one.put("a", "x", 1000)
     owner = shared.owner
+    assert one.kind() == "SharedCache" and owner
     os.kill(owner, signal.SIGSTOP)
     try:
         assert one.get("a") in (["MISS"], ["x", 1000, True])
