@@ -201,12 +201,14 @@ class Answers:
                 lease = await session.read(
                     post, number, run, lambda load: self._core.read_pages(run, ask.ordinals, ask.parts, load)
                 )
+        except TimeoutError:
+            lease = None
         except BaseException:
             session.unask_lease(ask.lease)
             raise
         finally:
             session.pinned_bytes -= size
-        return session.grant(ask.lease, lease, count)
+        return session.grant(ask.lease, lease, count, Outcome.BUSY)
 
     def _release(self, session: Session, post: Post, number: int, body: memoryview) -> None:
         session.release(frames.unpack_u64(body))

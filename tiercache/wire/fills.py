@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 INLINE_BYTES_MAX = 512 << 10
 """More than this is hashed in a thread, so that the loop is never held for longer than some 0.1 ms."""
+_GAVE_UP = "the process that loaded this for others gave up: "
 
 
 async def in_thread(call: Callable[..., T], *arguments: object) -> T:
@@ -46,11 +47,16 @@ async def in_thread(call: Callable[..., T], *arguments: object) -> T:
         raise
 
 
+class OwnFault(AbandonedLoad):
+    """The client says itself that its load failed, and so knows why."""
+
+
 class _End(NamedTuple):
     """Nothing more comes of this fill. `written`: by the client's own word, so that it writes no more."""
 
     why: str
     written: bool
+    own: bool = False
 
 
 class Fill:
@@ -86,9 +92,9 @@ class Fill:
         self._said += landed
         self._news.set()
 
-    def end(self, why: str, *, written: bool) -> None:
-        """Nothing more will be said; `written` if the client writes no more, either."""
-        self._said.append(_End(why, written))
+    def end(self, why: str, *, written: bool, own: bool = False) -> None:
+        """Nothing more will be said; `written` if the client writes no more, either, `own` if it says so itself."""
+        self._said.append(_End(why, written, own and self._room > 0))
         self._news.set()
         if written:
             self.stop()
@@ -108,17 +114,15 @@ class Fill:
                     async with asyncio.timeout(patience_s):
                         await self._news.wait()
                 except TimeoutError:
-                    raise self._abandoned(f"nothing landed for {patience_s:g} s") from None
+                    self.forsaken = True
+                    raise AbandonedLoad(f"{_GAVE_UP}nothing landed for {patience_s:g} s", self.quiet) from None
             said = self._said.pop(0)
             if isinstance(said, _End):
                 if self.whole and said.written:
                     return
-                raise self._abandoned(said.why)
+                self.forsaken = True
+                raise (OwnFault if said.own else AbandonedLoad)(_GAVE_UP + said.why, self.quiet)
             await self._check(said, landed)
-
-    def _abandoned(self, why: str) -> AbandonedLoad:
-        self.forsaken = True
-        return AbandonedLoad(f"the process that loaded this for others gave up: {why}", self.quiet)
 
     async def _check(self, said: Landed, landed: lease.Landed) -> None:
         """Hashes what a client says it has written; what differs is not taken."""
@@ -181,7 +185,7 @@ class Loads:
         """UNFILLED."""
         fill = self._fills.get(number)
         if fill is not None:
-            fill.end("its load failed, or ended early", written=True)
+            fill.end("its load failed, or ended early", written=True, own=True)
 
     def lose(self, why: str) -> None:
         """Nothing more will be said of these, though the client may go on writing."""

@@ -123,13 +123,13 @@ class Limits(NamedTuple):
     waiting: int = 16_384
     waiting_bytes: int = 64 << 20
     """Questions that wait, in number and in bytes; a client beyond these is cut off."""
-    fill_s: float = 120.0
+    fill_s: float = 65.0
     """A load in which nothing lands for so long is given to somebody else."""
-    question_s: float = 600.0
+    question_s: float = 270.0
     """No question takes longer, except for those that wait for the disk."""
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
-        """Those that follow from settings. A load may take several requests, each with its deadline."""
-        fill_s = 2 * settings.origin_deadline_s
+        """Those that follow from settings. A request of the origin ends within its deadline, so something must land."""
+        fill_s = settings.origin_deadline_s + 5.0
         return cls(int(settings.client_share * settings.memory_bytes), fill_s=fill_s, question_s=4 * fill_s + 10.0)

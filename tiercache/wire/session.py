@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tiercache.errors import AbandonedLoad, ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.model import Outcome
-from tiercache.wire.fills import INLINE_BYTES_MAX, Loads, in_thread
+from tiercache.wire.fills import INLINE_BYTES_MAX, Loads, OwnFault, in_thread
 from tiercache.wire.frames import pack_grants
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ class Session:
         """The question was answered otherwise. Harmless after `grant`."""
         self._asked.pop(number, None)
 
-    def grant(self, number: int, lease: Lease | None, count: int) -> bytes:
+    def grant(self, number: int, lease: Lease | None, count: int, otherwise: Outcome = Outcome.MISS) -> bytes:
         """The answer to a question for a lease on `count` items: held from now on, if anything in it is a HIT."""
         released = self._asked.pop(number, False)
         if lease is None:
-            return pack_grants([Outcome.MISS] * count, [-1] * count)
+            return pack_grants([otherwise] * count, [-1] * count)
         locations = lease.locations
         if Outcome.HIT not in lease.outcomes:
             answer = pack_grants(lease.outcomes, locations)
@@ -188,8 +188,11 @@ class Session:
 
     # -- loads ---------------------------------------------------------------------------------------------------------
 
-    async def read(self, post: Post, number: int, run: PageRun, read: Callable[[Load], Awaitable[Lease]]) -> Lease:
-        """A READ: what `read` must load is loaded by the asker. Raises AbandonedLoad where that failed."""
+    async def read(
+        self, post: Post, number: int, run: PageRun, read: Callable[[Load], Awaitable[Lease]]
+    ) -> Lease | None:
+        """A READ: what `read` must load is loaded by the asker. Raises OwnFault where the asker knows that it failed;
+        None where it took too long, or did not write what it said."""
         task = asyncio.current_task()
         assert task is not None
         failed: BaseException | None = None
@@ -211,7 +214,9 @@ class Session:
         except asyncio.CancelledError:
             if failed is None:
                 raise
-            raise UnavailableError(str(failed)) from None
+            if isinstance(failed, OwnFault):
+                raise UnavailableError(str(failed)) from None
+            return None
         finally:
             over = True
 
