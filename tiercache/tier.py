@@ -67,10 +67,16 @@ class Tier(Protocol):
         """
         ...
 
-    async def read(self, wants: Sequence[Want], targets: Sequence[Buffer]) -> list[Outcome]:
+    async def read(
+        self, wants: Sequence[Want], targets: Sequence[Buffer], digests: list[bytes] | None = None
+    ) -> list[Outcome]:
         """Fills the wanted parts at their own offsets in target i (which spans the entry) and answers HIT, MISS,
         BUSY or CORRUPT. HIT promises that key and part digests were verified after the bytes arrived. A target's
         absent parts are left alone; after another answer the wanted parts of the target are undefined.
+
+        A list given as `digests` gets one item for each want: after HIT what its parts were verified against, in the
+        Payload layout, where the rows of wanted parts count; else b"". Whoever keeps the bytes keeps these with them,
+        so that damage on the way is still seen, and does not hash again.
         """
         ...
 

@@ -38,7 +38,7 @@ class DictTier:
             locations.append(self.count)
         return locations
 
-    async def read(self, wants, targets):
+    async def read(self, wants, targets, digests=None):
         outcomes = []
         for want, target in zip(wants, targets):
             found = self.kept.get(want.location)

@@ -294,7 +294,7 @@ class Cache:
         await self._recovery.find(names)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
-        return await self._lease(match, whole(facts.size, facts.part_bytes), None)
+        return await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None)
 
     async def match(self, digests: Sequence[bytes]) -> Lease:
         """A lease on the longest prefix of a chain that the local tiers have, in memory; `len(lease)` blocks."""
@@ -302,7 +302,7 @@ class Cache:
         await self._recovery.find([Name(digest) for digest in digests])
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
-        lease = await self._lease(match, whole(facts.size, facts.part_bytes), None)
+        lease = await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None)
         lease.cut()
         return lease
 
@@ -343,28 +343,35 @@ class Cache:
             cost_s=run.cost_s,
             expiry_s=run.expiry_s,
         )
-        return await self._lease(reservation, np.asarray(parts, np.uint64), load)
+        return await self._lease(reservation, parts, load)
 
-    async def _lease(self, pin: Match | Reservation, wanted: npt.NDArray[np.uint64], load: Load | None) -> Lease:
-        tiers, slots = self.tiers, pin.slots
+    async def _lease(self, pin: Match | Reservation, wanted: Sequence[int], load: Load | None) -> Lease:
+        tiers = self.tiers
+        slots: list[int] = pin.slots.tolist()
         outcomes = [Outcome.MISS if load is None else Outcome.FULL] * len(slots)
-        locations = np.full(len(slots), -1, np.int64)
+        locations: Sequence[int] = ()
         try:
-            facts = tiers.index.facts(slots)
-            found = np.flatnonzero((slots >= 0) & ~tiers.expired(facts.expiry_s))
-            # A name may stand twice in a batch; a slot is filled once.
-            distinct, place = np.unique(slots[found], return_inverse=True)
-            need = np.zeros(len(distinct), np.uint64)
-            np.bitwise_or.at(need, place, wanted[found])
-            filled = await self._filling.ensure(distinct, need, load)
-            locations[found] = tiers.index.facts(slots[found]).memory_location
-            for i, at in zip(found.tolist(), place.tolist(), strict=True):
-                outcomes[i] = filled[at]
+            need: dict[int, int] = {}  # a name may stand twice in a batch; a slot is filled once
+            late = self._late(pin.slots)
+            for i, slot in enumerate(slots):
+                if slot >= 0 and i not in late:
+                    need[slot] = need.get(slot, 0) | wanted[i]
+            filled = dict(zip(need, await self._filling.ensure([*need], [*need.values()], load), strict=True))
+            for i, slot in enumerate(slots):
+                if slot >= 0 and i not in late:
+                    outcomes[i] = filled[slot]
+            locations = tiers.index.memory_locations(slots)
         except BaseException:
             tiers.release(pin)  # also gives up what was reserved here and not filled
             raise
         self._nudge()
-        return Lease(outcomes, locations.tolist(), tiers.memory, tiers.end_of(pin))
+        return Lease(outcomes, locations, tiers.memory, tiers.end_of(pin))
+
+    def _late(self, slots: npt.NDArray[np.int64]) -> set[int]:
+        """Places in a batch of entries whose time is over."""
+        if not self.tiers.expiries:
+            return set()
+        return set(np.flatnonzero(self.tiers.expired(self.tiers.index.facts(slots).expiry_s)).tolist())
 
     async def delete(self, names: Sequence[Name]) -> list[Outcome]:
         """Forgets entries in every tier: HIT for each that was there. Bytes under a lease stay until it ends."""

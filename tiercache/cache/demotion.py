@@ -212,7 +212,7 @@ class Demotion:
         facts = self._tiers.index.facts(slots)
         partial = (facts.ssd_parts & ~facts.memory_parts != 0) & (facts.memory_parts & ~facts.ssd_parts != 0)
         if partial.any() and self.filling is not None:
-            await self.filling.ensure(slots[partial], facts.ssd_parts[partial])
+            await self.filling.ensure(slots[partial].tolist(), facts.ssd_parts[partial].tolist())
 
     async def _copy(self, slots: npt.NDArray[np.int64]) -> None:
         tiers, ssd = self._tiers, self._tiers.ssd
@@ -264,7 +264,9 @@ class Demotion:
             again = np.flatnonzero(~first)
             new = np.array(locations, np.int64)[again]
             moved = tiers.index.relocate(slots[again], TierId.SSD, old[again], new)
-            tiers.index.add_parts(slots[again][moved], TierId.SSD, np.array(parts, np.uint64)[again][moved])
+            tiers.index.add_parts(
+                slots[again][moved].tolist(), TierId.SSD, np.array(parts, np.uint64)[again][moved].tolist()
+            )
             tiers.ssd.free(old[again][moved].tolist() + new[~moved].tolist())
 
     def _payloads(self, slots: npt.NDArray[np.int64], facts: SlotFacts) -> list[Payload]:

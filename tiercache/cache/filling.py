@@ -2,6 +2,8 @@
 
 Runs on the cache's loop. Equal loads are merged (flight.py); every load runs in a task of the cache with pins of its
 own, so that a reader who gives up neither stops nor endangers the others who wait for the same bytes.
+
+Most reads are of a page or two, so this works on plain numbers, slot by slot: see index/few.py for why.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from tiercache.errors import AbandonedLoad, TierCacheError, UnavailableError
 from tiercache.flight import Flights
 from tiercache.lease import Gap
 from tiercache.model import Outcome, State, TierId
-from tiercache.placement import plan_read
 from tiercache.tier import Want
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
     from tiercache.cache.tasks import Tasks
     from tiercache.cache.tiers import Tiers
+    from tiercache.index import Look
     from tiercache.lease import Load
     from tiercache.model import Name
 
@@ -33,12 +35,27 @@ ATTEMPTS_MAX = 4
 """Looks at one batch before giving up: memory, SSD, origin, and once more for parts that another reader lost."""
 SSD_PATIENCE = 1.5
 """A tier ends a read within its deadline; one that takes this many times as long is not waited for."""
+MANY = 64
+"""Batches longer than this are looked at with arrays first, to set apart what memory has."""
+
+
+class Lack(NamedTuple):
+    """One item of a batch that is not in memory with all parts wanted."""
+
+    item: int
+    slot: int
+    look: Look
+    ssd: int
+    """Parts to come from the SSD, and from the origin."""
+    origin: int
 
 
 class Share(NamedTuple):
     """Parts of one slot that this call loads itself, and where they land."""
 
     slot: int
+    name: Name
+    look: Look
     parts: int
     location: int
     future: asyncio.Future[None]
@@ -55,9 +72,7 @@ class Filling:
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
         self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent that nobody may use -> what may write to it
 
-    async def ensure(
-        self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], load: Load | None = None
-    ) -> list[Outcome]:
+    async def ensure(self, slots: Sequence[int], wanted: Sequence[int], load: Load | None = None) -> list[Outcome]:
         """Sees to it that these parts of these (pinned, unique) slots are in memory: HIT where they are.
 
         Without `load`, parts that no tier has are a MISS. Raises what `load` raises, also where another reader's load
@@ -65,9 +80,11 @@ class Filling:
         """
         outcomes = [Outcome.MISS if load is None else Outcome.BUSY] * len(slots)
         distrusted: set[int] = set()  # slots whose SSD copy failed this call
-        self._count(slots, wanted, "object" if load is None else "page")
-        for _ in range(ATTEMPTS_MAX):
-            waits = self._start(slots, wanted, load, outcomes, distrusted)
+        for attempt in range(ATTEMPTS_MAX):
+            lacks = self._lacks(slots, wanted, outcomes)
+            if not attempt:
+                self._count(len(slots), lacks, "object" if load is None else "page")
+            waits = self._start(lacks, load, outcomes, distrusted) if lacks else []
             if not waits or not await self._all(waits):
                 break
         return outcomes
@@ -90,125 +107,114 @@ class Filling:
                 future.result()
         return all(future.done() for future in futures)
 
-    def _count(self, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.uint64], kind: str) -> None:
+    def _lacks(self, slots: Sequence[int], wanted: Sequence[int], outcomes: list[Outcome]) -> list[Lack]:
+        """What of a batch is not in memory; the rest becomes a HIT."""
+        index = self._tiers.index
+        items: Iterable[int] = range(len(slots))
+        if len(slots) > MANY:
+            parts = index.facts(np.array(slots, np.int64)).memory_parts
+            missing = np.array(wanted, np.uint64) & ~parts
+            for i in np.flatnonzero(missing == 0).tolist():
+                outcomes[i] = Outcome.HIT
+            items = np.flatnonzero(missing).tolist()
+        lacks: list[Lack] = []
+        for i, look in zip(items, index.look([slots[i] for i in items])):
+            if missing_parts := wanted[i] & ~look.memory_parts:
+                lacks.append(Lack(i, slots[i], look, missing_parts & look.ssd_parts, missing_parts & ~look.ssd_parts))
+            else:
+                outcomes[i] = Outcome.HIT
+        return lacks
+
+    def _count(self, count: int, lacks: list[Lack], kind: str) -> None:
         """One entry is one hit of the lowest tier that it needs, or a miss."""
-        facts = self._tiers.index.facts(slots)
-        plan = plan_read(wanted, facts.memory_parts, facts.ssd_parts)
-        missed, from_ssd = plan.origin != 0, (plan.ssd != 0) & (plan.origin == 0)
-        misses, ssd = int(missed.sum()), int(from_ssd.sum())
+        misses = sum(1 for lack in lacks if lack.origin)
         self._tiers.metrics.add_all(
             [
-                ("tiercache_hits_total", len(slots) - misses - ssd, "memory", kind),
-                ("tiercache_hits_total", ssd, "ssd", kind),
+                ("tiercache_hits_total", count - len(lacks), "memory", kind),
+                ("tiercache_hits_total", len(lacks) - misses, "ssd", kind),
                 ("tiercache_misses_total", misses, "", kind),
             ]
         )
 
     def _start(
-        self,
-        slots: npt.NDArray[np.int64],
-        wanted: npt.NDArray[np.uint64],
-        load: Load | None,
-        outcomes: list[Outcome],
-        distrusted: set[int],
+        self, lacks: list[Lack], load: Load | None, outcomes: list[Outcome], distrusted: set[int]
     ) -> list[asyncio.Future[None]]:
-        """Judges every slot, starts the loads that nobody else runs, and answers what to wait for. Never waits itself:
-        between the look and the announcement of a load no other task may come in."""
-        index = self._tiers.index
-        facts = index.facts(slots)
-        readable = facts.ssd_parts if self._tiers.ssd_readable else np.zeros_like(facts.ssd_parts)
-        if distrusted:
-            readable = np.where(np.isin(slots, list(distrusted)), np.uint64(0), readable)
-        plan = plan_read(wanted, facts.memory_parts, readable)
-        lacking = np.flatnonzero(plan.ssd | plan.origin)
-        for i in np.flatnonzero((plan.ssd | plan.origin) == 0).tolist():
-            outcomes[i] = Outcome.HIT
-        if not len(lacking):
-            return []
+        """Starts the loads that nobody else runs, and answers what to wait for. Never waits itself: between the look
+        and the announcement of a load no other task may come in."""
+        readable = self._tiers.ssd_readable
+        if not readable or distrusted:
+            lacks = [
+                lack
+                if readable and lack.slot not in distrusted
+                else lack._replace(ssd=0, origin=lack.ssd | lack.origin)
+                for lack in lacks
+            ]
         if load is None:
             # What another task is loading may still come; what nobody loads and no tier has is a miss.
-            lacking = np.array(
-                [i for i in lacking.tolist() if not self.flights.join(int(slots[i]), int(plan.origin[i])).mine],
-                np.int64,
-            )
-        places = self._places(slots, facts.memory_location, lacking, outcomes)
+            lacks = [lack for lack in lacks if not (lack.origin and self.flights.join(lack.slot, lack.origin).mine)]
+        if not lacks:
+            return []
+        names = self._tiers.index.names([lack.slot for lack in lacks])
         waits: list[asyncio.Future[None]] = []
+        from_ssd: list[Share] = []
+        from_origin: list[Share] = []
         merged = 0
-        from_ssd: list[tuple[int, Share]] = []
-        from_origin: list[tuple[int, Share]] = []
-        for i, location in places:
-            slot = int(slots[i])
-            join = self.flights.join(slot, int(plan.ssd[i] | plan.origin[i]))
+        for lack, name, location in zip(lacks, names, self._places(lacks, names), strict=True):
+            if location < 0:
+                outcomes[lack.item] = Outcome.FULL
+                continue
+            join = self.flights.join(lack.slot, lack.ssd | lack.origin)
             waits += join.others
             merged += len(join.others)
-            for parts, shares in ((int(plan.ssd[i]), from_ssd), (int(plan.origin[i]), from_origin)):
+            for parts, shares in ((lack.ssd, from_ssd), (lack.origin, from_origin)):
                 if mine := parts & join.mine:
-                    shares.append((int(i), Share(slot, mine, location, self.flights.begin(slot, mine))))
-        self._tiers.metrics.add("tiercache_merged_loads_total", merged)
+                    future = self.flights.begin(lack.slot, mine)
+                    shares.append(Share(lack.slot, name, lack.look, mine, location, future))
+        if merged:
+            self._tiers.metrics.add("tiercache_merged_loads_total", merged)
         try:
             if from_ssd:
-                self._begin_ssd(from_ssd, facts.ssd_location, distrusted)
+                self._begin_ssd(from_ssd, distrusted)
             if from_origin and load is not None:
                 self._begin_origin(from_origin, load)
         except BaseException as fault:  # announced, and not begun: nobody may wait for it
-            self._finish([share for _, share in from_ssd + from_origin], fault)
+            self._finish(from_ssd + from_origin, fault)
             raise
-        return waits + [share.future for _, share in from_ssd + from_origin]
+        return waits + [share.future for share in from_ssd + from_origin]
 
-    def _places(
-        self,
-        slots: npt.NDArray[np.int64],
-        locations: npt.NDArray[np.int64],
-        lacking: npt.NDArray[np.int64],
-        outcomes: list[Outcome],
-    ) -> list[tuple[int, int]]:
-        """(item, extent in memory) for the items that lack parts; items without room become FULL and are left out."""
-        places: list[tuple[int, int]] = []
-        homeless: list[int] = []
-        for i in lacking.tolist():
-            location = int(locations[i])
-            if location < 0:
-                location = self._extents.get(int(slots[i]), -1)
+    def _places(self, lacks: list[Lack], names: Sequence[Name]) -> list[int]:
+        """The extent in memory of each; FULL for those that find no room."""
+        places = [
+            lack.look.memory_location if lack.look.memory_location >= 0 else self._extents.get(lack.slot, -1)
+            for lack in lacks
+        ]
+        homeless = [i for i, location in enumerate(places) if location < 0]
+        for i, location in enumerate(places):
             if location in self._forsaken:  # of an entry that was deleted meanwhile: it gets no other
-                outcomes[i] = Outcome.FULL
-            elif location < 0:
-                homeless.append(i)
-            else:
-                places.append((i, location))
+                places[i] = Outcome.FULL
         if homeless:
-            names, sizes, part_bytes = self.shapes(slots[homeless])
-            fresh = self._tiers.reserve(names, sizes, part_bytes)
-            housed = [at for at, location in enumerate(fresh) if location >= 0]
-            self._tiers.describe(slots[homeless][housed], [fresh[at] for at in housed])
-            for i, location in zip(homeless, fresh, strict=True):
-                if location < 0:
-                    outcomes[i] = Outcome.FULL
-                else:
-                    self._extents[int(slots[i])] = location
-                    places.append((i, location))
+            looks = [lacks[i].look for i in homeless]
+            sizes, part_bytes = [look.size for look in looks], [look.part_bytes for look in looks]
+            found = self._tiers.reserve([names[i] for i in homeless], sizes, part_bytes)
+            housed = [(lacks[i].slot, location) for i, location in zip(homeless, found, strict=True) if location >= 0]
+            self._tiers.describe(np.array([slot for slot, _ in housed], np.int64), [place for _, place in housed])
+            for i, location in zip(homeless, found, strict=True):
+                places[i] = location
+                if location >= 0:
+                    self._extents[lacks[i].slot] = location
         return places
-
-    def shapes(self, slots: npt.NDArray[np.int64]) -> tuple[list[Name], list[int], list[int]]:
-        """Names, sizes and part sizes of slots, as tiers ask for them."""
-        facts = self._tiers.index.facts(slots)
-        return self._tiers.index.names(slots), facts.size.tolist(), facts.part_bytes.tolist()
 
     # -- the two kinds of load -----------------------------------------------------------------------------------------
 
-    def _begin_ssd(
-        self, items: list[tuple[int, Share]], ssd_locations: npt.NDArray[np.int64], distrusted: set[int]
-    ) -> None:
-        shares = [share for _, share in items]
-        slots = np.array([share.slot for share in shares], np.int64)
-        names, sizes, part_bytes = self.shapes(slots)
+    def _begin_ssd(self, shares: list[Share], distrusted: set[int]) -> None:
         wants = [
-            Want(int(ssd_locations[i]), name, size, step, share.parts)
-            for (i, share), name, size, step in zip(items, names, sizes, part_bytes, strict=True)
+            Want(share.look.ssd_location, share.name, share.look.size, share.look.part_bytes, share.parts)
+            for share in shares
         ]
         for share in shares:
             self._ssd_loads.add(share.future)
             share.future.add_done_callback(self._ssd_loads.discard)
-        pin = self._tiers.index.hold(slots)
+        pin = self._tiers.index.hold([share.slot for share in shares])
         self._tasks.start(self._from_ssd(shares, wants, distrusted, self._tiers.end_of(pin)), "read from SSD")
 
     async def _from_ssd(
@@ -219,17 +225,15 @@ class Filling:
         distrusted.update(share.slot for share in shares)  # until the answer says otherwise, also if none comes
         began_s = self._tiers.clock.monotonic()
         try:
-            outcomes = await ssd.read(wants, memory.buffers([share.location for share in shares]))
+            digests: list[bytes] = []
+            outcomes = await ssd.read(wants, memory.buffers([share.location for share in shares]), digests)
             metrics.observe("tiercache_read_seconds", self._tiers.clock.monotonic() - began_s, tier="ssd")
-            read_bytes = sum(
-                share.parts.bit_count() * want.part_bytes for share, want in zip(shares, wants, strict=True)
-            )
+            read_bytes = sum(share.parts.bit_count() * share.look.part_bytes for share in shares)
             metrics.add("tiercache_read_bytes_total", read_bytes, tier="ssd")
+            good = [share for share, outcome in zip(shares, outcomes, strict=True) if outcome is Outcome.HIT]
+            self._land(good, [rows for rows, outcome in zip(digests, outcomes, strict=True) if outcome is Outcome.HIT])
+            distrusted.difference_update(share.slot for share in good)
             for share, want, outcome in zip(shares, wants, outcomes, strict=True):
-                if outcome is Outcome.HIT:
-                    self._land(share, want.part_bytes)
-                    distrusted.discard(share.slot)
-                    continue
                 if outcome is Outcome.CORRUPT or outcome is Outcome.MISS:
                     self._lose_ssd(share.slot, want.location)
                 if outcome is Outcome.CORRUPT:
@@ -242,40 +246,29 @@ class Filling:
 
     def _lose_ssd(self, slot: int, location: int) -> None:
         """Forgets a copy that failed, unless the slot has got a newer one meanwhile."""
-        slots = np.array([slot], np.int64)
-        if int(self._tiers.index.facts(slots).ssd_location[0]) == location:
-            self._tiers.lose(slots, TierId.SSD)
+        if self._tiers.index.look([slot])[0].ssd_location == location:
+            self._tiers.lose(np.array([slot], np.int64), TierId.SSD)
 
-    def _begin_origin(self, items: list[tuple[int, Share]], load: Load) -> None:
-        shares = [share for _, share in items]
-        slots = np.array([share.slot for share in shares], np.int64)
-        names, _, part_bytes = self.shapes(slots)
+    def _begin_origin(self, shares: list[Share], load: Load) -> None:
         targets = self._tiers.memory.buffers([share.location for share in shares])
         gaps = [
-            Gap(name.ordinal, share.parts, target, share.location)
-            for name, share, target in zip(names, shares, targets, strict=True)
+            Gap(share.name.ordinal, share.parts, target, share.location)
+            for share, target in zip(shares, targets, strict=True)
         ]
-        pin = self._tiers.index.hold(slots)
-        self._tasks.start(
-            self._from_origin(shares, gaps, part_bytes, load, self._tiers.end_of(pin)), "read from origin"
-        )
+        pin = self._tiers.index.hold([share.slot for share in shares])
+        self._tasks.start(self._from_origin(shares, gaps, load, self._tiers.end_of(pin)), "read from origin")
 
-    async def _from_origin(
-        self,
-        shares: list[Share],
-        gaps: list[Gap],
-        part_bytes: list[int],
-        load: Load,
-        end: Callable[[bool], None],
-    ) -> None:
+    async def _from_origin(self, shares: list[Share], gaps: list[Gap], load: Load, end: Callable[[bool], None]) -> None:
         fault: BaseException | None = UnavailableError("the load ended without filling every part it was asked for")
 
         def landed(indexes: Sequence[int], digests: Sequence[bytes] | None = None, /) -> None:
-            for at, i in enumerate(indexes):
-                self._land(shares[i], part_bytes[i], digests[at] if digests is not None else None)
-            self._landed(np.array([shares[i].slot for i in indexes], np.int64))
-            for i in indexes:
-                self.flights.end(shares[i].slot, shares[i].future)
+            here = [shares[i] for i in indexes]
+            if digests is None:
+                digests = [part_digests(gaps[i].target, shares[i].look.part_bytes, shares[i].parts) for i in indexes]
+            self._land(here, digests)
+            self._landed(np.array([share.slot for share in here], np.int64))
+            for share in here:
+                self.flights.end(share.slot, share.future)
 
         try:
             await load(gaps, landed)
@@ -298,12 +291,12 @@ class Filling:
         own: list[int] = []
         for share in shares:
             # Other loads into the same extent go on; what they bring there is lost, and loaded again.
-            slots = np.array([share.slot], np.int64)
             if self._extents.get(share.slot) == share.location:
                 del self._extents[share.slot]
                 own.append(share.location)
-            elif int(self._tiers.index.facts(slots).memory_location[0]) == share.location:
-                self._tiers.lose(slots, TierId.MEMORY)  # freed when nobody, and so no load, holds the slot
+            elif self._tiers.index.look([share.slot])[0].memory_location == share.location:
+                # Freed when nobody, and so no load, holds the slot.
+                self._tiers.lose(np.array([share.slot], np.int64), TierId.MEMORY)
             writers = self._forsaken.setdefault(share.location, [])
             writers += [one for one in self.flights.loads(share.slot) if one is not share.future]
             writers.append(writing)
@@ -317,21 +310,33 @@ class Filling:
                 self._forsaken.pop(location, None)
             self._tiers.memory.free(own)
 
-    def _land(self, share: Share, part_bytes: int, digests: bytes | None = None) -> None:
-        """Parts have arrived: digest them, declare them present in the extent, then in the index."""
+    def _land(self, shares: Sequence[Share], digests: Sequence[bytes]) -> None:
+        """Parts have arrived that have these digests: declares them present in the extents, then in the index."""
         memory, index = self._tiers.memory, self._tiers.index
-        buffer = memory.buffers([share.location])[0]
-        if digests is None:
-            digests = part_digests(buffer, part_bytes, share.parts)
-        memory.commit([share.location], [share.parts], [digests])
-        slots = np.array([share.slot], np.int64)
-        if self._extents.get(share.slot) == share.location:
+        locations, parts = [share.location for share in shares], [share.parts for share in shares]
+        memory.commit(locations, parts, digests)
+        first = [share for share in shares if self._extents.get(share.slot) == share.location]
+        if first:
             # Refused where the slot has got a copy from elsewhere. Then the extent stays ours, and is given back when
             # the last load into it has ended: another one may still be writing there.
-            if not index.place(slots, TierId.MEMORY, [share.location], np.array([share.parts], np.uint64)):
-                del self._extents[share.slot]
-        elif int(index.facts(slots).memory_location[0]) == share.location:
-            index.add_parts(slots, TierId.MEMORY, np.array([share.parts], np.uint64))
+            unwanted = index.place_few(
+                [share.slot for share in first],
+                TierId.MEMORY,
+                [share.location for share in first],
+                [share.parts for share in first],
+            )
+            for share in first:
+                if share.location not in unwanted:
+                    del self._extents[share.slot]
+        if len(first) < len(shares):
+            placed = {share.slot for share in first}
+            more = [share for share in shares if share.slot not in placed]
+            index.add_parts(
+                [share.slot for share in more],
+                TierId.MEMORY,
+                [share.parts for share in more],
+                [share.location for share in more],
+            )
 
     def _finish(self, shares: list[Share], fault: BaseException | None) -> None:
         """Ends the loads that have not landed, and gives back extents of which nothing came."""

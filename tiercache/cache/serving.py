@@ -40,7 +40,7 @@ class Serving:
         recovery: Recovery,
         storing: Storing,
         *,
-        lease: Callable[[Match, U64, None], Awaitable[Lease]],
+        lease: Callable[[Match, list[int], None], Awaitable[Lease]],
     ) -> None:
         """`lease` brings parts of what was matched to memory, as far as a local tier has them."""
         self._tiers, self._recovery, self._storing, self._lease = tiers, recovery, storing, lease
@@ -86,7 +86,7 @@ class Serving:
             if not self._has(match, facts, local, wanted).all():
                 tiers.release(match)
                 return None
-        lease = await self._lease(match, wanted, None)
+        lease = await self._lease(match, wanted.tolist(), None)
         if together and lease.outcomes.count(Outcome.HIT) < len(lease):
             lease.release()
             return None

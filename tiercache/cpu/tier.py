@@ -125,12 +125,17 @@ class MemoryTier:
             raise
         return locations
 
-    async def read(self, wants: Sequence[Want], targets: Sequence[Buffer]) -> list[Outcome]:
+    async def read(
+        self, wants: Sequence[Want], targets: Sequence[Buffer], digests: list[bytes] | None = None
+    ) -> list[Outcome]:
         """Copies and verifies; the caller's loop gets a turn every few MiB."""
         outcomes: list[Outcome] = []
         copied = 0
         for want, target in zip(wants, targets, strict=True):
-            outcomes.append(self._read(want, target, True))
+            rows: list[bytes] = []
+            outcomes.append(self._read(want, target, True, rows))
+            if digests is not None:
+                digests.append(rows[0] if outcomes[-1] is Outcome.HIT else b"")
             copied += want.size
             if copied >= _TURN_BYTES:
                 copied = 0
@@ -189,7 +194,7 @@ class MemoryTier:
                 raise
         return location
 
-    def _read(self, want: Want, target: Buffer, verify: bool) -> Outcome:
+    def _read(self, want: Want, target: Buffer, verify: bool, rows: list[bytes] | None = None) -> Outcome:
         place = self.arena.find(want.location)
         if place is None:
             return Outcome.MISS
@@ -203,7 +208,10 @@ class MemoryTier:
         if not verify:
             copy_parts(place.span, target, part_bytes, want.parts)
             return Outcome.MISS if place.stale else Outcome.HIT
-        good = copy_verified(place.span, target, part_bytes, want.parts, place.digests)
+        digests = place.digests
+        good = copy_verified(place.span, target, part_bytes, want.parts, digests)
+        if rows is not None:
+            rows.append(digests)
         if place.stale:
             return Outcome.MISS
         return Outcome.HIT if good else Outcome.CORRUPT

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from tiercache.model import Name
     from tiercache.policy import Policy
 
     I64 = npt.NDArray[np.int64]
@@ -71,6 +70,9 @@ class Entries:
             if slots.evicting or self.limbo:
                 self.settle(held)
             return True
+        if isinstance(held, list):
+            self._unpin_few(held, pin.reserved)
+            return True
         slots.pin[held] -= 1
         if pin.reserved:
             unfilled = held[(slots.state.take(held) == PENDING) & (slots.pin.take(held) == 0)]
@@ -81,6 +83,18 @@ class Entries:
                 self.settle(slot)
         return True
 
+    def _unpin_few(self, held: list[int], reserved: bool) -> None:
+        slots = self.slots
+        for slot in held:
+            slots.pins[slot] -= 1
+        if reserved:
+            unfilled = [slot for slot in held if slots.states[slot] == PENDING and not slots.pins[slot]]
+            if unfilled:
+                self.abandon(np.array(unfilled, np.int64))
+        if slots.evicting or self.limbo:
+            for slot in reversed(held):
+                self.settle(slot)
+
     def let_go(self, slots: Sequence[int]) -> Freed | None:
         """Undoes pins of single slots."""
         columns = self.slots
@@ -90,50 +104,6 @@ class Entries:
             for slot in slots:
                 self.settle(slot)
         return self.drain() if self._freed[0] or self._freed[1] else None
-
-    def hit_few(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> tuple[list[int], list[int]] | None:
-        """See Index.hit_few."""
-        columns, names = self.slots, self.names
-        rows: list[int] = []
-        locations: list[int] = []
-        run = names.runs.find(key)
-        if not run:
-            return None
-        for ordinal, wanted in zip(ordinals, parts, strict=True):
-            row = names.find_page(run, ordinal)
-            payload = columns.payloads[row]
-            if columns.states[row] < RESIDENT or columns.memory_parts[payload] & wanted != wanted:
-                return None
-            rows.append(row)
-            locations.append(columns.memory_locations[payload])
-        for row in rows:
-            columns.pins[row] += 1
-            self.touch(row)
-        return rows, locations
-
-    def hit_whole(self, names: Sequence[Name]) -> tuple[list[int], list[int]]:
-        """See Index.hit_whole."""
-        columns, find, touch = self.slots, self.names.find, self.touch
-        states, payloads, sizes, steps = columns.states, columns.payloads, columns.sizes, columns.steps
-        parts, places, pins = columns.memory_parts, columns.memory_locations, columns.pins
-        rows: list[int] = []
-        locations: list[int] = []
-        # One by one and without arrays: after a batch of copies nothing of this is in the processor's cache, and then
-        # a handful of NumPy's calls cost as much as a batch of 32 does here.
-        for key, ordinal in names:
-            row = find(key, ordinal)
-            payload = payloads[row]
-            if states[row] >= RESIDENT:
-                wanted = (1 << (-(-sizes[row] // steps[payload]) or 1)) - 1
-                if parts[payload] & wanted == wanted:
-                    rows.append(row)
-                    locations.append(places[payload])
-                    continue
-            locations.append(-1)
-        for row in rows:
-            pins[row] += 1
-            touch(row)
-        return rows, locations
 
     def drain(self) -> Freed | None:
         """What may be freed since the last call."""
@@ -178,10 +148,19 @@ class Entries:
         if len(live):
             policy = self.policies[tier]
             policy.insert(live, self.names.short_names(live) if policy.wants_names else None, order)
-        if self.holding:
-            for slot in slots[columns.held.take(slots) != 0].tolist():
-                self._queue_held(slot)
+        self._queue_all_held(slots)
         return unwanted
+
+    def inserted(self, slots: I64, tier: TierId) -> None:
+        """These got a copy in a tier just now, as `few.place` has noted in the columns."""
+        policy = self.policies[tier]
+        policy.insert(slots, self.names.short_names(slots) if policy.wants_names else None, None)
+        self._queue_all_held(slots)
+
+    def _queue_all_held(self, slots: I64) -> None:
+        if self.holding:
+            for slot in slots[self.slots.held.take(slots) != 0].tolist():
+                self._queue_held(slot)
 
     def _count_memory_kids(self, slots: I64) -> None:
         """These have a copy in memory now: their parents hear of it."""

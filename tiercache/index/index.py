@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.index import few
 from tiercache.index.check import check
 from tiercache.index.entries import Entries
 from tiercache.index.load import Loaded, load_chunks
@@ -36,8 +37,7 @@ _NONE: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class Index:
-    """Which entries there are, where their copies lie, who uses them. `policies` are indexed by TierId, one for each
-    local tier that there is."""
+    """Which entries there are, where their copies lie, who uses them. `policies` are indexed by TierId."""
 
     def __init__(self, slots_max: int, policies: Sequence[Policy]) -> None:
         self.lock = threading.Lock()
@@ -139,13 +139,14 @@ class Index:
             self._entries.touch(row)
             return row
 
-    def hold(self, slots: I64) -> Match:
+    def hold(self, slots: Sequence[int]) -> Match:
         """Pins again what the caller already holds, for work that outlives the caller's own pin."""
-        rows = np.unique(slots)
+        rows = sorted(set(slots))
         with self.lock:
-            self._slots.pin[rows] += 1
+            for row in rows:
+                self._slots.pins[row] += 1
             self._pins += 1
-        return Match(rows, Pin(rows, reserved=True))
+        return Match(np.array(rows, np.int64), Pin(rows, reserved=True))
 
     def touch_at(self, slots: I64, locations: I64) -> None:
         """Used just now: those of these slots whose copy in memory still lies there."""
@@ -159,7 +160,7 @@ class Index:
         with self.lock:
             if self._pins + len(ordinals) > PINS_MAX:
                 return None
-            found = self._entries.hit_few(key, ordinals, parts)
+            found = few.hit_few(self._entries, key, ordinals, parts)
             if found is not None:
                 self._pins += len(ordinals)
             return found
@@ -170,7 +171,7 @@ class Index:
         with self.lock:
             if self._pins + len(names) > PINS_MAX:
                 return [], [-1] * len(names)
-            found = self._entries.hit_whole(names)
+            found = few.hit_whole(self._entries, names)
             self._pins += len(found[0])
             return found
 
@@ -188,17 +189,8 @@ class Index:
 
     def pages_of(self, key: bytes) -> I64:
         """All slots of a file version, in whatever state."""
-        names, slots = self._names, self._slots
         with self.lock:
-            run = names.runs.find(key)
-            if not run:
-                return _NONE
-            top = names.runs.tops[run]
-            if top <= slots.rows.top:
-                rows = names.find_pages(run, np.arange(top))
-                return rows[rows > 0]
-            mine = (slots.run[: slots.rows.top] == run) & (slots.form[: slots.rows.top] & 129 == 1)
-            return np.flatnonzero(mine & (slots.state[: slots.rows.top] > 0))
+            return self._names.pages_of(key)
 
     def release(self, *holds: Match | Reservation) -> Freed | None:
         """Unpins. A second release is harmless. Fresh slots that were neither placed nor abandoned are abandoned when
@@ -220,6 +212,17 @@ class Index:
         """Facts of slots, pinned for a stable answer; of -1: ABSENT, nowhere, zeros."""
         with self.lock:
             return self._slots.facts(slots)
+
+    def look(self, slots: Sequence[int]) -> list[few.Look]:
+        """What a read must know of slots, one by one."""
+        with self.lock:
+            return few.look(self._slots, slots)
+
+    def memory_locations(self, slots: Sequence[int]) -> list[int]:
+        """Where slots lie in memory; -1: nowhere."""
+        rows, memory = self._slots.payloads, self._slots.locations[0]
+        with self.lock:
+            return [memory[rows[slot]] if slot > 0 else -1 for slot in slots]
 
     def names(self, slots: Sequence[int] | I64) -> list[Name]:
         """Names of slots."""
@@ -280,6 +283,10 @@ class Index:
         with self.lock:
             if self._pins >= PINS_MAX:
                 return _full(len(wanted))
+            made = few.reserve_pages(self._entries, key, wanted, shape) if len(wanted) <= few.FEW else None
+            if made is not None:
+                self._pins += made.pin is not None
+                return made
             return self._reserved(*reserve_pages(self._entries, key, wanted, shape))
 
     def reserve(
@@ -321,14 +328,28 @@ class Index:
         slots = np.asarray(slots, np.int64)
         where = np.array(np.broadcast_to(np.asarray(locations, np.int64), slots.shape))
         which = np.array(np.broadcast_to(np.asarray(parts, np.uint64), slots.shape))
+        if len(slots) <= few.FEW:
+            return self.place_few(slots.tolist(), tier, where.tolist(), which.tolist())
         with self.lock:
             return self._entries.place(slots, tier, where, which)
 
-    def add_parts(self, slots: I64, tier: TierId, parts: npt.ArrayLike) -> None:
-        """More parts of copies are present."""
+    def place_few(
+        self, slots: Sequence[int], tier: TierId, locations: Sequence[int], parts: Sequence[int]
+    ) -> list[int]:
+        """As `place`, without arrays."""
         with self.lock:
-            rows = self._slots.payload.take(slots)
-            np.bitwise_or.at(self._slots.parts[tier], rows, np.asarray(parts, np.uint64))
+            unwanted = few.place(self._entries, slots, tier, locations, parts)
+            if unwanted is not None:
+                return unwanted
+            where, which = np.array(locations, np.int64), np.array(parts, np.uint64)
+            return self._entries.place(np.array(slots, np.int64), tier, where, which)
+
+    def add_parts(
+        self, slots: Sequence[int], tier: TierId, parts: Sequence[int], locations: Sequence[int] | None = None
+    ) -> None:
+        """More parts of copies are present; with `locations`, of those copies that still are there."""
+        with self.lock:
+            few.add_parts(self._slots, slots, tier, parts, locations)
 
     def begin_move(self, slots: I64) -> npt.NDArray[np.bool_]:
         """RESIDENT to MOVING, and pinned: the mask of those for which that was so. They stay readable."""
@@ -411,27 +432,15 @@ class Index:
         """Copies moved inside their tier: the mask of slots that still were at the old location and are at the new."""
         column = self._slots.location[tier]
         with self.lock:
-            rows = self._slots.payload.take(slots)
-            same: Mask = (column.take(rows) == old) & (self._slots.where.take(slots) & (1 << tier) != 0)
+            rows, there = self._slots.payload.take(slots), self._slots.where.take(slots) & (1 << tier) != 0
+            same: Mask = (column.take(rows) == old) & there
             column[rows[same]] = new[same]
             return same
 
     def slots_at(self, tier: TierId, locations: I64) -> I64:
         """Which slots have their copy at these locations, -1 = none. Scans, without the lock: a slot that changes
         meanwhile may be missed, so whoever acts on the answer names the location again (relocate does)."""
-        slots = self._slots
-        order = np.argsort(locations)
-        ordered = np.asarray(locations, np.int64)[order]
-        out = np.full(len(ordered), -1, np.int64)
-        step = 1 << 16
-        for low in range(1, slots.rows.top if len(ordered) else 1, step):
-            high = min(low + step, slots.rows.top)
-            here = slots.location[tier].take(slots.payload[low:high])
-            at = np.searchsorted(ordered, here)
-            np.minimum(at, len(ordered) - 1, out=at)
-            hit = np.flatnonzero((ordered[at] == here) & (slots.where[low:high] & (1 << tier) != 0))
-            out[order[at[hit]]] = hit + low
-        return out
+        return self._slots.at(tier, locations)
 
     # -- recovery and accounts ----------------------------------------------------------------------------------------
     @property
@@ -441,15 +450,12 @@ class Index:
 
     def unsaved(self) -> I64:
         """Readable slots with parts in memory that the SSD lacks, oldest slot number first."""
-        slots = self._slots
-        top = slots.rows.top  # no lock: what was placed before this call is seen, and begin_move judges the rest
-        rows = slots.payload[:top]
-        lacking = slots.parts[TierId.MEMORY].take(rows) & ~slots.parts[TierId.SSD].take(rows)
-        here = (slots.where[:top] & (1 << TierId.MEMORY)) != 0
-        return np.flatnonzero(here & (lacking != 0) & (slots.state[:top] >= RESIDENT))
+        return (
+            self._slots.unsaved()
+        )  # no lock: what was placed before this call is seen, and begin_move judges the rest
 
     def sizes(self, slots: I64) -> npt.NDArray[np.uint32]:
-        """Sizes of slots as of about now: for estimates over many, so without the lock."""
+        """Sizes of slots as of about now, without the lock."""
         return self._slots.size.take(slots)
 
     def locations(self, slots: I64, tier: TierId) -> I64:
@@ -486,7 +492,7 @@ class Index:
 
     @property
     def pins(self) -> int:
-        """Pins outstanding (each match, reservation, hit, and moving slot is one)."""
+        """Pins outstanding: each match, reservation, hit, and moving slot is one."""
         return self._pins
 
     def memory_bytes(self) -> int:

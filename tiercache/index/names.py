@@ -135,6 +135,18 @@ class NameTable:
 
         return self.table.find(self.page_buckets(runs, ordinals), equal)
 
+    def pages_of(self, key: bytes) -> I64:
+        """All slots of a file version, in whatever state."""
+        slots, run = self.slots, self.runs.find(key)
+        if not run:
+            return np.empty(0, np.int64)
+        top = self.runs.tops[run]
+        if top <= slots.rows.top:
+            rows = self.find_pages(run, np.arange(top))
+            return rows[rows > 0]
+        mine = (slots.run[: slots.rows.top] == run) & (slots.form[: slots.rows.top] & 129 == 1)
+        return np.flatnonzero(mine & (slots.state[: slots.rows.top] > 0))
+
     def guess_pages(self, run: int, ordinals: I64) -> I64:
         """As find_pages, for one run: pages stored in order have consecutive slots, so the first tells the others."""
         first = self.find_page(run, int(ordinals[0]))
@@ -287,6 +299,15 @@ class NameTable:
             np.add.at(self.runs.count, runs, 1)
             np.maximum.at(self.runs.top, runs, (ordinals + 1).astype(np.int32))
         self.table.add_many(new, self.page_buckets(runs, ordinals))
+
+    def link_page(self, new: int, run: int, ordinal: int) -> None:
+        """Names one page."""
+        slots, runs = self.slots, self.runs
+        slots.runs[new], slots.depths[new] = run, ordinal
+        slots.page_top = max(slots.page_top, new + 1)
+        runs.counts[run] += 1
+        runs.tops[run] = max(runs.tops[run], ordinal + 1)
+        self.table.add(new, self.table.bucket(run * RUN_MIX + ordinal))
 
     def bucket_of(self, slot: int) -> int:
         """Where a slot is linked."""

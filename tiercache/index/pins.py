@@ -29,11 +29,11 @@ class Unplaced(NamedTuple):
 
 
 class Pin:
-    """What a look-up or reservation holds: one slot, an array of distinct slots, or None when it was released."""
+    """What a look-up or reservation holds: one slot, distinct slots as a list (a few) or array, None when released."""
 
     __slots__ = ("held", "reserved")
 
-    def __init__(self, held: int | I64 | None, reserved: bool = False) -> None:
+    def __init__(self, held: int | list[int] | I64 | None, reserved: bool = False) -> None:
         self.held = held
         self.reserved = reserved
 

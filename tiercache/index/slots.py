@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.index.table import RowStack
-from tiercache.model import State
+from tiercache.model import State, TierId
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -65,6 +65,12 @@ class Shape:
     scope: Scalars = 0
     cost_s: Scalars = 0.0
     expiry_s: Scalars = 0
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all but the sizes are plain numbers, the same for all names."""
+        rest = (self.part_bytes, self.kind, self.scope, self.cost_s, self.expiry_s)
+        return all(isinstance(one, int | float) for one in rest)
 
     def pick(self, at: I64 | slice) -> Shape:
         """The same for some of the names only."""
@@ -121,8 +127,9 @@ class Slots:
         self.parts = [np.zeros(rows, np.uint64) for _ in range(TIERS)]
         for column in self.location:  # payload row 0, that of slots not in use, lies nowhere
             column[0] = -1
-        self.memory_locations, self.memory_parts = self.location[0].data, self.parts[0].data
-        self.sizes, self.steps = self.size.data, self.part_bytes.data
+        self.locations = [column.data for column in self.location]
+        self.part_maps = [column.data for column in self.parts]
+        self.sizes, self.steps, self.expiries = self.size.data, self.part_bytes.data, self.expiry_s.data
         self.states, self.forms, self.pins = self.state.data, self.form.data, self.pin.data
         self.wheres, self.helds = self.where.data, self.held.data
         self.depths, self.payloads, self.runs = self.depth.data, self.payload.data, self.run.data
@@ -168,6 +175,22 @@ class Slots:
             self.parts[tier][payloads] = 0
         return slots
 
+    def take_one(self, form: int, size: int, shape: Shape) -> int:
+        """As `take`, for one slot of `size` bytes; of `shape` the scalars count."""
+        slot, row = self.rows.take_one(), self.payload_rows.take_one()
+        self.change_one(slot, State.PENDING)
+        self.forms[slot] = form
+        self.wheres[slot] = self.helds[slot] = 0
+        self.payloads[slot] = row
+        self.sizes[slot] = size
+        self.cost_s[slot], self.scope[slot], self.kind[slot] = shape.cost_s, shape.scope, shape.kind
+        self.expiry_s[slot], self.part_bytes[row] = shape.expiry_s, shape.part_bytes
+        self.refs[row] = 1
+        for tier in range(TIERS):
+            self.locations[tier][row] = -1
+            self.part_maps[tier][row] = 0
+        return slot
+
     def reshape(self, slots: I64, shape: Shape) -> None:
         """Writes what a reservation says of slots."""
         self.size[slots] = shape.sizes
@@ -194,6 +217,29 @@ class Slots:
             ssd_location=self.location[1].take(rows),
             ssd_parts=self.parts[1].take(rows),
         )
+
+    def unsaved(self) -> I64:
+        """See Index.unsaved."""
+        top = self.rows.top
+        rows = self.payload[:top]
+        lacking = self.parts[TierId.MEMORY].take(rows) & ~self.parts[TierId.SSD].take(rows)
+        here = (self.where[:top] & (1 << TierId.MEMORY)) != 0
+        return np.flatnonzero(here & (lacking != 0) & (self.state[:top] >= State.RESIDENT))
+
+    def at(self, tier: int, locations: I64) -> I64:
+        """See Index.slots_at."""
+        order = np.argsort(locations)
+        ordered = np.asarray(locations, np.int64)[order]
+        out = np.full(len(ordered), -1, np.int64)
+        step = 1 << 16
+        for low in range(1, self.rows.top if len(ordered) else 1, step):
+            high = min(low + step, self.rows.top)
+            here = self.location[tier].take(self.payload[low:high])
+            at = np.searchsorted(ordered, here)
+            np.minimum(at, len(ordered) - 1, out=at)
+            hit = np.flatnonzero((ordered[at] == here) & (self.where[low:high] & (1 << tier) != 0))
+            out[order[at[hit]]] = hit + low
+        return out
 
     def memory_bytes(self) -> int:
         """Bytes of all columns up to the highest slot that wrote them."""

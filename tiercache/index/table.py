@@ -59,6 +59,14 @@ class RowStack:
         self.top += count - old
         return rows
 
+    def take_one(self) -> int:
+        """One free row (the caller asked `room`)."""
+        if self._free_count:
+            self._free_count -= 1
+            return int(self._free[self._free_count])
+        self.top += 1
+        return self.top - 1
+
     def give(self, rows: I64) -> None:
         """Takes rows back. Given leaf first, they are handed out again in the order of the chain."""
         count = self._free_count

@@ -99,7 +99,7 @@ class Adoption:
         slots = tiers.index.slots_at(TierId.MEMORY, facts.locations)
         inside = slots[slots >= 0]
         if len(inside):
-            self._pins.append(tiers.index.hold(inside))
+            self._pins.append(tiers.index.hold(inside.tolist()))
         self._orphans.update(dict.fromkeys(facts.locations[slots < 0].tolist(), 0))
         # Of a name that means other bytes in memory than on SSD, the memory is right, and the SSD has the past.
         odd = (slots < 0) & np.isin(facts.locations, loaded.surplus) & (facts.forms != Form.PAGE)
@@ -123,7 +123,7 @@ class Adoption:
             return None
         for location in alone:
             self._orphans[location] += 1
-        pin = tiers.index.hold(slots[slots >= 0])
+        pin = tiers.index.hold(slots[slots >= 0].tolist())
 
         def end(safely: bool) -> None:
             tiers.end_of(pin)(safely)

@@ -11,6 +11,7 @@ directory, which is also its age.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -92,8 +93,8 @@ class Segment:
 
     def find(self, block: int) -> int:
         """Index of the record that starts at `block`, or -1."""
-        # A key of the column's own type: for any other, numpy converts the whole column first.
-        index = int(self.blocks[: self.count].searchsorted(np.uint32(block)))
+        # Not NumPy's search: that gives the interpreter lock away, which costs more than these few steps.
+        index = bisect_left(self.blocks.data, block, 0, self.count)
         return index if index < self.count and self.blocks[index] == block else -1
 
     def append(self, length: int, parts: int) -> Place:

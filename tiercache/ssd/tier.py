@@ -136,10 +136,14 @@ class SsdTier:
         except UnavailableError:
             self.counters["commit_faults"] += 1
 
-    async def read(self, wants: Sequence[Want], targets: Sequence[Buffer]) -> list[Outcome]:
+    async def read(
+        self, wants: Sequence[Want], targets: Sequence[Buffer], digests: list[bytes] | None = None
+    ) -> list[Outcome]:
         """Fills targets with verified parts: HIT, MISS, BUSY (deadline) or CORRUPT (and then gone for good)."""
         disk = self._enter()
         answers = [Outcome.MISS] * len(wants)
+        rows = [b""] * len(wants) if digests is None else digests
+        rows[:] = [b""] * len(wants)
         if disk.pulse.health is Health.OFF:
             return answers
         found: list[tuple[Segment, ReadItem]] = []
@@ -159,6 +163,8 @@ class SsdTier:
                     item.outcome = Outcome.MISS if item.outcome is Outcome.BUSY else item.outcome
         for _, item in found:
             answers[item.index] = self._judge(item)
+            if answers[item.index] is Outcome.HIT:
+                rows[item.index] = item.rows
         self.counters["reads"] += len(wants)
         return answers
 

@@ -163,6 +163,8 @@ class ReadItem:
     block: int
     parts: int
     outcome: Outcome = Outcome.BUSY
+    rows: bytes = b""
+    """The digests of the record's header, as they lie there; `digests` are the same as numbers."""
     digests: tuple[int, ...] = ()
 
 
@@ -235,6 +237,7 @@ class ReadJob(Job):
         if (key, ordinal) != want.name or size != want.size or part_bytes != want.part_bytes:
             item.outcome = Outcome.MISS  # the record is right and the question is not
         else:
+            item.rows = digests
             item.digests = struct.unpack(f"<{len(digests) >> 3}Q", digests)
 
 

@@ -190,9 +190,11 @@ class FaultyTier:
         answers = dict(zip(going, locations))
         return [answers.get(i, outcome) for i in range(len(payloads))]
 
-    async def read(self, wants: Sequence[Want], targets: Sequence[Buffer]) -> list[Outcome]:
+    async def read(
+        self, wants: Sequence[Want], targets: Sequence[Buffer], digests: list[bytes] | None = None
+    ) -> list[Outcome]:
         fault = self.trouble.draw("read")
-        outcomes = await self.trouble.around("read", fault, self.inner.read(wants, targets))
+        outcomes = await self.trouble.around("read", fault, self.inner.read(wants, targets, digests))
         bad = {
             Fault.BUSY: Outcome.BUSY,
             Fault.VANISH: Outcome.MISS,
@@ -204,6 +206,8 @@ class FaultyTier:
             for i in self.trouble.some(len(wants)):
                 _scribble_parts(wants[i], targets[i], first=1 if fault is Fault.SHORT else 0)
                 outcomes[i] = bad[fault]
+                if digests is not None:
+                    digests[i] = b""
         return outcomes
 
     def free(self, locations: Sequence[int]) -> None:

@@ -81,6 +81,27 @@ class TierTests(ABC):
 
         asyncio.run(check())
 
+    def test_digests_come_with_the_bytes(self, tmp_path: Path) -> None:
+        """Who asks for them gets what each payload was verified against, and nothing for what is no hit."""
+
+        async def check() -> None:
+            tier = await self.open_tier(tmp_path, self.capacity_bytes)
+            parts = 0b1001_0110_0000_0001
+            one, other = item(1, MIB - 5, parts=parts), item(2, MIB)
+            here, there = await store(tier, [one, other])
+            tier.free([there])
+            wants = [other.want(there), one.want(here, 1 << 15 | 1)]
+            digests: list[bytes] = []
+            targets = [Buffer.of(bytearray(want.size), writable=True) for want in wants]
+            assert await tier.read(wants, targets, digests) == [Outcome.MISS, Outcome.HIT]
+            assert digests[0] == b""
+            for part in (0, 15):
+                rows = slice(8 * part, 8 * part + 8)
+                assert digests[1][rows] == one.payload.digests[rows]
+            await tier.close()
+
+        asyncio.run(check())
+
     def test_another_name_or_shape_is_no_hit(self, tmp_path: Path) -> None:
         """A location alone proves nothing: key, its width, ordinal, size and part size must be those stored."""
 
