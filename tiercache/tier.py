@@ -110,8 +110,11 @@ class Addressable(Protocol):
         """The largest entry that can ever be reserved."""
         ...
 
-    def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
-        """Locations of new extents (state PENDING, no part present), or FULL; thread-safe, never blocks for long."""
+    def reserve(
+        self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int], *, sparse: bool = False
+    ) -> list[int]:
+        """Locations of new extents (state PENDING, no part present), or FULL; thread-safe, never blocks for long.
+        `sparse`: only some of their parts may ever come, so making all of their memory ready would be wasted."""
         ...
 
     def buffers(self, locations: Sequence[int]) -> list[Buffer]:

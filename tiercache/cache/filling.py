@@ -195,7 +195,7 @@ class Filling:
         if homeless:
             looks = [lacks[i].look for i in homeless]
             sizes, part_bytes = [look.size for look in looks], [look.part_bytes for look in looks]
-            found = self._tiers.reserve([names[i] for i in homeless], sizes, part_bytes)
+            found = self._tiers.reserve([names[i] for i in homeless], sizes, part_bytes, sparse=True)
             housed = [(lacks[i].slot, location) for i, location in zip(homeless, found, strict=True) if location >= 0]
             self._tiers.describe(np.array([slot for slot, _ in housed], np.int64), [place for _, place in housed])
             for i, location in zip(homeless, found, strict=True):

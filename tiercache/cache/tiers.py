@@ -224,9 +224,11 @@ class Tiers:
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
-    def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
+    def reserve(
+        self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int], *, sparse: bool = False
+    ) -> list[int]:
         """Extents in memory; evicts on the caller's path only when there is no room otherwise. FULL where none came."""
-        locations = self.memory.reserve(names, sizes, part_bytes)
+        locations = self.memory.reserve(names, sizes, part_bytes, sparse=sparse)
         for _ in range(ROOM_ROUNDS_MAX):
             short = [i for i, location in enumerate(locations) if location == Outcome.FULL]
             if not short:
@@ -235,7 +237,7 @@ class Tiers:
             if not self.evict(sum(max(1, sizes[i]) for i in short)):  # also an empty entry takes an extent
                 break
             again = self.memory.reserve(
-                [names[i] for i in short], [sizes[i] for i in short], [part_bytes[i] for i in short]
+                [names[i] for i in short], [sizes[i] for i in short], [part_bytes[i] for i in short], sparse=sparse
             )
             for i, location in zip(short, again, strict=True):
                 locations[i] = location

@@ -70,11 +70,12 @@ class Arena(Places):
         """The segments so far, for whoever shares or registers their memory."""
         return tuple([segment for segment in self._segments if segment is not None])
 
-    def reserve(self, payloads: Sequence[Payload]) -> list[int]:
-        """Locations of new extents for the names and shapes of `payloads`, no part present; or FULL."""
+    def reserve(self, payloads: Sequence[Payload], sparse: bool = False) -> list[int]:
+        """Locations of new extents for the names and shapes of `payloads`, no part present; or FULL. Memory is made
+        ready ahead of its use, but not by `sparse` reservations."""
         for payload in payloads:
             _check_shape(payload)
-        return [self._reserve(payload) for payload in payloads]
+        return [self._reserve(payload, sparse) for payload in payloads]
 
     def release(self, locations: Sequence[int]) -> None:
         """Frees extents; what is not the location of one now is ignored."""
@@ -158,7 +159,7 @@ class Arena(Places):
         self._prefault = None
         super().forget()
 
-    def _reserve(self, payload: Payload) -> int:
+    def _reserve(self, payload: Payload, sparse: bool) -> int:
         pages = max(1, -(-payload.size // ALIGN_BYTES))
         rows = layout.rows_for(part_count(payload.size, payload.part_bytes))
         with self._lock:
@@ -174,7 +175,8 @@ class Arena(Places):
                 self._space.add(start, pages)
                 return Outcome.FULL
             row, generation = segment.make_row(page, pages, payload)
-            wish = self._ahead(segment, page + pages) if page + pages > segment.populate_mark else None
+            ahead = not sparse and page + pages > segment.populate_mark
+            wish = self._ahead(segment, page + pages) if ahead else None
         if wish is not None and self._prefault is not None:
             self._prefault.ask(wish)
         return ordinal << SEGMENT_SHIFT | row << ROW_SHIFT | generation

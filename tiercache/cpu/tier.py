@@ -59,10 +59,12 @@ class MemoryTier:
         """The largest entry that can ever be reserved."""
         return self.arena.entry_bytes_max
 
-    def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
+    def reserve(
+        self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int], *, sparse: bool = False
+    ) -> list[int]:
         """Locations of new extents, no part of which is present, or FULL. Raises ConfigError on impossible shapes."""
         shapes = zip(names, sizes, part_bytes, strict=True)
-        return self.arena.reserve([Payload(name, size, part, 0, b"") for name, size, part in shapes])
+        return self.arena.reserve([Payload(name, size, part, 0, b"") for name, size, part in shapes], sparse)
 
     def buffers(self, locations: Sequence[int]) -> list[Buffer]:
         """The extents in place. Raises LookupError where one was freed: the caller holds what it asks for."""

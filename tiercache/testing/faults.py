@@ -242,11 +242,13 @@ class FaultyMemory(FaultyTier):
     def entry_bytes_max(self) -> int:
         return self._extents.entry_bytes_max
 
-    def reserve(self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int]) -> list[int]:
+    def reserve(
+        self, names: Sequence[Name], sizes: Sequence[int], part_bytes: Sequence[int], *, sparse: bool = False
+    ) -> list[int]:
         refused = self.trouble.some(len(names)) if self.trouble.draw("reserve") is Fault.FULL else set()
         going = [i for i in range(len(names)) if i not in refused]
         locations = self._extents.reserve(
-            [names[i] for i in going], [sizes[i] for i in going], [part_bytes[i] for i in going]
+            [names[i] for i in going], [sizes[i] for i in going], [part_bytes[i] for i in going], sparse=sparse
         )
         answers = dict(zip(going, locations))
         return [answers.get(i, Outcome.FULL) for i in range(len(names))]
