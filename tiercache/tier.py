@@ -169,6 +169,16 @@ class Reclaiming(Protocol):
 
 
 @runtime_checkable
+class Answering(Protocol):
+    """What a tier adds that a thread can read from without going through the event loop."""
+
+    def read_here(self, wants: Sequence[Want], targets: Sequence[Buffer], digests: list[bytes]) -> list[Outcome]:
+        """As Tier.read, for a thread, which waits, at most for the tier's deadline. It judges nothing: unless all are
+        a HIT, nothing was counted or given up, no target is complete, and `read` is the one to ask."""
+        ...
+
+
+@runtime_checkable
 class Remembering(Protocol):
     """What a tier adds that keeps the order of last use for its next opening (Facts.ticks)."""
 

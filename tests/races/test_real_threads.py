@@ -50,7 +50,7 @@ class Crowd:
         self.cache = cache
         self.stop = threading.Event()
         self.wrong: list[str] = []
-        self.hits = 0
+        self.hits = self.local = 0
 
     def run(self, seed: int) -> None:
         rng = random.Random(seed)
@@ -88,6 +88,9 @@ class Crowd:
         ordinals = sorted(rng.sample(range(40), rng.randrange(1, 4)))
         maps = [rng.randrange(1, 1 << part_count(RUN.page_size(o), PART)) for o in ordinals]
         lease = self.cache.core.lease_resident(RUN.key, ordinals, maps)
+        if lease is None and rng.random() < 0.8:
+            lease = self.cache.core.lease_local(RUN.key, ordinals, maps)
+            self.local += lease is not None
         if lease is None:
             lease = wait(self.cache.core.read_pages(RUN, ordinals, maps, load), self.cache.loop)
         with lease:
@@ -132,7 +135,7 @@ def test_threads_on_a_small_cache_with_an_ssd_read_no_wrong_byte(tmp_path: Path)
             crowd.stop.set()
             sys.setswitchinterval(interval)
         assert not crowd.wrong, crowd.wrong[:5]
-        assert crowd.hits > 50
+        assert crowd.hits > 50 and crowd.local
         cache.flush()
         gc.collect()
         core = cache.core

@@ -37,3 +37,23 @@ def test_a_failed_load_nobody_waited_for_is_quiet() -> None:
         flights.end(1, flights.begin(1, 1), OSError("nobody looks"))
 
     asyncio.run(scene(), debug=True)
+
+
+def test_a_claim_keeps_others_away_and_wakes_who_waits() -> None:
+    async def scene() -> None:
+        flights = Flights()
+        load = flights.begin(1, 0b1)
+        assert flights.claim([1, 2]) is None
+        flights.end(1, load)
+        claim = flights.claim([1, 2])
+        assert claim is not None and flights.claim([2]) is None
+        waiter = flights.claimed(2)
+        assert waiter is not None and flights.claimed(1) is waiter and flights.claimed(3) is None
+        await asyncio.get_running_loop().run_in_executor(None, flights.unclaim, claim)
+        await waiter
+        assert flights.claimed(1) is None
+        quiet = flights.claim([2])
+        assert quiet is not None
+        flights.unclaim(quiet)
+
+    asyncio.run(scene())

@@ -52,6 +52,9 @@ class DictCache:
             return None
         return self._lease(found, [Outcome.HIT] * len(found))
 
+    def lease_local(self, key, ordinals, parts):
+        return None
+
     async def read_pages(self, run, ordinals, parts, load):
         gaps, filled = [], []
         for ordinal, want in zip(ordinals, parts, strict=True):

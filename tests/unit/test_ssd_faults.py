@@ -258,6 +258,33 @@ def test_a_cancelled_read_lets_go_of_its_target() -> None:
     run(check())
 
 
+def test_a_read_in_the_callers_thread_ends_with_its_deadline() -> None:
+    """It is as good as any other, and after its deadline nothing of the caller's is written."""
+
+    async def check() -> None:
+        disk = SimDisk(random.Random(1))
+        tier = open_on(disk, deadline_s=0.2)
+        one = small(3)
+        (at,) = await store(tier, [one])
+        digests: list[bytes] = []
+        target, again = bytearray(len(one.data)), bytearray(len(one.data))
+        outcomes = await asyncio.to_thread(tier.read_here, [one.want(at)], [Buffer.of(target, writable=True)], digests)
+        assert (outcomes, bytes(target), digests) == ([Outcome.HIT], one.data, [one.payload.digests])
+        gate = disk.hold("read")
+        outcomes = await asyncio.to_thread(tier.read_here, [one.want(at)], [Buffer.of(again, writable=True)], digests)
+        assert outcomes != [Outcome.HIT] and tier.status().health is Health.OFF
+        late = list(tier._disk._here)
+        assert late, "closing must know of it"
+        gate.set()
+        disk.heal()
+        await come_back(late)
+        assert set(again) == {0}
+        await tier.close()
+        assert tier.read_here([one.want(at)], [Buffer.of(again, writable=True)], digests) == [Outcome.MISS]
+
+    run(check())
+
+
 def test_a_directory_that_vanishes_and_returns() -> None:
     """Durable is never acknowledged for files that nobody will find; the tier goes off and comes back."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from tiercache.buffers import Buffer
 from tiercache.cache.demotion import Demotion
 from tiercache.cache.filling import Filling
+from tiercache.cache.here import Here
 from tiercache.cache.pressure import Pressure
 from tiercache.cache.recovery import Recovery
 from tiercache.cache.serving import Serving
@@ -73,12 +74,12 @@ class Cache:
         metrics: Metrics,
     ) -> None:
         self.tiers = Tiers(index, memory, ssd, settings=settings, clock=clock, metrics=metrics)
-        self.settings, self.metrics = settings, metrics
-        self._tasks = Tasks(metrics)
+        self.settings, self.metrics, self._tasks = settings, metrics, Tasks(metrics)
         self._demotion = Demotion(self.tiers)
         self._pressure = Pressure(self.tiers, self._demotion)
         self._filling = Filling(self.tiers, self._tasks, self._dirtied)
         self._demotion.filling = self._filling
+        self._here = Here(self.tiers, self._filling.flights, self._nudge)
         self.tiers.nudge = self._nudge
         self._recovery = Recovery(self.tiers)
         self._storing = Storing(self.tiers, self._recovery, self._dirtied, self._demotion.saved)
@@ -122,6 +123,11 @@ class Cache:
             return None
         tiers.metrics.add("tiercache_hits_total", len(locations), tier="memory", kind="page")
         return Lease([Outcome.HIT] * len(locations), locations, tiers.memory, tiers.end_of(match))
+
+    def lease_local(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
+        """As `lease_resident`, for a thread that may wait for the SSD; None: `read_pages` knows what to do."""
+        self._open()
+        return self._here.lease(key, ordinals, parts)
 
     def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
         """A lease on whole entries, or None unless every one of them is in memory now."""
@@ -346,13 +352,11 @@ class Cache:
         return await self._lease(reservation, parts, load)
 
     async def _lease(self, pin: Match | Reservation, wanted: Sequence[int], load: Load | None) -> Lease:
-        tiers = self.tiers
-        slots: list[int] = pin.slots.tolist()
+        tiers, slots = self.tiers, pin.slots.tolist()
         outcomes = [Outcome.MISS if load is None else Outcome.FULL] * len(slots)
         locations: Sequence[int] = ()
         try:
-            need: dict[int, int] = {}  # a name may stand twice in a batch; a slot is filled once
-            late = self._late(pin.slots)
+            need, late = dict[int, int](), self._late(pin.slots)  # a name may stand twice; a slot is filled once
             for i, slot in enumerate(slots):
                 if slot >= 0 and i not in late:
                     need[slot] = need.get(slot, 0) | wanted[i]

@@ -84,7 +84,8 @@ class Filling:
             lacks = self._lacks(slots, wanted, outcomes)
             if not attempt:
                 self._count(len(slots), lacks, "object" if load is None else "page")
-            waits = self._start(lacks, load, outcomes, distrusted) if lacks else []
+            with self.flights.lock:
+                waits = self._start(lacks, load, outcomes, distrusted) if lacks else []
             if not waits or not await self._all(waits):
                 break
         return outcomes
@@ -141,6 +142,9 @@ class Filling:
     ) -> list[asyncio.Future[None]]:
         """Starts the loads that nobody else runs, and answers what to wait for. Never waits itself: between the look
         and the announcement of a load no other task may come in."""
+        claims = [self.flights.claimed(lack.slot) for lack in lacks]
+        waits = [waiter for waiter in claims if waiter is not None]  # threads are at it: look again when they are done
+        lacks = [lack for lack, waiter in zip(lacks, claims, strict=True) if waiter is None]
         readable = self._tiers.ssd_readable
         if not readable or distrusted:
             lacks = [
@@ -153,9 +157,8 @@ class Filling:
             # What another task is loading may still come; what nobody loads and no tier has is a miss.
             lacks = [lack for lack in lacks if not (lack.origin and self.flights.join(lack.slot, lack.origin).mine)]
         if not lacks:
-            return []
+            return waits
         names = self._tiers.index.names([lack.slot for lack in lacks])
-        waits: list[asyncio.Future[None]] = []
         from_ssd: list[Share] = []
         from_origin: list[Share] = []
         merged = 0

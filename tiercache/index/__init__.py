@@ -11,10 +11,10 @@ One lock guards everything and is held for microseconds: never across I/O, a cop
 
 from __future__ import annotations
 
-from tiercache.index.few import Look
+from tiercache.index.few import FEW, Look
 from tiercache.index.index import Index
 from tiercache.index.load import Loaded
 from tiercache.index.pins import Freed, Match, Reservation, Unplaced
 from tiercache.index.slots import TRANSITIONS, SlotFacts
 
-__all__ = ["TRANSITIONS", "Freed", "Index", "Loaded", "Look", "Match", "Reservation", "SlotFacts", "Unplaced"]
+__all__ = ["FEW", "TRANSITIONS", "Freed", "Index", "Loaded", "Look", "Match", "Reservation", "SlotFacts", "Unplaced"]

@@ -79,6 +79,25 @@ def hit_few(entries: Entries, key: bytes, ordinals: Sequence[int], parts: Sequen
     return rows, locations
 
 
+def hit_local(entries: Entries, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> list[int] | None:
+    """See Index.hit_local."""
+    columns, names = entries.slots, entries.names
+    (memory_parts, ssd_parts), rows = columns.part_maps, columns.payloads
+    slots: list[int] = []
+    run = names.runs.find(key)
+    if not run:
+        return None
+    for ordinal, wanted in zip(ordinals, parts, strict=True):
+        slot = names.find_page(run, ordinal)
+        if columns.states[slot] < RESIDENT or wanted & ~(memory_parts[rows[slot]] | ssd_parts[rows[slot]]):
+            return None
+        slots.append(slot)
+    for slot in slots:
+        columns.pins[slot] += 1
+        entries.touch(slot)
+    return slots
+
+
 def hit_whole(entries: Entries, names: Sequence[Name]) -> Found:
     """See Index.hit_whole."""
     columns, find, touch = entries.slots, entries.names.find, entries.touch
@@ -107,7 +126,7 @@ def hit_whole(entries: Entries, names: Sequence[Name]) -> Found:
 def reserve_pages(entries: Entries, key: bytes, ordinals: npt.NDArray[np.int64], shape: Shape) -> Reservation | None:
     """See Index.reserve_pages; None, and nothing done, where that takes more: slots on their way out, or too few."""
     columns, names = entries.slots, entries.names
-    if columns.evicting or columns.rows.room < len(ordinals) or not shape.uniform:
+    if len(ordinals) > min(FEW, columns.rows.room) or columns.evicting or not shape.uniform:
         return None
     run = names.runs.find(key)
     fresh = np.zeros(len(ordinals), bool)

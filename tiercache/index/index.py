@@ -158,20 +158,25 @@ class Index:
         """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and their places in memory; None
         unless all of these parts are there. Undo with `release_few`."""
         with self.lock:
-            if self._pins + len(ordinals) > PINS_MAX:
-                return None
-            found = few.hit_few(self._entries, key, ordinals, parts)
-            if found is not None:
-                self._pins += len(ordinals)
+            room = self._pins + len(ordinals) <= PINS_MAX
+            found = few.hit_few(self._entries, key, ordinals, parts) if room else None
+            self._pins += len(ordinals) if found is not None else 0
             return found
 
-    def hit_whole(self, names: Sequence[Name]) -> tuple[list[int], list[int]]:
-        """A few names of entries that are in memory whole: slots of those that are, pinned one by one, and for each
-        name its place in memory or -1. Undo with `release_few`."""
+    def hit_local(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> list[int] | None:
+        """As `hit_few`, where memory and SSD have these parts together; slots alone."""
         with self.lock:
-            if self._pins + len(names) > PINS_MAX:
-                return [], [-1] * len(names)
-            found = few.hit_whole(self._entries, names)
+            room = self._pins + len(ordinals) <= PINS_MAX
+            slots = few.hit_local(self._entries, key, ordinals, parts) if room else None
+            self._pins += len(slots or ())
+            return slots
+
+    def hit_whole(self, names: Sequence[Name]) -> tuple[list[int], list[int]]:
+        """Of a few names: slots of those in memory whole, pinned one by one, and for each name its place there or -1.
+        Undo with `release_few`."""
+        with self.lock:
+            room = self._pins + len(names) <= PINS_MAX
+            found = few.hit_whole(self._entries, names) if room else ([], [-1] * len(names))
             self._pins += len(found[0])
             return found
 
@@ -257,8 +262,7 @@ class Index:
 
         Appending does not walk the chain. Blocks that hang elsewhere (below a removed block) are removed on the way.
         """
-        query = Query(digests, width)
-        shape = Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s)
+        query, shape = Query(digests, width), Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s)
         with self.lock:
             above = self._names.find_key(parent) if parent else 0
             if (parent and not above) or self._pins >= PINS_MAX:
@@ -278,13 +282,11 @@ class Index:
         expiry_s: Scalars = 0,
     ) -> Reservation:
         """Slots for pages of one file version; ordinals are unique."""
-        shape = Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s)
-        wanted = ordinals.astype(np.int64)
+        shape, wanted = Shape(sizes, part_bytes, kind, scope, cost_s, expiry_s), ordinals.astype(np.int64)
         with self.lock:
             if self._pins >= PINS_MAX:
                 return _full(len(wanted))
-            made = few.reserve_pages(self._entries, key, wanted, shape) if len(wanted) <= few.FEW else None
-            if made is not None:
+            if made := few.reserve_pages(self._entries, key, wanted, shape):
                 self._pins += made.pin is not None
                 return made
             return self._reserved(*reserve_pages(self._entries, key, wanted, shape))
@@ -386,7 +388,7 @@ class Index:
             return self._entries.unplace(order, tier, forced=forced)
 
     def keep(self, slots: I64, tier: TierId) -> None:
-        """Victims that the caller could not do without, after all: the policy may name them again later."""
+        """Victims that the caller could not do without: the policy may name them again later."""
         bit = 1 << tier
         with self.lock:
             inside = slots[(self._slots.where.take(slots) & bit != 0) & (self._slots.state.take(slots) >= RESIDENT)]
@@ -394,8 +396,7 @@ class Index:
                 self._entries.policies[tier].keep(inside)
 
     def remove(self, slots: I64 | Sequence[int]) -> Freed:
-        """Deletes: names vanish from look-ups at once. Answers the locations that nobody looks at; those of slots in
-        use come out of a later `release`."""
+        """Deletes: names vanish at once. Answers locations that nobody looks at; the others come with a `release`."""
         with self.lock:
             self._entries.kill(int(slot) for slot in slots)
             return self._entries.drain() or Freed([], [])
@@ -419,7 +420,7 @@ class Index:
             self._entries.abandon(np.asarray(slots, np.int64))
 
     def victims(self, tier: TierId, count: int) -> I64:
-        """At most `count` slots that may leave a tier now, in order. The caller must `unplace` or `keep` each."""
+        """At most `count` slots that may leave a tier now, in order: the caller must `unplace` or `keep` each."""
         with self.lock:
             return self._entries.victims(tier, count)
 
@@ -472,9 +473,7 @@ class Index:
 
     def sample(self, tier: TierId, count: int, rng: np.random.Generator) -> I64:
         """At most `count` slots with a copy in a tier, drawn at random; fewer in a sparse index."""
-        slots = self._slots
-        some = rng.integers(1, max(2, slots.rows.top), count)
-        return np.unique(some[(slots.where.take(some) & (1 << tier)) != 0])
+        return self._slots.sample(tier, count, rng)
 
     def load(self, facts: Facts, tier: TierId) -> Loaded:
         """Bulk insert of what a tier found, newest first: of duplicates the first stays. See Loaded."""

@@ -226,6 +226,11 @@ class Slots:
         here = (self.where[:top] & (1 << TierId.MEMORY)) != 0
         return np.flatnonzero(here & (lacking != 0) & (self.state[:top] >= State.RESIDENT))
 
+    def sample(self, tier: int, count: int, rng: np.random.Generator) -> I64:
+        """See Index.sample."""
+        some = rng.integers(1, max(2, self.rows.top), count)
+        return np.unique(some[(self.where.take(some) & (1 << tier)) != 0])
+
     def at(self, tier: int, locations: I64) -> I64:
         """See Index.slots_at."""
         order = np.argsort(locations)

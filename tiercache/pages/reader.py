@@ -52,6 +52,10 @@ class PageCache(Protocol):
         """A lease on these parts of these pages if all are in memory now; any thread."""
         ...
 
+    def lease_local(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
+        """A lease on these parts of these pages if local tiers have them all; for a thread, which waits for a disk."""
+        ...
+
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
         """A lease on these parts of these pages; `load` brings what no tier has. Items may be FULL."""
         ...
@@ -226,7 +230,7 @@ class PageReader:
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
     ) -> None:
         """As `read_into`, for a thread; see `read_blocking`."""
-        steps = self._steps(pin, spans, targets)
+        steps = self._steps(pin, spans, targets, blocking=True)
         answer: object = None
         try:
             while True:
@@ -237,9 +241,10 @@ class PageReader:
             steps.close()
 
     def _steps(
-        self, pin: Pin, spans: Sequence[Range], targets: Sequence[Buffer]
+        self, pin: Pin, spans: Sequence[Range], targets: Sequence[Buffer], *, blocking: bool = False
     ) -> Generator[Coroutine[Any, Any, Any], Any, None]:
-        """One read as coroutines for the loop, one after the other; the copies between them run where this runs."""
+        """One read as coroutines for the loop, one after the other; the copies between them run where this runs, and
+        if that is a thread that may block, so do reads of the SSD."""
         run = self.run_of(pin)
         if run is None:
             shares = [Share(start, stop, target) for (start, stop), target in zip(spans, targets, strict=True)]
@@ -248,7 +253,12 @@ class PageReader:
         ordinals, parts = geometry.cover_all(spans, run.page_bytes, run.part_bytes)
         for first in range(0, len(ordinals), self._batch_pages):
             batch = slice(first, first + self._batch_pages)
-            lease: Lease = yield self._cache.read_pages(run, ordinals[batch], parts[batch], self._load(pin, run))
+            local = self._cache.lease_local(run.key, ordinals[batch], parts[batch]) if blocking else None
+            lease: Lease = (
+                local
+                if local is not None
+                else (yield self._cache.read_pages(run, ordinals[batch], parts[batch], self._load(pin, run)))
+            )
             with lease:
                 left, bad = self._deliver(run, lease, ordinals[batch], spans, targets)
             if bad:

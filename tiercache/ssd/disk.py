@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import os
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tiercache.errors import UnavailableError
@@ -76,6 +79,7 @@ class Disk:
         self._probes: list[asyncio.Future[None]] = []
         self._commit_lock = asyncio.Lock()
         self._late: set[Job] = set()
+        self._here: set[Job] = set()
         self._lost: list[int] = []
         self._ended = 0
         self._committed = 0
@@ -88,6 +92,31 @@ class Disk:
     async def read(self, jobs: Sequence[Job]) -> None:
         """Runs jobs that somebody waits for."""
         await self._run(jobs, self._readers)
+
+    def read_here(self, jobs: Sequence[Job]) -> bool:
+        """Runs jobs of a thread that waits for them; False unless all ended in time. After it returns, in whatever
+        way, no job touches anything of the caller's."""
+        self._here.update(jobs)
+        calls: list[Future[None]] = []
+        try:
+            for job in jobs:
+                call = partial(job.run, self.io, self._scratch, self.directory.seed)
+                with contextlib.suppress(RuntimeError):  # the directory is being closed
+                    calls.append(self._readers.submit(call))
+            done, late = wait_for(calls, self._deadline_s)
+            for one in done:
+                with contextlib.suppress(CancelledError):  # likewise
+                    one.result()
+        finally:
+            ended = [job for job in jobs if job.abandon()]
+            # What still runs is left in: closing must not take the file from under it.
+            self._here.difference_update([job for job in jobs if not job.started])
+            self._here.difference_update([job for job in tuple(self._here) if job.ended])
+        if late:
+            self.counters["deadlines"] += 1
+            if not ended:
+                self.pulse.hung(self._deadline_s)
+        return len(ended) == len(jobs)
 
     async def write(self, jobs: Sequence[Job]) -> None:
         """Runs jobs that write."""
@@ -401,7 +430,7 @@ class Disk:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._writers.shutdown(wait=False, cancel_futures=True)
         self.committer.shutdown(wait=False, cancel_futures=True)
-        late = [job for job in self._late if not job.ended]
+        late = [job for job in (*self._late, *tuple(self._here)) if not job.ended]
         reading = {job.segment for job in late if isinstance(job, ReadJob)}
         if busy or any(not isinstance(job, ReadJob) for job in late):
             self.closing = threading.Thread(

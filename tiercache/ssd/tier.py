@@ -146,13 +146,7 @@ class SsdTier:
         rows[:] = [b""] * len(wants)
         if disk.pulse.health is Health.OFF:
             return answers
-        found: list[tuple[Segment, ReadItem]] = []
-        with self._space.lock:
-            for index, (want, target) in enumerate(zip(wants, targets, strict=True)):
-                record = self._space.look(want.location)
-                if record is not None and not want.parts & ~record.parts:
-                    assert target.length >= want.size, (target.length, want.size)
-                    found.append((record.segment, ReadItem(index, want, target, record.block, record.parts)))
+        found = self._found(wants, targets)
         jobs = plan_reads(found)
         await disk.read(jobs)
         for job in jobs:
@@ -167,6 +161,34 @@ class SsdTier:
                 rows[item.index] = item.rows
         self.counters["reads"] += len(wants)
         return answers
+
+    def _found(self, wants: Sequence[Want], targets: Sequence[Buffer]) -> list[tuple[Segment, ReadItem]]:
+        """Those of `wants` that live, with where they lie."""
+        found: list[tuple[Segment, ReadItem]] = []
+        with self._space.lock:
+            for index, (want, target) in enumerate(zip(wants, targets, strict=True)):
+                record = self._space.look(want.location)
+                if record is not None and not want.parts & ~record.parts:
+                    assert target.length >= want.size, (target.length, want.size)
+                    found.append((record.segment, ReadItem(index, want, target, record.block, record.parts)))
+        return found
+
+    def read_here(self, wants: Sequence[Want], targets: Sequence[Buffer], digests: list[bytes]) -> list[Outcome]:
+        """See Answering. The reads run in the tier's threads all the same, so that a hanging disk holds those alone."""
+        disk = self._disk
+        refused = [Outcome.MISS] * len(wants)
+        if self._closed or disk.pulse.health is Health.OFF:
+            return refused
+        found = self._found(wants, targets)
+        if len(found) < len(wants) or not disk.read_here(plan_reads(found)):
+            return refused
+        outcomes = [item.outcome for _, item in found]
+        if all(outcome is Outcome.HIT for outcome in outcomes):
+            disk.pulse.read_ok()
+            self.counters["hits"] += len(found)
+            self.counters["reads"] += len(found)
+            digests[:] = [item.rows for _, item in found]
+        return outcomes
 
     def _judge(self, item: ReadItem) -> Outcome:
         if item.outcome is Outcome.HIT:
