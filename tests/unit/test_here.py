@@ -97,14 +97,15 @@ def test_who_comes_while_a_thread_reads_waits_for_it(cache: tiercache.BlockingCa
         assert asked.wait(PATIENCE_S)
         assert core.lease_local(RUN.key, [1], [0b1]) is None, "one claim at a time"
         second = pool.submit(wait, core.read_pages(RUN, [1], [0b11], load), cache.loop)
-        while core.stats()['tiercache_hits_total{tier="ssd",kind="page"}'] < 1:
-            pass  # the second has looked at the page
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not core.metrics.value("tiercache_hits_total", tier="ssd", kind="page"):
+            assert time.monotonic() < deadline_s, "the second has not looked at the page"
         go.set()
         for lease in (first.result(PATIENCE_S), second.result(PATIENCE_S)):
             assert bytes(lease.view(0)[: 1 << 14]) == page(1)[: 1 << 14]
             lease.release()
     assert calls == [1]
-    assert core.stats()['tiercache_hits_total{tier="ssd",kind="page"}'] == 2
+    assert core.metrics.value("tiercache_hits_total", tier="ssd", kind="page") == 2
 
 
 def test_damage_between_the_check_and_the_landing_is_seen(cache: tiercache.BlockingCache) -> None:
