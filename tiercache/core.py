@@ -89,6 +89,10 @@ class Core(Protocol):
         the bytes went away while they were copied."""
         ...
 
+    def lease_local(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
+        """As `lease_resident`, for a thread that may wait for the SSD; None: `read_pages` knows what to do."""
+        ...
+
     def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
         """A lease on whole entries, or None unless every one of them can be had locally."""
         ...

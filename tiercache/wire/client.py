@@ -126,6 +126,11 @@ class SharedCache:
         )
         return _all_or_none(lease)
 
+    def lease_local(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
+        """None: `lease_resident` has waited for the owner's SSD already."""
+        del key, ordinals, parts
+        self._open()
+
     def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
         """A lease on whole entries, or None unless the owner has all of them. On the loop nobody is asked: None."""
         link, _ = self._open()
