@@ -130,6 +130,7 @@ class SharedCache:
         """None: `lease_resident` has waited for the owner's SSD already."""
         del key, ordinals, parts
         self._open()
+        return None
 
     def lease_names_resident(self, names: Sequence[Name]) -> Lease | None:
         """A lease on whole entries, or None unless the owner has all of them. On the loop nobody is asked: None."""
