@@ -327,6 +327,7 @@ def nonsense(rng: random.Random, names: list[Name]) -> bytes:
     return pack(op, rng.randrange(1, 1000), body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ssd_bytes", [0, 64 * MIB], ids=["memory", "ssd"])
 def test_nonsense_harms_nobody(tmp_path: Path, ssd_bytes: int) -> None:
     """A thousand clients that say anything, while one does its work."""
@@ -380,6 +381,7 @@ def test_nonsense_harms_nobody(tmp_path: Path, ssd_bytes: int) -> None:
     play(tmp_path, scene, ssd_bytes=ssd_bytes, limits=Limits(8 * MIB, fill_s=0.05))
 
 
+@pytest.mark.slow
 def test_who_does_not_read_is_held_up_and_harms_nobody(tmp_path: Path) -> None:
     async def scene(house: House) -> None:
         one = await house.visitor()
