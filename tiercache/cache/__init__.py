@@ -24,7 +24,7 @@ from tiercache.cache.serving import Serving
 from tiercache.cache.storing import Storing
 from tiercache.cache.survey import Survey
 from tiercache.cache.tasks import Tasks
-from tiercache.cache.tiers import Tiers, whole
+from tiercache.cache.tiers import Tiers, check_room, whole
 from tiercache.errors import ClosedError, ConfigError, UnavailableError
 from tiercache.lease import Lease
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
@@ -323,7 +323,7 @@ class Cache:
                     outcomes[i] = lease.outcomes[at]
                     if outcomes[i] is Outcome.HIT:
                         size = lease.buffer(at).length
-                        _check_room(i, size, targets[i].length)
+                        check_room(i, size, targets[i].length)
                         outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
             rest = self.look_again(names, outcomes, rest, damaged)
         return outcomes
@@ -498,8 +498,3 @@ class Cache:
         self._nudged = False
         self._demotion.wake()
         self._pressure.wake()
-
-
-def _check_room(item: int, entry_bytes: int, target_bytes: int) -> None:
-    if target_bytes < entry_bytes:
-        raise ConfigError(f"target {item} has {target_bytes} bytes, the entry {entry_bytes}: pass a larger buffer")

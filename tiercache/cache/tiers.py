@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from tiercache.errors import ConfigError
 from tiercache.model import ALIGN_BYTES, Form, Kind, Outcome, Payload, TierId
 from tiercache.tier import Addressable, Health, Tier
 
@@ -83,6 +84,12 @@ def whole(sizes: npt.NDArray[np.uint32], part_bytes: npt.NDArray[np.uint32]) -> 
     """Map with every part set, for each entry (see model.all_parts)."""
     counts = np.maximum(-(-sizes.astype(np.int64) // np.maximum(part_bytes, 1)), 1)
     return np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - counts).astype(np.uint64)
+
+
+def check_room(item: int, entry_bytes: int, target_bytes: int) -> None:
+    """Refuses a target that an entry does not fit into."""
+    if target_bytes < entry_bytes:
+        raise ConfigError(f"target {item} has {target_bytes} bytes, the entry {entry_bytes}: pass a larger buffer")
 
 
 class Tiers:

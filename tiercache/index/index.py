@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     Scalars = npt.ArrayLike
 
 RESIDENT = int(State.RESIDENT)
-_NONE: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class Index:
@@ -62,7 +61,7 @@ class Index:
             if not readable.all():
                 rows = rows[: int(readable.argmin())]
             if not len(rows) or self._pins >= PINS_MAX:
-                return Match(_NONE, None)
+                return Match(np.empty(0, np.int64), None)
             if (slots.where.take(rows) & 1).all():
                 leaf = int(rows[-1])
                 slots.pins[leaf] += 1
@@ -151,8 +150,7 @@ class Index:
     def touch_at(self, slots: I64, locations: I64) -> None:
         """Used just now: those of these slots whose copy in memory still lies there."""
         with self.lock:
-            there = self._slots.location[TierId.MEMORY].take(self._slots.payload.take(slots)) == locations
-            self._entries.touch(slots[there])
+            self._entries.touch(slots[self._slots.location[0].take(self._slots.payload.take(slots)) == locations])
 
     def hit_few(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> tuple[list[int], list[int]] | None:
         """hit_pages for a handful of pages, without arrays: slots, pinned one by one, and their places in memory; None
@@ -208,9 +206,7 @@ class Index:
 
     def release_slot(self, slot: int) -> Freed | None:
         """Undoes one `hit`."""
-        with self.lock:
-            self._pins -= 1
-            return self._entries.let_go((slot,))
+        return self.release_few((slot,))
 
     # -- facts --------------------------------------------------------------------------------------------------------
     def facts(self, slots: I64) -> SlotFacts:
@@ -451,9 +447,8 @@ class Index:
 
     def unsaved(self) -> I64:
         """Readable slots with parts in memory that the SSD lacks, oldest slot number first."""
-        return (
-            self._slots.unsaved()
-        )  # no lock: what was placed before this call is seen, and begin_move judges the rest
+        # No lock: what was placed before this call is seen, and begin_move judges the rest.
+        return self._slots.unsaved()
 
     def sizes(self, slots: I64) -> npt.NDArray[np.uint32]:
         """Sizes of slots as of about now, without the lock."""
