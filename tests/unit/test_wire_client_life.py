@@ -75,8 +75,10 @@ class House:
 
     def play(self, scene: Callable[[SharedCache], Awaitable[None]], deadline_s: float = 5.0) -> None:
         async def act() -> None:
+            starter = await asyncio.to_thread(self.open)  # an owner that is yet to start may take its time
             core = await asyncio.to_thread(self.open, deadline_s)
             core.begin()
+            await starter.close()
             try:
                 await scene(core)
             finally:

@@ -23,6 +23,7 @@ from tiercache.wire.glance import glance_into, glance_pages
 from tiercache.wire.leasing import Leasing, misses
 from tiercache.wire.link import TICK_S, Link
 from tiercache.wire.loading import Reading
+from tiercache.wire.memo import TOUCHES_MAX
 from tiercache.wire.notes_client import SharedNotes
 from tiercache.wire.puts import Put, Puts
 from tiercache.wire.sockets import Lost
@@ -53,6 +54,7 @@ OWNERS_SETTINGS = (
 OPENED_BEFORE_FORK = (
     "this cache was opened before the fork, in the parent process: open it again with tiercache.open(...)"
 )
+_HIT = Outcome.HIT
 CLOSED = "this cache was closed: open it again with tiercache.open(...)"
 
 
@@ -117,7 +119,7 @@ class SharedCache:
             if seen is not None:
                 link.say_touched()
                 return seen
-        if link.revive.here:
+        if link.revive.here or _odd(ordinals, parts):
             return None
         lease = self._leasing.ask(
             Op.LEASE_PAGES,
@@ -160,10 +162,11 @@ class SharedCache:
         link, home = self._open()
         if home is not None:
             outcomes = glance_into(home, names, targets, verify, self._clock.wall())
-            link.say_touched()
+            if len(home.touched) >= TOUCHES_MAX:
+                link.say_touched()
         else:
             outcomes = [Outcome.MISS] * len(names)
-        if outcomes.count(Outcome.HIT) < len(outcomes):
+        if outcomes.count(_HIT) < len(outcomes):
             rest = [i for i, outcome in enumerate(outcomes) if outcome is Outcome.MISS]
             if rest and not link.revive.here:
                 some = [names[i] for i in rest]
@@ -327,6 +330,8 @@ class SharedCache:
         """A lease on pages of one file version with these parts in memory; `load` brings what no tier has, in this
         process, and what it raises is raised. Without an owner all items are FULL: read those around the cache."""
         _, home = self._open()
+        if _odd(ordinals, parts):
+            raise ConfigError("pages are asked for once in a batch, each with the parts that are wanted")
         shape = (run.key, run.size, run.page_bytes, run.part_bytes, run.scope, run.cost_s, run.expiry_s)
         reading = Reading(run, load)
         names = [Name(run.key, ordinal) for ordinal in ordinals]
@@ -413,6 +418,11 @@ class SharedCache:
         if bond is None or bond.line is None:
             raise Lost("no owner is there")
         bond.line.tell(op, body)
+
+
+def _odd(ordinals: Sequence[int], parts: Sequence[int]) -> bool:
+    """Whether a batch of pages is none that an owner would take."""
+    return 0 in parts or len(ordinals) != len(parts) or len(set(ordinals)) < len(ordinals) or not len(ordinals)
 
 
 def _all_or_none(lease: Lease | None) -> Lease | None:

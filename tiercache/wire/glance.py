@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from tiercache.buffers import copy_many, copy_many_verified
 from tiercache.errors import ConfigError
 from tiercache.lease import Lease
-from tiercache.model import Name, Outcome, all_parts
+from tiercache.model import Name, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tiercache.buffers import Buffer
+    from tiercache.buffers import Buffer, Source
     from tiercache.wire.memo import Home, Spot
 
 
@@ -86,29 +87,41 @@ def glance_into(
 ) -> list[Outcome]:
     """Copies whole entries that can be seen to the start of each target: HIT, CORRUPT where a digest differed, and
     MISS for what must be asked for."""
+    # Everything is looked up before the first byte moves, and with few calls: see copy_many_verified.
     memo, look = home.memo, home.view.glance
+    remembered = memo.get
     outcomes = [Outcome.MISS] * len(names)
-    chosen: list[int] = []
-    places: list[int] = []
-    spots: list[Spot] = []
+    chosen: list[tuple[int, int, Spot]] = []
+    sources: list[Source] = []
+    into: list[Buffer] = []
     for i, name in enumerate(names):
-        location = memo.get(name)
+        location = remembered(name)
         if location < 0:
             continue
         spot = look(location, name, now_s)
-        if spot is None or spot.parts != all_parts(spot.size, spot.part_bytes):
+        if spot is None or spot.parts != (1 << (-(-spot.size // spot.part_bytes) or 1)) - 1:
             memo.forget(name)
             continue
-        chosen.append(i)
-        places.append(location)
-        spots.append(spot)
+        if targets[i].length < spot.size:
+            raise ConfigError(f"target {i} has {targets[i].length} bytes, the entry {spot.size}: pass a larger buffer")
+        chosen.append((i, location, spot))
+        sources.append(spot.source(verify))
+        into.append(targets[i])
     if not chosen:
         return outcomes
-    copied = home.view.copy_places(spots, [targets[i] for i in chosen], verify=verify)
-    for i, location, outcome in zip(chosen, places, copied, strict=True):
-        outcomes[i] = outcome
-        if outcome is Outcome.HIT:
-            home.touched.append(location)
+    if verify:
+        good = copy_many_verified(sources, into)
+    else:
+        copy_many(sources, into)
+        good = None
+    hit, touch = Outcome.HIT, home.touched.append
+    for at, (i, location, spot) in enumerate(chosen):
+        if spot.stale:  # which also explains digests that differ
+            memo.forget(names[i])
+        elif good is None or good[at]:
+            outcomes[i] = hit
+            touch(location)
         else:
+            outcomes[i] = Outcome.CORRUPT
             memo.forget(names[i])
     return outcomes

@@ -56,7 +56,8 @@ class Link:
         self._numbers = itertools.count(1)
         self._ended: deque[int] = deque()  # leases that ended where nothing could be said, or nobody was there
         self._homes: list[Home] = []  # of owners before this one, as long as leases look at them
-        self._home: Home | None = None
+        self.home: Home | None = None
+        """The memory to glance at, also while no owner is there."""
         self.leaving = self.left = False
 
     def begin(
@@ -65,11 +66,6 @@ class Link:
         """This loop is the client's from now on. `on_forget` hears of what other processes forgot, `on_lost` of every
         owner that went; both on the loop."""
         self.revive.begin(loop, on_forget, on_lost)
-
-    @property
-    def home(self) -> Home | None:
-        """The memory to glance at, also while no owner is there."""
-        return self._home
 
     # -- threads -------------------------------------------------------------------------------------------------------
 
@@ -204,7 +200,7 @@ class Link:
     def release(self, number: int) -> None:
         """A lease has ended, or was granted to nobody: the owner is told, now or later. Never raises."""
         home = self.holds.drop(number)
-        if home is not None and home is not self._home:
+        if home is not None and home is not self.home:
             self._leave_homes()
             return
         self._tell_released([number])
@@ -227,7 +223,7 @@ class Link:
 
     def say_noted(self, *, touches_min: int = 1) -> None:
         """Tells the owner what was only noted so far: leases that were dropped, and what was read without asking."""
-        home, bond = self._home, self.revive.now
+        home, bond = self.home, self.revive.now
         if bond is None or home is None:
             return
         if self._ended:
@@ -243,7 +239,7 @@ class Link:
 
     def say_touched(self) -> None:
         """As `say_noted`, where enough came together to be worth a message."""
-        home = self._home
+        home = self.home
         if home is not None and len(home.touched) >= TOUCHES_MAX:
             self.say_noted(touches_min=TOUCHES_MAX)
 
@@ -257,7 +253,7 @@ class Link:
         here = []
         for number in numbers:
             home = self.holds.drop(number)
-            if home is None or home is self._home:
+            if home is None or home is self.home:
                 here.append(number)
         if self._homes:
             self._leave_homes()
@@ -268,9 +264,9 @@ class Link:
 
     def _met(self, bond: Bond) -> None:
         """A new bond. The memory of the owner before stays as long as leases look at it."""
-        home = self._home
+        home = self.home
         if home is not bond.home:
-            self._home = bond.home
+            self.home = bond.home
             if home is not None:
                 self._homes.append(home)
                 self._leave_homes()
@@ -298,7 +294,7 @@ class Link:
         if bond is not None:
             bond.end("this cache was closed")
             await bond.end_here()
-        for home in (self._home, *self._homes):
+        for home in (self.home, *self._homes):
             if home is not None:
                 home.view.close()
 
@@ -310,6 +306,6 @@ class Link:
     def forget(self, why: str) -> None:
         """In a forked child."""
         self.revive.forget(why)
-        if self._home is not None:
-            self._home.view.forget()
-            self._home = None
+        if self.home is not None:
+            self.home.view.forget()
+            self.home = None

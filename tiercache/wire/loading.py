@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from tiercache.buffers import part_digests
-from tiercache.errors import ProtocolError, TierCacheError, UnavailableError
+from tiercache.errors import TierCacheError, UnavailableError
 from tiercache.lease import Gap
 from tiercache.wire import frames
 from tiercache.wire.frames import Landed, Op
@@ -66,11 +66,12 @@ class Loads:
         self._readings.pop(number, None)
 
     def begin(self, speaker: Speaker, number: int, body: memoryview) -> None:
-        """A FILL has come. Raises ProtocolError where it makes no sense."""
+        """A FILL has come; one that nobody can deal with is given back at once."""
         fill, gaps = frames.unpack_gaps(body)
         reading = self._readings.get(number)
         if reading is None:
-            raise ProtocolError(f"gaps for the question {number}, which is not open")
+            speaker.tell(Op.UNFILLED, frames.pack_u64([fill]), number=number)
+            return
         task = asyncio.get_running_loop().create_task(self._fill(speaker, number, fill, gaps, reading))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

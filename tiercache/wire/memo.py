@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tiercache.buffers import Buffer
+    from tiercache.buffers import Buffer, Source
     from tiercache.model import Name, Outcome
 
 NAMES_MAX = 1 << 17
@@ -37,14 +37,8 @@ class Spot(Protocol):
         """Bytes of a part."""
         ...
 
-    @property
-    def span(self) -> Buffer:
-        """The bytes in place."""
-        ...
-
-    @property
-    def digests(self) -> bytes:
-        """Digests of all parts."""
+    def source(self, hashed: bool) -> Source:
+        """What a copy of the whole entry needs."""
         ...
 
     @property

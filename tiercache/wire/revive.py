@@ -26,7 +26,8 @@ from tiercache.wire.sockets import CannotShare, Foreign, Lost, NoOwner
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from typing import Any
 
     from tiercache.wire.bond import Greeting, Holds
     from tiercache.wire.memo import View
@@ -232,8 +233,7 @@ class Revive:
         old = self._bond
         if old is None:
             return self._make(None)
-        if self.loop is not None:
-            self._on_loop(self._end_here(old))
+        self._on_loop(self._end_here, old)
         old.quiet(self._ways.deadline_s)
         return self._make(old.home)
 
@@ -254,14 +254,13 @@ class Revive:
         channels = Channels(_first(channel, lambda: self._again(greeting)), wait_s=ways.deadline_s)
         bond = Bond(greeting, home, channels, ways.deadline_s)
         try:
-            if self.loop is not None:
-                self._on_loop(self._lay(bond))
+            self._on_loop(self._lay, bond)
             self._redeclare(bond)
             self._on_bond(bond)
         except BaseException:
             bond.end("it could not be told what this process holds")
-            if self.loop is not None and bond.line is not None:
-                self._on_loop(bond.end_here())
+            if bond.line is not None:
+                self._on_loop(Bond.end_here, bond)
             raise
         return bond
 
@@ -314,9 +313,14 @@ class Revive:
         if unkept:
             log.warning("%d leases on the cache's memory could not be kept: their views may change", unkept)
 
-    def _on_loop(self, work: object) -> None:
-        assert self.loop is not None
-        asyncio.run_coroutine_threadsafe(work, self.loop).result(self._ways.deadline_s)  # type: ignore[arg-type]
+    def _on_loop(self, work: Callable[[Bond], Coroutine[Any, Any, None]], bond: Bond) -> None:
+        """Does a part of it on the loop, where there is one."""
+        loop = self.loop
+        if loop is None:
+            return
+        if loop.is_closed():
+            raise ClosedError("the event loop of this cache was closed: open it again with tiercache.open(...)")
+        asyncio.run_coroutine_threadsafe(work(bond), loop).result(self._ways.deadline_s)
 
 
 def _batches(holds: Iterable[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
