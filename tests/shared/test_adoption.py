@@ -256,6 +256,29 @@ def test_memory_knows_better_than_the_ssd(settings: Settings) -> None:
     assert (same, kept) == (b"2", b"k") and other in (b"2", Outcome.MISS)
 
 
+def test_what_the_disk_may_have_in_an_older_state_stays_until_it_is_written_anew(settings: Settings) -> None:
+    if not settings.ssd_bytes:
+        pytest.skip("for a cache with an SSD")
+    dead = Dead(settings, [(str(i), chr(97 + i), 2 * MIB, True) for i in range(8)])
+
+    async def use(cache: Cache, adoption: Adoption) -> None:
+        adoption.begin(lambda: None)
+        adoption.heard(os.getpid())
+        for i in range(40):  # pushes everything else out of memory
+            cache.store([Name(object_key("", f"new{i}"))], [Buffer.of(b"n" * MIB)])
+        await adoption.saved()
+        for i in range(40):
+            cache.store([Name(object_key("", f"newer{i}"))], [Buffer.of(b"n" * MIB)])
+        for i in range(8):
+            with await cache.lease([Name(object_key("", str(i)))]) as lease:
+                assert lease.outcomes == [Outcome.HIT]
+                assert bytes(lease.view(0)) == chr(97 + i).encode() * 2 * MIB
+        cache.tiers.index.validate()
+
+    adopt(settings, dead, use)
+    dead.let_go()
+
+
 def test_what_cannot_be_taken_over_is_left_alone(settings: Settings) -> None:
     dead = Dead(settings, [("a", "a", 1000, False)])
     assert Adoption.of(replace(dead.state, strangers=1), settings) is None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from tiercache.errors import ConfigError, ProtocolError
+from tiercache.errors import ConfigError, ProtocolError, TierCacheError
 from tiercache.lease import Lease
 from tiercache.model import Form, Name, Outcome, TierId
 from tiercache.owner.state import maps_memory, memory_files
@@ -45,6 +45,9 @@ class Adoption:
         """Living clients of the dead owner that have not come back yet."""
         self._files = files
         self._pins: list[Match] = []
+        self._doubted: list[Match] = []
+        """Entries whose copies on SSD may be of the past: they stay in memory until they have been written anew."""
+        self._saving: asyncio.Task[None] | None = None
         self._orphans: dict[int, int] = {}
         """Extents that nothing in the index points to, each with how many leases hold it: their bytes have to stay for
         whoever had a lease on them when the owner died."""
@@ -98,15 +101,28 @@ class Adoption:
         loaded = tiers.index.load(facts, TierId.MEMORY)
         slots = tiers.index.slots_at(TierId.MEMORY, facts.locations)
         inside = slots[slots >= 0]
+        known = tiers.index.facts(inside)
+        doubted = inside[(known.ssd_location >= 0) & (known.ssd_parts == 0)]
+        if len(doubted):
+            self._doubted.append(tiers.index.hold(doubted.tolist()))
         if len(inside):
             self._pins.append(tiers.index.hold(inside.tolist()))
         self._orphans.update(dict.fromkeys(facts.locations[slots < 0].tolist(), 0))
-        # Of a name that means other bytes in memory than on SSD, the memory is right, and the SSD has the past.
         odd = (slots < 0) & np.isin(facts.locations, loaded.surplus) & (facts.forms != Form.PAGE)
-        past = [Name(facts.keys[row, : int(facts.widths[row])].tobytes()) for row in np.flatnonzero(odd).tolist()]
-        if past:
-            tiers.free(tiers.index.remove_names(past)[0])
+        if odd.any():
+            self._drop_past([facts.keys[row, : int(facts.widths[row])].tobytes() for row in np.flatnonzero(odd)])
         return len(inside)
+
+    def _drop_past(self, keys: list[bytes]) -> None:
+        """Entries that memory has in another size than the SSD: they were deleted and put again, which the SSD has not
+        heard of. What is in memory under such a name too (twice, then) is left as it is."""
+        tiers = self._cache.tiers
+        names = [Name(key) for key in dict.fromkeys(keys)]
+        match = tiers.index.match(names)
+        elsewhere = (match.slots >= 0) & (tiers.index.facts(match.slots).memory_location < 0)
+        tiers.release(match)
+        past = [name for name, gone in zip(names, elsewhere.tolist(), strict=True) if gone]
+        tiers.free(tiers.index.remove_names(past)[0])
 
     # -- clients that come back ----------------------------------------------------------------------------------------
 
@@ -175,8 +191,24 @@ class Adoption:
         self._cache.tiers.release(*self._pins)
         self._pins.clear()
         self._free_orphans()
+        if self._doubted:
+            self._saving = asyncio.get_running_loop().create_task(self._save())
         log.info("all clients of the dead owner are back or gone")
         self._on_settled()
+
+    async def saved(self) -> None:
+        """Returns when nothing waits to be written anew."""
+        if self._saving is not None:
+            await self._saving
+
+    async def _save(self) -> None:
+        """Writes to the SSD what it may have in an older state."""
+        try:
+            await self._cache.flush()
+        except TierCacheError as error:
+            log.warning("not everything that was taken over is on the SSD: %s", error)
+        self._cache.tiers.release(*self._doubted)
+        self._doubted.clear()
 
     def _free_orphans(self) -> None:
         free = [location for location, holds in self._orphans.items() if holds <= 0]
