@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import mmap
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,14 @@ def got(cache: Cache, text: str, size: int) -> bytes | Outcome:
     data, target = new_bytes(size)
     outcome = cache.get_into_resident([Name(object_key("", text))], [target])[0]
     return data if outcome is Outcome.HIT else outcome
+
+
+@pytest.fixture(autouse=True)
+def no_memory_stays_open() -> Iterator[None]:
+    yield
+    gc.collect()  # a mapping has a descriptor of its own, and a view in a dead frame keeps it
+    left = state.memory_files(ARENA, [state.me()])
+    assert not left, left
 
 
 def test_what_lies_in_memory_is_there_again(settings: Settings) -> None:
