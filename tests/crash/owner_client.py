@@ -24,14 +24,14 @@ from tests.crash.ledger import value_of
 from tiercache.errors import UnavailableError
 from tiercache.model import Outcome
 
-VALUE_BYTES = (3_000, 70_000, 400_000, 1_200_000)
+VALUE_BYTES = (3_000, 20_000, 70_000, 200_000)
 BATCH = 4
 BEAT_S = 0.1
 MINE = 1_000_000
 """Client c has the numbers from c * MINE on."""
 OPTIONS = {
     "memory_bytes": 96 << 20,
-    "ssd_bytes": 2 << 30,
+    "ssd_bytes": 6 << 30,  # never full: an eviction would look like a loss
     "segment_bytes": 16 << 20,
     "page_bytes": 256 << 10,
     "disk_free_floor_bytes": 1 << 20,
@@ -103,6 +103,7 @@ class Client:
 
     def write(self, rng: random.Random) -> None:
         """A few values, durable or not; while no owner can be had, puts may be refused."""
+        self.stop.wait(rng.uniform(0, 0.2))
         numbers = [next(self.numbers) for _ in range(rng.randint(1, BATCH))]
         durable = rng.random() < 0.5
         try:
