@@ -270,6 +270,50 @@ def test_a_load_that_the_owners_death_cuts_off_ends_and_is_done_again(house: Hou
     house.play(scene)
 
 
+def test_two_clients_load_once_and_a_load_that_fails_is_the_fault_of_its_own_client_only(house: House) -> None:
+    async def scene(core: SharedCache) -> None:
+        other = await asyncio.to_thread(house.open)
+        other.begin()
+        began, gate = asyncio.Event(), asyncio.Event()
+        counted: list[int] = []
+
+        async def failing(gaps: Sequence[Gap], landed: Landed) -> None:
+            began.set()
+            await gate.wait()
+            raise FileNotFoundError(2, "no such file")
+
+        async def counting(gaps: Sequence[Gap], landed: Landed) -> None:
+            counted.append(len(gaps))
+            await load(gaps, landed)
+
+        first = asyncio.ensure_future(core.read_pages(RUN, [0, 1], [WHOLE, WHOLE], failing))
+        await began.wait()
+        second = asyncio.ensure_future(other.read_pages(RUN, [0, 1], [WHOLE, WHOLE], counting))
+        await other.call("status", {})
+        gate.set()
+        with pytest.raises(FileNotFoundError):
+            await first
+        with await second as lease:
+            assert lease.outcomes == [Outcome.HIT] * 2
+            assert bytes(lease.view(1)) == DATA[PAGE : 2 * PAGE]
+        both = await asyncio.gather(
+            core.read_pages(RUN, [2, 3], [WHOLE, WHOLE], counting),
+            other.read_pages(RUN, [2, 3], [WHOLE, WHOLE], counting),
+        )
+        assert sum(counted) == 4
+        for lease in both:
+            assert lease.outcomes == [Outcome.HIT] * 2
+            assert bytes(lease.view(0)) == DATA[2 * PAGE : 3 * PAGE]
+            lease.release()
+        # What one client deletes is not served by the glance of another.
+        assert core.lease_resident(RUN.key, [2], [1]) is not None
+        assert await other.delete([Name(RUN.key, 2)]) == [Outcome.HIT]
+        assert await asyncio.to_thread(core.lease_resident, RUN.key, [2], [1]) is None
+        await other.close()
+
+    house.play(scene)
+
+
 def test_a_put_whose_owner_dies_while_it_copies_is_done_again(house: House) -> None:
     class Dying(Buffer):
         """A value whose first copy is the last thing that its owner lives to see."""
