@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,21 @@ class Shared:
             raise TimeoutError(f"the owner of {self.directory} does not go")
         os.close(fd)
 
+    def descriptors(self) -> int:
+        """How many the owner has open."""
+        return len(os.listdir(f"/proc/{self.owner}/fd"))
+
     def log(self) -> str:
         """What the owners said."""
         return (Path(self.directory) / "owner.log").read_text()
+
+
+def eventually(done: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    """Returns when something has come true that another process does."""
+    until, pause = time.monotonic() + patience_s, threading.Event()
+    while not done():
+        assert time.monotonic() < until, "it did not come true"
+        pause.wait(0.02)
 
 
 def wait_for(pidfd: int) -> None:
@@ -108,6 +121,14 @@ class Worker:
         self._pending += 1
         return self
 
+    def hear(self) -> Any:
+        """One line that it says while it does what it was told."""
+        assert self._process.stdout is not None
+        while self._pending > 1:
+            self._process.stdout.readline()
+            self._pending -= 1
+        return json.loads(self._process.stdout.readline())
+
     def end(self) -> Any:
         """What came of the last thing it was told."""
         assert self._process.stdout is not None
@@ -122,9 +143,12 @@ class Worker:
             raise RuntimeError(answer["fault"])
         return answer
 
-    def kill(self) -> None:
+    def kill(self) -> str:
+        """Kills it; answers what it said that nobody has heard."""
         self._process.kill()
         self._process.wait()
+        stdout = self._process.stdout
+        return stdout.read() if stdout is not None and not stdout.closed else ""
 
     def stop(self) -> None:
         """Ends it."""

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+MIB = 1 << 20
 STARTED = time.perf_counter()
 
 
@@ -104,6 +105,177 @@ class Told:
         from tiercache.sync import wait
 
         return wait(self.cache.core.call("owner", {}), self.cache.loop)
+
+    def validate(self) -> Any:
+        """What the owner says of its index."""
+        from tiercache.sync import wait
+
+        return wait(self.cache.core.call("validate", {}), self.cache.loop)
+
+    def evict_all(self) -> int:
+        """Empties the cache; bytes that went."""
+        from tiercache.sync import wait
+
+        return wait(self.cache.core.call("evict", {"down_to": 0}), self.cache.loop)["evicted_bytes"]
+
+    def stats(self, *names: str) -> dict[str, float]:
+        """Those of the owner's metrics that begin with these names."""
+        found = self.cache.stats()
+        return {name: value for name, value in found.items() if name.startswith(names)}
+
+    def page(self, key: str, fills: bool = True) -> str:
+        """Reads the one page of a file through the cache; the load writes half of it and then, unless it `fills`,
+        waits for ever. Answers what came."""
+        import asyncio
+
+        from tiercache.lease import PageRun
+        from tiercache.sync import wait
+
+        size, name = 1 << 20, bytes.fromhex(key)
+        run = PageRun(name, size, size, 64 << 10)
+
+        async def load(gaps: Any, landed: Any) -> None:
+            for gap in gaps:
+                gap.target.view()[: size // 2] = name[:1] * (size // 2)
+                if not fills:
+                    print(json.dumps("filling"), flush=True)
+                    await asyncio.get_running_loop().create_future()
+                gap.target.view()[size // 2 :] = name[:1] * (size // 2)
+            landed(range(len(gaps)))
+
+        async def read() -> str:
+            lease = await self.cache.core.read_pages(run, [0], [(1 << 16) - 1], load)
+            try:
+                outcome = lease.outcomes[0]
+                assert outcome.name != "HIT" or bytes(lease.view(0)) == name[:1] * size, "wrong bytes"
+                return outcome.name
+            finally:
+                lease.release()
+
+        return wait(read(), self.cache.loop)
+
+    def claim(self, label: str) -> str:
+        """Claims a note and answers what came: the value, or "mine"."""
+        from tiercache.sync import wait
+
+        value = wait(self.cache.core.notes.claim(label.encode()), self.cache.loop)
+        return "mine" if value is None else value.decode()
+
+    def settle(self, label: str, value: str) -> None:
+        async def told() -> None:
+            self.cache.core.notes.settle(label.encode(), value.encode(), 60.0)
+
+        from tiercache.sync import wait
+
+        wait(told(), self.cache.loop)
+
+    def churn(self, seed: int) -> None:
+        """Puts, leases and gets as fast as it can until it is killed; says so once it has begun."""
+        import random
+
+        rng = random.Random(seed)
+        for turn in range(1 << 40):
+            name = f"{seed} {rng.randrange(20)}"
+            value = bytes([65 + rng.randrange(26)]) * rng.choice([100, 70_000, MIB])
+            self.cache.put([name], [value])
+            with self.cache.lease([name, f"{1 - seed} {rng.randrange(20)}"]) as lease:
+                self.views = [lease.view(i) for i, one in enumerate(lease.outcomes) if one.name == "HIT"]
+            for each in self.cache.get([name]):
+                assert not isinstance(each, bytes) or each == each[:1] * len(each), "wrong bytes"
+            self.cache.delete([name])
+            if turn == 2:
+                print(json.dumps("churning"), flush=True)
+
+    def exec_in_fork(self) -> list[str]:
+        """What a program has open that a forked child executed."""
+        return self._run_in_fork(False)
+
+    def exec_in_fork_of_fork(self) -> list[str]:
+        """As exec_in_fork, by a child of the child."""
+        return self._run_in_fork(True)
+
+    @staticmethod
+    def _run_in_fork(twice: bool) -> list[str]:
+        import os
+
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            if twice and os.fork():
+                os._exit(0)
+            os.dup2(writer, 1)
+            code = "import os, json; print(json.dumps([os.readlink(f'/proc/self/fd/{n}') for n in "
+            code += "os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{n}') and int(n) > 2]))"
+            os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", code])
+        os.close(writer)
+        os.waitpid(pid, 0)
+        with open(reader) as pipe:
+            return json.loads(pipe.read())
+
+    def fork(self, then: str, *arguments: Any) -> list[Any]:
+        """A forked child does one thing and lives on; [its number, what came]."""
+        import os
+
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(0)
+            os.dup2(writer, 1)
+            try:
+                answer = getattr(self, then)(*arguments)
+            except BaseException as fault:
+                answer = f"{type(fault).__name__}: {fault}"
+            os.write(writer, json.dumps(answer).encode() + b"\n")
+            os.close(writer)
+            os.closerange(1, 3)
+            threading.Event().wait()
+        os.close(writer)
+        with open(reader) as pipe:
+            return [pid, json.loads(pipe.readline())]
+
+    def open_and_get(self, directory: str, name: str, settings: dict[str, Any]) -> list[Any]:
+        self.open(directory, **settings)
+        return [self.kind(), *self.get(name)]
+
+    def daemonise(self) -> int:
+        """This process ends; a grandchild of it, in a session of its own, goes on with its pipes."""
+        import os
+
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        return os.getpid()
+
+    def become(self, uid: int) -> int:
+        """Another user, after everything that may be needed was imported (the interpreter may be root's alone)."""
+        import encodings.idna  # noqa: F401
+        import os
+
+        import tiercache.cache
+        import tiercache.cpu.tier
+        import tiercache.cpu.view
+        import tiercache.ssd.tier
+        import tiercache.wire.client
+        import tiercache.wire.starting  # noqa: F401
+
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+        return os.getuid()
+
+    def speak(self, version: int) -> None:
+        """Another version of the protocol, as another release would."""
+        from tiercache.wire import hello
+
+        hello.VERSION = version
+
+    def fds(self) -> list[str]:
+        import os
+
+        names = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return sorted(os.readlink(name) for name in names if os.path.lexists(name))
 
     def mount(self, protocol: str, options: dict[str, Any], **settings: Any) -> None:
         from tiercache_connectors.fsspec_fs import TierCacheFileSystem

@@ -41,6 +41,7 @@ class Survey:
             "contents": self._contents,
             "held": self._held,
             "evict": self._evict,
+            "validate": self._validate,
         }
 
     async def answer(self, question: str, arguments: Mapping[str, Any]) -> Any:
@@ -68,6 +69,17 @@ class Survey:
             }
             for one in tiers
         }
+
+    async def _validate(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """Checks every invariant of the index, which holds it up for as long: for tests and for whoever suspects
+        something. `broken` names the first that does not hold, and is empty where all do."""
+        index = self._tiers.index
+        try:
+            index.validate()
+            broken = ""
+        except AssertionError as fault:
+            broken = str(fault) or "an invariant of the index"
+        return {"broken": broken, "pins": index.pins, "entries": index.used}
 
     async def _contents(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Rows [key, form, kind, entries, bytes in memory, bytes on SSD] of the slots from `after` on, joined by key as
