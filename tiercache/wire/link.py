@@ -244,7 +244,7 @@ class Link:
             self.say_noted(touches_min=TOUCHES_MAX)
 
     def _say_ended(self) -> None:
-        numbers = []
+        numbers: list[int] = []
         try:
             while len(numbers) < 4096:
                 numbers.append(self._ended.popleft())

@@ -167,7 +167,8 @@ class Home:
 
     def take_touched(self) -> list[int]:
         """What the owner is to be told of, at most TOUCHES_MAX."""
-        touched, taken = self.touched, []
+        touched = self.touched
+        taken: list[int] = []
         try:
             while len(taken) < TOUCHES_MAX:
                 taken.append(touched.popleft())
