@@ -34,7 +34,7 @@ def shared(shared: Shared) -> Shared:
 
 
 def test_killed_while_filling(shared: Shared, worker: Any) -> None:
-    """The one that loads a page dies half-way: one of those that wait loads it, and gets its bytes; so do the others."""
+    """The one that loads a page dies half-way: one of those that wait loads it, and all get its bytes."""
     one = worker()
     base = base_of(shared, one)
     for _ in range(3):
@@ -43,7 +43,7 @@ def test_killed_while_filling(shared: Shared, worker: Any) -> None:
         assert loader.hear() == "filling"
         for each in waiting:
             each.begin("page", KEY)
-        eventually(lambda: questions(one, *waiting) == 2)
+        eventually(lambda waiting=waiting: questions(one, *waiting) == 2)
         loader.kill()
         assert [each.end() for each in waiting] == ["HIT", "HIT"]
         for each in waiting:

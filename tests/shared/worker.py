@@ -250,8 +250,10 @@ class Told:
 
     def become(self, uid: int) -> int:
         """Another user, after everything that may be needed was imported (the interpreter may be root's alone)."""
+        import difflib  # noqa: F401  # by settings
         import encodings.idna  # noqa: F401
         import os
+        import tempfile
 
         import tiercache.cache
         import tiercache.cpu.tier
@@ -260,6 +262,8 @@ class Told:
         import tiercache.wire.client
         import tiercache.wire.starting  # noqa: F401
 
+        self.open(tempfile.mkdtemp(), share=False, memory_bytes=64 * MIB, ssd_bytes=128 * MIB)
+        self.cache.close()
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)

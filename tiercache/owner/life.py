@@ -162,7 +162,9 @@ class Owner:
         """Serves until told to go, or until nobody has come for `linger_s`; the exit code."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._told)
-        self._mark = self._socket_mark()
+        self._mark = self._mark_of(sockets.SOCKET_NAME)
+        # Open, so that its inode is nobody else's for as long as this process lives.
+        self._folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         await self._open()
         log.info("serving %s with %d bytes of memory", self._directory, self._settings.memory_bytes)
         self._count()
@@ -257,7 +259,7 @@ class Owner:
             holders |= self._adoption.awaited
         strangers = len(pids) - len({each.pid for each in holders} & pids)
         now = State(self._arena, state.me(), tuple(sorted(holders)), strangers, assemble.plain(self._settings))
-        if now == self._written:
+        if now == self._written or not self._in_place:
             return
         try:
             now.write(self._directory)
@@ -297,19 +299,25 @@ class Owner:
         with starting.spawn_lock(self._directory, group=self._settings.share_group) as held:
             if not whoever_waits and (not held or select.select([self._listener], [], [], 0)[0]):
                 return False
-            if self._mark is not None and self._socket_mark() == self._mark:
+            if self._mark is not None and self._mark_of(sockets.SOCKET_NAME) == self._mark:
                 os.unlink(os.path.join(self._directory, sockets.SOCKET_NAME))
             # One that connected in this very moment sees its connection end, and starts the next owner.
             self._door.stop_listening()
             return True
 
-    def _socket_mark(self) -> tuple[int, int] | None:
-        """Which file the socket is now."""
+    def _mark_of(self, name: str) -> tuple[int, int] | None:
+        """Which file of this name, or directory without one, is there now."""
         try:
-            facts = os.stat(os.path.join(self._directory, sockets.SOCKET_NAME))
+            facts = os.stat(os.path.join(self._directory, name))
         except OSError:
             return None
         return facts.st_dev, facts.st_ino
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether the directory is the one that was opened: another one at its path is another owner's."""
+        facts = os.fstat(self._folder)
+        return self._mark_of("") == (facts.st_dev, facts.st_ino)
 
     def _told(self) -> None:
         log.info("told to go (SIGTERM)")
@@ -338,5 +346,6 @@ class Owner:
                 timer.cancel()
         await self._door.close()
         await self._cache.close()
-        state.remove(self._directory)
+        if self._in_place:
+            state.remove(self._directory)
         log.info("closed")
