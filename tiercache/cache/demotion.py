@@ -60,6 +60,8 @@ class Demotion:
         self._writing = asyncio.Lock()
         self._refused = 0
         """Entries that the SSD did not take since the last flush began."""
+        self._superseded: list[int] = []
+        """Records that newer ones replace, which are not durable yet: until they are, a crash must find the old ones."""
         self.filling: Filling | None = None
 
     @property
@@ -103,6 +105,9 @@ class Demotion:
             await asyncio.sleep(DELAY_S)
             try:
                 await self.drain()
+                if self._superseded:
+                    async with self._writing:
+                        await self._sync()
             except OSError as error:  # the tier has degraded itself and comes back by itself; so do we
                 self.fault(error)
 
@@ -157,7 +162,7 @@ class Demotion:
                 self._ordered_at_s = now
                 self._note_order()
             try:
-                await ssd.flush()
+                await self._sync()
             finally:
                 self._forget_lost()
             left = (parts & ~index.parts(unsaved, TierId.SSD)) != 0
@@ -173,6 +178,18 @@ class Demotion:
             Outcome.FULL if outcome is Outcome.HIT and not safe else outcome
             for outcome, safe in zip(outcomes, kept.tolist(), strict=True)
         ]
+
+    async def _sync(self) -> None:
+        """Makes what was written durable; then what it replaces may go."""
+        ssd, superseded = self._tiers.ssd, self._superseded
+        assert ssd is not None
+        self._superseded = []
+        try:
+            await ssd.flush()
+        except BaseException:
+            self._superseded[:0] = superseded
+            raise
+        ssd.free(superseded)
 
     def _forget_lost(self) -> None:
         """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved."""
@@ -267,7 +284,8 @@ class Demotion:
             tiers.index.add_parts(
                 slots[again][moved].tolist(), TierId.SSD, np.array(parts, np.uint64)[again][moved].tolist()
             )
-            tiers.ssd.free(old[again][moved].tolist() + new[~moved].tolist())
+            tiers.ssd.free(new[~moved].tolist())
+            self._superseded += old[again][moved].tolist()
 
     def _payloads(self, slots: npt.NDArray[np.int64], facts: SlotFacts) -> list[Payload]:
         index = self._tiers.index
@@ -312,6 +330,8 @@ class Demotion:
 
     async def _reclaim(self, ssd: Reclaiming) -> int | None:
         index = self._tiers.index
+        if self._superseded:
+            await self._sync()
         locations = [] if self._tiers.recovering else ssd.victim()
         if not locations:
             return None
