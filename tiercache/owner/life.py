@@ -236,6 +236,7 @@ class Owner:
     def _strike(self) -> None:
         self._leaving = None
         self._note_clients()
+        starting.trim_log(self._directory)
 
     def _redeclared(self, pid: int) -> None:
         if self._adoption is not None:
@@ -345,6 +346,9 @@ class Owner:
             if timer is not None:
                 timer.cancel()
         await self._door.close()
+        if self._taken is not None:
+            self._taken.close()
+            await self._taken.saved()
         await self._cache.close()
         if self._in_place:
             state.remove(self._directory)
