@@ -224,6 +224,24 @@ def test_only_the_missing_parts_are_asked_for(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_load_may_say_that_nothing_has_landed_yet(tmp_path: Path) -> None:
+    """Also when the owner waits for just that word."""
+
+    async def scene(house: House) -> None:
+        one = await house.visitor()
+        read = asyncio.ensure_future(one.read(RUN, [2], [1]))
+        number, fill, gaps = await one.gaps()
+        for _ in range(3):
+            one.line.tell(Op.FILLED, frames.pack_landed(fill, 0, []), number=number)
+            await one.ping()
+        one.fill(RUN, number, fill, gaps)
+        one.unfill(number, fill)
+        assert (await read).outcomes == [HIT]
+        assert house.metrics.total("tiercache_internal_errors_total") == 0
+
+    play(tmp_path, scene)
+
+
 @pytest.mark.parametrize("how", ["fails", "lies", "leaves", "is cut", "sleeps"])
 def test_a_load_that_is_given_up_goes_to_another_who_waits(tmp_path: Path, how: str) -> None:
     async def scene(house: House) -> None:

@@ -89,8 +89,9 @@ class Fill:
             self._room -= parts.bit_count()
         if self._room < 0:
             raise ProtocolError("the same parts were filled again and again")
-        self._said += landed
-        self._news.set()
+        if landed:  # a load may well say that nothing has landed yet
+            self._said += landed
+            self._news.set()
 
     def end(self, why: str, *, written: bool, own: bool = False) -> None:
         """Nothing more will be said; `written` if the client writes no more, either, `own` if it says so itself."""
