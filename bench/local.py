@@ -51,6 +51,9 @@ class Process:
         if not line:
             raise RuntimeError(f"{self.child.args} ended with status {self.child.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "left_out" in answer:
+            self.child.wait()
+            raise RuntimeError(answer["left_out"])
         return answer
 
     def close(self) -> None:
