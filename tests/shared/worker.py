@@ -54,6 +54,9 @@ class Told:
     def put(self, name: str, letter: str, size: int, durable: bool = False) -> str:
         return self.cache.put([name], [letter.encode() * size], durable=durable)[0].name
 
+    def delete(self, name: str) -> str:
+        return self.cache.delete([name])[0].name
+
     def put_chain(self, digests: list[str], size: int) -> list[str]:
         values = [bytes.fromhex(digest)[:1] * size for digest in digests]
         return [outcome.name for outcome in self.cache.put_chain([bytes.fromhex(each) for each in digests], values)]
