@@ -64,8 +64,10 @@ bench: venv readers system  ## every benchmark, as JSON under build/bench; those
 	@tools/bench.sh $(if $(ARGS),$(ARGS),$(BENCHES))
 
 .PHONY: nightly
-nightly: venv readers system  ## 1,000 kills, long seeds, and the suite with asserts off
+nightly: venv readers system  ## 1,200 kills, ten minutes of soaking, long seeds, the suite with asserts off
 	$(BIN)/python -m tests.crash --kills 1000
+	$(BIN)/python -m tests.crash --owners 200
+	$(BIN)/python -m tests.soak --minutes 10
 	HYPOTHESIS_PROFILE=nightly tools/test.sh -m nightly --timeout 3600
 	tools/test.sh --optimized
 
