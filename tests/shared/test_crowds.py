@@ -97,11 +97,10 @@ def test_a_thousand_clients(shared: Shared, worker: Any) -> None:
     one = worker()
     assert one.put("a", "x", MIB) == "HIT"
     owner, base, base_bytes = shared.owner, shared.descriptors(), own_bytes(shared.owner)
-    root = Path(__file__).resolve().parents[2]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", CROWD, shared.directory, str(SESSIONS * i), json.dumps(shared.settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=shared.environment, cwd=root, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=shared.environment, text=True,
         )
         for i in range(PROCESSES)
     ]  # fmt: skip

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,8 +176,7 @@ class raw:
 
     def __init__(self, shared: Shared, what: str, body: bytes = b"") -> None:
         command = [sys.executable, "-c", RAW, shared.directory, what, body.hex()]
-        root = Path(__file__).resolve().parents[2]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None and self._process.stdout.readline() == b"said\n"
 
     def kill(self) -> None:
