@@ -35,6 +35,11 @@ class Notes(Protocol):
         asked; nothing is claimed then, nor when the call is cancelled. On the process's I/O loop."""
         ...
 
+    async def known(self, name: bytes) -> bytes | None:
+        """The value that is believed, or None; nothing is claimed, and nobody is waited for who finds out. Otherwise as
+        `claim`."""
+        ...
+
     def settle(self, name: bytes, value: bytes, ttl_s: float) -> None:
         """What was found out after a claim: believed for `ttl_s`, or with 0 s not at all: somebody else finds out then.
         Never raises, never waits. On the process's I/O loop."""

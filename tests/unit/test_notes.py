@@ -34,10 +34,12 @@ def test_one_finds_out_and_the_others_get_it_until_it_expires():
         others = [asyncio.create_task(notes.claim(b"a", who)) for who in (2, 3, 4)]
         await turns()
         assert notes.claims == 1
+        assert notes.known(b"a") is None  # and nobody waited
         notes.settle(b"a", 1, b"found", 10.0)
         assert await asyncio.gather(*others) == [b"found"] * 3
-        assert await notes.claim(b"a", 5) == b"found"
+        assert await notes.claim(b"a", 5) == b"found" == notes.known(b"a")
         await asyncio.sleep(10.0)
+        assert notes.known(b"a") is None
         assert await notes.claim(b"a", 5) is None
         notes.leave(5)
         assert (notes.claims, len(notes), notes.bytes) == (0, 0, 0)

@@ -35,8 +35,10 @@ def test_those_of_one_process_take_turns():
         other = asyncio.create_task(two.claim(b"a"))
         await asyncio.sleep(1)
         assert not same.done()
+        assert await one.known(b"a") is None is await two.known(b"a")
         one.settle(b"a", b"found", 10.0)
         assert await asyncio.gather(same, other) == [b"found", b"found"]
+        assert await one.known(b"a") == b"found" == await two.known(b"a")
         one.settle(b"a", b"never claimed", 10.0)
         assert await two.claim(b"a") == b"found"
 

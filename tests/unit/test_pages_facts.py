@@ -307,6 +307,31 @@ def test_a_listing_is_shared_with_the_facts_of_its_files():
     among_processes(scene)
 
 
+def test_a_listing_of_one_process_brings_the_facts_of_its_files_to_the_others():
+    async def scene(all_):
+        for name in ("d/x", "d/y", "e/x"):
+            all_.origin.set(name, b"1")
+        one, two, three = all_.facts
+        listed = await one.children("d")
+        await asyncio.sleep(5)
+        pins = await two.stat(["d/x", "d/y"])
+        assert [pin.stat for pin in pins] == [pin.stat for pin in listed]
+        assert [pin.stat for pin in await two.children("d")] == [pin.stat for pin in listed]
+        assert all_.origin.asked == ["d"]
+        assert (await two.stat(["d/none"]))[0] is Outcome.GONE  # what a listing does not say is asked for
+        assert all_.origin.asked == ["d", ["d/none"]]
+        await asyncio.sleep(4)  # 10 s after the listing began, and 4 s after the second heard of it
+        assert two.known("d/x") is None
+        await three.stat(["d/x"])
+        assert all_.origin.asked[2:] == [["d/x"]]
+        await one.children("d")
+        all_.origin.set("d/x", b"new")
+        await one.forget_shared(["d/x"])
+        assert (await two.stat(["d/x"]))[0].stat.size == 3
+
+    among_processes(scene)
+
+
 def test_a_fault_is_its_finders_own_and_a_dead_finder_is_followed():
     async def scene(all_):
         all_.origin.set("a", b"1")

@@ -237,6 +237,31 @@ def test_of_many_processes_one_brings_the_tail_for_all():
         simulate(main, seed)
 
 
+def test_a_process_that_comes_late_does_not_bring_the_tail_again():
+    async def main(loop):
+        origin, cache, reader = world(tail_bytes=100_000)
+        clock, how = SimClock(loop), {"settings": reader.settings, "metrics": Metrics(), "part_bytes": PART}
+        table = NotesTable(clock)
+        one, two, three = (PageReader(cache, origin, clock=clock, notes=table.client(), **how) for _ in range(3))
+        await one.open("f")
+        await asyncio.sleep(11)  # the facts have expired, the bytes are there
+        pin = await two.open("f")
+        assert [asked[0] for asked in origin.asked] == ["tail", "stat"]
+        assert two.read_resident(pin, len(DATA) - 100_000, len(DATA)) == DATA[-100_000:]
+        origin.set("f", b"new")
+        await one.facts.forget_shared(["f"])
+        await asyncio.sleep(0.001)
+        pin = await three.open("f")
+        assert [asked[0] for asked in origin.asked] == ["tail", "stat", "tail"]
+        assert three.read_resident(pin, 0, 3) == b"new"
+        for each in (one, two, three):
+            await each.close()
+        await table.close()
+
+    for seed in range(5):
+        simulate(main, seed)
+
+
 def test_the_first_look_brings_the_tail_and_whole_small_files():
     async def main():
         origin, _, reader = world(tail_bytes=100_000)

@@ -424,10 +424,12 @@ def test_notes_are_shared_and_forgotten(tmp_path: Path) -> None:
         one, two, three = [await house.visitor() for _ in range(3)]
         assert bytes(await one.ask(Op.CLAIM, b"stat/a")) == b"\1"
         waits = asyncio.ensure_future(two.ask(Op.CLAIM, b"stat/a"))
+        assert bytes(await three.ask(Op.KNOWN, b"stat/a")) == b"\1"
         with pytest.raises(ConfigError):
             await one.ask(Op.CLAIM, b"stat/a")
         one.line.tell(Op.SETTLE, frames.pack_settle(b"stat/a", b"value", 60.0))
         assert bytes(await waits) == b"\0value" == bytes(await three.ask(Op.CLAIM, b"stat/a"))
+        assert bytes(await one.ask(Op.KNOWN, b"stat/a")) == b"\0value"
         assert bytes(await one.ask(Op.FORGET, frames.pack_json([b"stat/".hex()]))) == b""
         await two.ping()
         assert two.forgets == [[b"stat/".hex()]] and not one.forgets

@@ -311,6 +311,7 @@ def nonsense(rng: random.Random, names: list[Name]) -> bytes:
         Op.DELETE: lambda: frames.pack_names(some),
         Op.QUARANTINE: lambda: frames.pack_names(some),
         Op.CLAIM: lambda: rng.randbytes(1),
+        Op.KNOWN: lambda: rng.randbytes(1),
         Op.SETTLE: lambda: frames.pack_settle(rng.randbytes(1), rng.randbytes(3), rng.choice([0.0, 5.0, float("inf")])),
         Op.FORGET: lambda: frames.pack_json(rng.choice([[""], ["zz"], ["61"], 5, {"a": 1}])),
         Op.CALL: lambda: frames.pack_json(rng.choice([["status", {}], ["held", {"keys": [5]}], 7, ["y", 1]])),

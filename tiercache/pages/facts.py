@@ -47,6 +47,11 @@ def ancestors(path: str) -> list[str]:
     return [path[:i] for i, letter in enumerate(path) if letter == "/"] + [""]
 
 
+def _telling(pin: Pin) -> bool:
+    """Whether a listing's row is as good as a stat: one that says neither version nor time knows less."""
+    return bool(pin.stat.version) or pin.stat.mtime_s is not None or pin.stat.is_directory
+
+
 class FileFacts:
     """Stats and listings of one origin. `known` and `forget` work in any thread, the coroutines on the cache's loop.
 
@@ -168,6 +173,13 @@ class FileFacts:
         answers: dict[str, Pin | Outcome] = await asyncio.shield(task)
         return answers[path]
 
+    async def look(
+        self, path: str, tail: Callable[[], Awaitable[Pin | Outcome]], plain: Callable[[], Awaitable[Pin | Outcome]]
+    ) -> Pin | Outcome:
+        """A look at the origin that brings a file's last bytes, or a `plain` one where another process has brought
+        them."""
+        return await (tail() if self._sharing is None else self._sharing.tail(path, tail, plain))
+
     def _begin(self, paths: Sequence[str]) -> dict[str, asyncio.Task[dict[str, Pin | Outcome]]]:
         """Asks for paths that nobody asks for yet; by path, who will know."""
         if self._sharing is None:
@@ -183,12 +195,27 @@ class FileFacts:
         return {path: self._ask([("stat", path)], self._stat_one(path, ask(path))) for path in paths}
 
     async def _stat_one(self, path: str, ask: Callable[[], Awaitable[Answer]]) -> dict[str, Pin | Outcome]:
+        listed = await self._find_listed(path)
+        if listed is not None:
+            return {path: listed}
         found = await self._find(STAT, path, ask, lambda: self._stats.epoch)
         answer = found.answer
         assert not isinstance(answer, list)
         known = self.pin(answer, found.looked_s) if isinstance(answer, Stat) else answer
         self._stats.put(path, known, found.left_s, found.epoch)
         return {path: known}
+
+    async def _find_listed(self, path: str) -> Pin | None:
+        """A file's facts from the listing of its directory, where another process has that: as if it were ours."""
+        parent = path.rpartition("/")[0]
+        if self._sharing is None or self._patience.stat_ttl_s <= 0.0 or self._listings.get(parent) is not None:
+            return None
+        stats_epoch = self._stats.epoch
+        found = await self._sharing.listed(parent, self._ttl_s, lambda: self._listings.epoch)
+        if found is None or not isinstance(found.answer, list):
+            return None
+        pins = self._remember_listing(parent, found, stats_epoch)
+        return next((pin for pin in pins if pin.stat.path == path and _telling(pin)), None)
 
     async def _stat_now(self, paths: Sequence[str]) -> dict[str, Pin | Outcome]:
         epoch, looked_s = self._stats.epoch, self._clock.wall()
@@ -228,12 +255,13 @@ class FileFacts:
         if isinstance(answer, Outcome):
             self._listings.put(path, answer, found.left_s, found.epoch)
             return answer
-        assert isinstance(answer, list)
-        children = [self.pin(stat, found.looked_s) for stat in answer]
+        return self._remember_listing(path, found, stats_epoch)
+
+    def _remember_listing(self, path: str, found: Found, stats_epoch: int) -> list[Pin]:
+        assert isinstance(found.answer, list)
+        children = [self.pin(stat, found.looked_s) for stat in found.answer]
         self._listings.put(path, children, found.left_s, found.epoch)
-        # A listing that says neither version nor time knows less than a stat would.
-        telling = [pin for pin in children if pin.stat.version or pin.stat.mtime_s is not None or pin.stat.is_directory]
-        self._stats.put_many([(pin.stat.path, pin) for pin in telling], found.left_s, stats_epoch)
+        self._stats.put_many([(pin.stat.path, pin) for pin in children if _telling(pin)], found.left_s, stats_epoch)
         return children
 
     async def _find(

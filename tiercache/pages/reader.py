@@ -16,7 +16,7 @@ from tiercache.errors import ChangedError, TierCacheError
 from tiercache.keys import page_key
 from tiercache.lease import PageRun
 from tiercache.model import Name, Outcome
-from tiercache.origin import Span
+from tiercache.origin import Span, Stat
 from tiercache.pages import geometry
 from tiercache.pages.facts import FileFacts
 from tiercache.pages.plan import Limits, Request, plan_around, plan_requests
@@ -108,7 +108,15 @@ class PageReader:
         footer, or all of a small file, in the one request that brings the facts. Later looks ask for facts alone."""
         if not self.settings.tail_bytes or self.facts.met(path):
             return (await self.facts.stat([path]))[0]
-        return await self.facts.stat_by(path, lambda: self._look_at_tail(path))
+        return await self.facts.stat_by(path, lambda: self._first_look(path))
+
+    async def _first_look(self, path: str) -> Pin | Outcome:
+        return await self.facts.look(path, lambda: self._look_at_tail(path), lambda: self._look(path))
+
+    async def _look(self, path: str) -> Pin | Outcome:
+        looked_s = self._clock.wall()
+        answer = (await self.origin.stat([path]))[0]
+        return self.facts.pin(answer, looked_s) if isinstance(answer, Stat) else answer
 
     async def _look_at_tail(self, path: str) -> Pin | Outcome:
         # One part more than asked for: only whole parts can be kept, and readers ask for round numbers of bytes.

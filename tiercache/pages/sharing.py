@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tiercache.errors import UnavailableError
 from tiercache.keys import namespace
 from tiercache.model import Outcome
 from tiercache.origin import Stat
+from tiercache.pages.versions import Pin
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from tiercache.clock import Clock
     from tiercache.core import Notes
 
+T = TypeVar("T")
+
 Answer = Stat | Outcome | list[Stat]
 """What an origin says of a path (STAT), or of what is in it (LISTING)."""
 
-STAT, LISTING = b"s", b"l"
-KINDS = (STAT, LISTING)
+STAT, LISTING, TAIL = b"s", b"l", b"t"
+KINDS = (STAT, LISTING, TAIL)
+"""What notes are about: a path's facts, what is in a directory, and that a file's last bytes have been fetched."""
 END = b"\0"
 """Ends every name, so that a path is forgotten without those that go on where it ends."""
 SPACE_BYTES = 16
@@ -35,7 +39,9 @@ NOTE_BYTES_MAX = 4 << 20
 """A longer answer is not shared: each process asks for itself."""
 PREFIXES_BYTES_MAX = 1 << 20
 """More paths than fit here are forgotten together with everything else of their origin."""
+TAIL_TTL_S = 3600.0
 _UNSHARED = b""
+_FETCHED = b"1"
 
 
 class Found(NamedTuple):
@@ -84,6 +90,32 @@ class Sharing:
             if mine:
                 self._notes.settle(name, value, believed_s)
         return Found(answer, looked_s, left_s, since)
+
+    async def listed(self, directory: str, ttl_s: Callable[[Answer], float], epoch: Callable[[], int]) -> Found | None:
+        """What some process found in a directory, if that is believed now; nobody is asked or waited for."""
+        since, asked_s = epoch(), self._clock.wall()
+        try:
+            async with asyncio.timeout(self._wait_s):
+                note = await self._notes.known(self._name(LISTING, directory))
+        except (TimeoutError, UnavailableError):
+            return None
+        return None if note is None else self._opened(note, asked_s, ttl_s, since)
+
+    async def tail(self, path: str, fetch: Callable[[], Awaitable[T]], otherwise: Callable[[], Awaitable[T]]) -> T:
+        """What `fetch` answers, which brings a file's last bytes; of `otherwise` where a process of this directory did
+        that before, and the file was not written since."""
+        name = self._name(TAIL, path)
+        mine, note = await self._claim(name)
+        if note is not None:
+            return await otherwise()
+        believed_s = 0.0
+        try:
+            answer = await fetch()
+            believed_s = TAIL_TTL_S if isinstance(answer, Pin) else 0.0
+        finally:
+            if mine:
+                self._notes.settle(name, _FETCHED, believed_s)
+        return answer
 
     def forget(self, paths: Iterable[str], directories: Iterable[str]) -> Future[None]:
         """Makes every process forget exactly these paths, and what lies below these directories (their own paths are

@@ -103,7 +103,8 @@ class _Link:
                 self._table.forget(unpack_prefixes(memoryview(body)), self)
                 answer = b""
             else:
-                found = await self._table.notes.claim(body, self)
+                notes = self._table.notes
+                found = notes.known(body) if op == Op.KNOWN else await notes.claim(body, self)
                 answer = bytes([YOURS]) if found is None else bytes([VALUE]) + found
         except TierCacheError as fault:
             failed = fault

@@ -76,6 +76,7 @@ class Answers:
             Op.STATS: self._stats,
             Op.CLAIM: self._claim,
             Op.SETTLE: self._settle,
+            Op.KNOWN: self._known,
             Op.FORGET: self._forget,
             Op.TOLD: self._told,
             Op.CALL: self._call,
@@ -369,6 +370,10 @@ class Answers:
             return b"\1" if value is None else b"\0" + value
 
         session.work("claim", post, number, later, len(body))
+
+    def _known(self, session: Session, post: Post, number: int, body: memoryview) -> bytes:
+        value = self._notes.known(bytes(body))
+        return b"\1" if value is None else b"\0" + value
 
     def _settle(self, session: Session, post: Post, number: int, body: memoryview) -> None:
         name, value, ttl_s = frames.unpack_settle(body)

@@ -4,7 +4,6 @@ A frame is a header (HEADER, little-endian: length of the body, operation, numbe
 asks: an answer carries the number of its question, answers may overtake each other, one-way messages carry 0. Hot
 bodies are packed arrays; rare ones are JSON. A body is believed only after it was taken apart here: whatever does not
 fit raises ProtocolError, and the connection that sent it is closed.
-
 Both ends speak VERSION, or shake hands and part: nothing here is ever reinterpreted between versions.
 """
 
@@ -83,8 +82,7 @@ class Op(IntEnum):
     STATS = 20
     """Empty. Answer: JSON."""
     CLAIM = 21
-    """A note's name (bytes): shared facts with single flight. Answer: u8 0 and the value, or 1: find out and SETTLE.
-    Waits while another client finds out."""
+    """A note's name: facts found out once. Answer: u8 0 and the value, or 1: find out and SETTLE. Waits for others."""
     SETTLE = 22
     """One-way: f64 seconds to believe it (0: not at all, let the next one try), u32 length of name, name, value."""
     FORGET = 23
@@ -96,6 +94,8 @@ class Op(IntEnum):
     """To a new owner: u64 lease and i64 locations, again and again; see pack_holds. Answer: u8 for each lease: held."""
     TOLD = 26
     """One-way, number of the owner's FORGET: done."""
+    KNOWN = 27
+    """A note's name. Answer: as to CLAIM, but nothing is claimed or waited for: 1 where nothing is believed."""
 
 
 class Patience(IntEnum):

@@ -85,6 +85,10 @@ class Notes:
                 self.settle(name, claimant, b"", 0.0)
             raise
 
+    def known(self, name: bytes) -> bytes | None:
+        """The value that is believed, if any; waits for nobody."""
+        return self._believed(name)
+
     def settle(self, name: bytes, claimant: Hashable, value: bytes, ttl_s: float) -> None:
         """What a claimant found out: believed for `ttl_s`, and told to all who wait. With 0 s it is nothing to be
         believed: the next one who waits finds out. A claim that was forgotten meanwhile, or never was, settles nothing.

@@ -52,10 +52,7 @@ class SharedNotes:
 
     async def claim(self, name: bytes) -> bytes | None:
         """See Notes."""
-        with self._lock:
-            untold = list(self._untold)
-        for told in untold:  # what was forgotten here must not come back from where that is not known yet
-            await asyncio.shield(asyncio.wrap_future(told))
+        await self._all_told()
         while (turn := self._turns.get(name)) is not None:
             if turn.lost:
                 raise UnavailableError("an earlier question for the same note is not answered yet")
@@ -78,6 +75,12 @@ class SharedNotes:
             self._end(name)
             return bytes(answer[1:])
         return None
+
+    async def known(self, name: bytes) -> bytes | None:
+        """See Notes."""
+        await self._all_told()
+        answer = await self._answer(name, Op.KNOWN)
+        return bytes(answer[1:]) if answer[0] == VALUE else None
 
     def settle(self, name: bytes, value: bytes, ttl_s: float) -> None:
         """See Notes."""
@@ -130,10 +133,17 @@ class SharedNotes:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _answer(self, name: bytes) -> memoryview:
-        answer = await self._ask(Op.CLAIM, name)
+    async def _all_told(self) -> None:
+        """What was forgotten here must not come back from where that is not known yet."""
+        with self._lock:
+            untold = list(self._untold)
+        for told in untold:
+            await asyncio.shield(asyncio.wrap_future(told))
+
+    async def _answer(self, name: bytes, op: int = Op.CLAIM) -> memoryview:
+        answer = await self._ask(op, name)
         if not len(answer) or answer[0] not in (VALUE, YOURS):
-            raise ProtocolError("an answer to CLAIM that says neither what is known nor who finds out")
+            raise ProtocolError("an answer about a note that says neither what is known nor who finds out")
         return answer
 
     def _unwanted(self, name: bytes, done: asyncio.Task[memoryview]) -> None:
