@@ -173,6 +173,22 @@ class TestS3OverS3fs(OriginTests):
             yield place
 
 
+def test_s3fs_brings_facts_and_tail_in_one_request(tmp_path):
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "a").write_bytes(bytes(range(200)))
+
+    async def main():
+        origin = opened_by_s3fs(Patience(), server.url)
+        for length in (50, 1000):
+            stat, data = await origin.read_tail("bucket/a", length)
+            assert (stat, data) == ((await origin.stat(["bucket/a"]))[0], bytes(range(200))[-length:])
+        await origin.close()
+
+    with S3Server(tmp_path) as server:
+        asyncio.run(main())
+        assert server.stats.by_operation == {"GetObject": 2, "HeadObject": 2}
+
+
 def test_s3fs_gets_over_faults(tmp_path):
     """One session for all of them: s3fs takes longer to start than these faults to pass."""
 

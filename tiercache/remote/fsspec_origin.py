@@ -77,7 +77,12 @@ class FsspecOrigin:
             landing.end()
 
     async def read_tail(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
-        """See Origin. fsspec has no call for both: facts first, then the bytes of exactly that version."""
+        """See Origin. fsspec has no call for both: facts first, then the bytes of exactly that version; s3fs lends its
+        client, which gets both at once."""
+        if self._matches and hasattr(self._fs, "_call_s3"):
+            answer = await self._read_tail_at_once(path, length)
+            if answer is not None:
+                return answer
         found = await self._stat(path)
         if not isinstance(found, Stat) or found.is_directory:
             return Outcome.GONE
@@ -149,6 +154,33 @@ class FsspecOrigin:
                 return await stream.read()
 
         return await self._guard("read", stat.path, get)
+
+    async def _read_tail_at_once(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome | None:
+        """As `read_tail`; None where it cannot be done in one request: an empty object has no range."""
+        bucket, key, version = self._fs.split_path(path)
+        if not key or version:
+            return None
+
+        async def get() -> tuple[Any, bytes]:
+            answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=-{max(1, length)}")
+            async with answer["Body"] as stream:
+                return answer, await stream.read()
+
+        try:
+            found = await self._guard("tail", path, get)
+        except DoubtfulError:
+            return None
+        if found is None:
+            return Outcome.GONE
+        answer, data = found
+        size = str(answer.get("ContentRange", "")).rpartition("/")[2]
+        info = {"ETag": answer.get("ETag"), "LastModified": answer.get("LastModified")}
+        # Without a range in its answer a store has sent the whole object.
+        stat = self._fact(path, info | {"size": int(size) if size.isdigit() else len(data)})
+        if len(data) < min(length, stat.size):
+            raise DoubtfulError(f"{path}: asked for the last {length} bytes of {stat.size}, got {len(data)}")
+        self._metrics.add("tiercache_origin_bytes_total", len(data))
+        return stat, data[len(data) - min(length, len(data)) :]
 
     async def _ask(self, operation: str, path: str, name: str, *arguments: Any, **more: Any) -> Any:
         """One call of the filesystem, counted, its faults translated; None for what does not exist."""
