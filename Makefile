@@ -25,6 +25,11 @@ readers: venv  ## .venv-duckdb15, the second environment of the reader tests and
 peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for bench.local
 	@UNCONSTRAINED=1 tools/venv.sh .venv-peers torch==2.13.0 mooncake-transfer-engine-non-cuda==0.3.13.post1 lmcache==0.5.6 redis
 
+# For a DataLoader's processes in tests/shared/test_jobs.py and bench.jobs; large, so only for whoever wants those.
+.PHONY: torch
+torch:  ## .venv-torch: PyTorch beside the package, for bench.jobs and its test
+	@tools/venv.sh .venv-torch -e '.[s3]' torch==2.13.0 pyarrow
+
 .PHONY: system
 system:  ## fio, zstd and Ceph from Debian, where this may be done; else says what is skipped
 	@tools/system.sh
