@@ -61,7 +61,7 @@ class Demotion:
         self._refused = 0
         """Entries that the SSD did not take since the last flush began."""
         self._superseded: list[int] = []
-        """Records that newer ones replace, which are not durable yet: until they are, a crash must find the old ones."""
+        """Records that newer ones replace, not durable yet: until they are, a crash must find the old ones."""
         self.filling: Filling | None = None
 
     @property

@@ -97,6 +97,7 @@ class Door:
         self._strangers: dict[Post, None] = {}
         self._guests: dict[Post, Session] = {}
         self._sessions: dict[str, Session] = {}
+        self._ending: list[Session] = []  # gone, and a thread of ours still looks at their memory
         self._closed = False
 
     # -- accounts ------------------------------------------------------------------------------------------------------
@@ -253,6 +254,9 @@ class Door:
         self._dismiss(session.end())
         self._notes.leave(session)
         del self._sessions[session.token]
+        if session.busy:
+            self._ending = [one for one in self._ending if one.busy]
+            self._ending.append(session)
         if naming:
             self._on_redeclared(session.peer.pid)
         self._on_left(session.peer.pid)
@@ -263,8 +267,7 @@ class Door:
         self.stop_listening()
         for post in list(self._strangers):
             post.close()
-        sessions = list(self._sessions.values())
-        for session in sessions:
+        for session in list(self._sessions.values()):
             self._end(session)
-        for session in sessions:
+        for session in self._ending:
             await session.settled()

@@ -370,6 +370,11 @@ class Session:
         self.release(list(self._leases))
         return former
 
+    @property
+    def busy(self) -> bool:
+        """Whether a task of this session still runs."""
+        return bool(self._tasks)
+
     async def settled(self) -> None:
         """Returns when no task of this session runs any more."""
         while self._tasks:
