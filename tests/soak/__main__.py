@@ -60,6 +60,7 @@ class Row:
         return {
             "flat": not (grown > allowed and rise > allowed),
             "slope_an_hour": round(slope * 3600, 1),
+            "late_slope_an_hour": round(statistics.linear_regression(times[-third:], values[-third:]).slope * 3600, 1),
             "grown": round(grown, 1),
             "first_third": round(statistics.median(values[:third]), 1),
             "last_third": round(statistics.median(values[-third:]), 1),

@@ -132,3 +132,15 @@ def test_held_bytes() -> None:
     ]
     got = held_bytes(np.array(sizes, np.uint32), np.array(steps, np.uint32), np.array(maps, np.uint64))
     assert got.tolist() == want
+
+
+def test_the_index_is_checked(cache: BlockingCache) -> None:
+    fill(cache)
+    assert cache.flush() or not cache.core.durable
+    with cache.lease(["a"]):
+        assert call(cache, "validate") == {"broken": "", "pins": 1, "entries": 4}
+    slots = cache.core.tiers.index._slots
+    slots.evicting += 1
+    assert "EVICTING" in call(cache, "validate")["broken"]
+    slots.evicting -= 1
+    assert call(cache, "validate") == {"broken": "", "pins": 0, "entries": 4}
