@@ -57,6 +57,7 @@ class Setting:
     prefix: str
     queries: list[tpch.Query]
     rounds: int
+    share: bool
 
     @property
     def direct(self) -> workload.Lake:
@@ -72,6 +73,8 @@ class Setting:
             "target_options": self.store.s3_options(),
             "directory": str(directory),
             "memory_bytes": MEMORY_BYTES,
+            "share": self.share,
+            "linger_s": 0.3,
         }
         return workload.Lake(f"tiercache://{self.prefix}", "tiercache", options)
 
@@ -253,12 +256,14 @@ def from_ssd(setting: Setting) -> list[Figure]:
     return [Figure("ssd_over_local", value, 1.25, raw=raw, note=note + setting.store.said)]
 
 
-def setting_from(store: origins.Store, tables: Path, work: Path, prefix: str, *, quick: bool, rounds: int) -> Setting:
+def setting_from(
+    store: origins.Store, tables: Path, work: Path, prefix: str, *, quick: bool, rounds: int, share: bool
+) -> Setting:
     """The setting of this run; --quick keeps three queries and one round."""
     queries = tpch.queries(1.0)
     if quick:
         queries = [query for query in queries if query.name in QUICK]
-    return Setting(store, tables, work, prefix, queries, 1 if quick else rounds)
+    return Setting(store, tables, work, prefix, queries, 1 if quick else rounds, share)
 
 
 GROUPS = {"cold": cold_queries, "suite": suite, "warm": warm, "ssd": from_ssd, "peers": lake_peers.peers}
@@ -272,6 +277,7 @@ def main() -> None:
     parser.add_argument("--mbps", type=float, default=100.0, help="of each connection; 0: unlimited")
     parser.add_argument("--scale", type=float, default=1.0, help="TPC-H scale factor")
     parser.add_argument("--rounds", type=int, default=3, help="of each side")
+    parser.add_argument("--alone", action="store_true", help="share=False: the cache lives in the reader's process")
     parser.add_argument("--only", nargs="*", choices=tuple(GROUPS), default=tuple(GROUPS), help="groups to run")
     args = parser.parse_args()
     scale = 0.1 if args.quick else args.scale
@@ -283,7 +289,7 @@ def main() -> None:
         prefix = f"tpch-sf{scale:g}"
         origins.fill(store, tables, prefix)
         where = f"{origins.BUCKET}/{prefix}"
-        setting = setting_from(store, tables, work, where, quick=args.quick, rounds=args.rounds)
+        setting = setting_from(store, tables, work, where, quick=args.quick, rounds=args.rounds, share=not args.alone)
         say(f"origin: {store.said}; data: TPC-H scale factor {scale:g}")
         for name in args.only:
             figures += GROUPS[name](setting)
@@ -294,6 +300,7 @@ def main() -> None:
         "data": f"TPC-H scale factor {scale:g}, tpchgen-cli defaults",
         "versions": installed("duckdb", "s3fs", "fsspec", "pyarrow", "polars", "obstore"),
         "direct": workload.BEST_S3FS,
+        "share": not args.alone,
         "root": str(ROOT.name),
     }
     emit(report("lake", figures, extra=extra), as_json=args.json)

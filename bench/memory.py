@@ -227,7 +227,7 @@ def measure_hits(rounds: int) -> list[Figure]:
     memory_bytes = (ENTRIES + 256 + 64) * ENTRY_BYTES
     with (
         tempfile.TemporaryDirectory() as home,
-        tiercache.open(home, memory_bytes=memory_bytes, ssd_bytes=0) as cache,
+        tiercache.open(home, memory_bytes=memory_bytes, ssd_bytes=0, share=False) as cache,
     ):
         say(f"filling {memory_bytes >> 20} MiB")
         filled = Filled(cache)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache.errors import ConfigError, UnavailableError
+from tiercache.owner import state
 from tiercache.testing.demo import origins, tpch, workload
 from tiercache.testing.demo.report import DIRECT, Pass, Report
 from tiercache.testing.demo.worker import Phase
@@ -27,6 +31,8 @@ TITLES = {
     "ssd": "warm from SSD",
     "memory": "warm from memory",
 }
+OWNER_ENDS_S = 60.0
+"""An owner that was told to go writes what memory has to the SSD first."""
 FILES_MAX = 8
 """Files of a user's bucket that the demo reads, unless told otherwise."""
 
@@ -172,10 +178,28 @@ def perform(phase: Phase, work: Path, watcher: Watcher, python: str = sys.execut
             process.kill()
             raise
     path.unlink()
+    end_owner(str(phase.lake.options.get("directory", "")))
     if process.returncode:
         last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
         raise UnavailableError(f"the pass {'/'.join(phase.passes)} failed with status {process.returncode}: {last}")
     return list(passes.values())
+
+
+def end_owner(directory: str) -> None:
+    """Has the owner of a directory go, if there is one: what comes next finds what is on the SSD, and no memory."""
+    left = state.read(directory) if directory else None
+    if left is None or not left.owner.alive:
+        return
+    try:
+        waiter = os.pidfd_open(left.owner.pid)
+    except ProcessLookupError:
+        return
+    try:
+        os.kill(left.owner.pid, signal.SIGTERM)
+        if not select.select([waiter], [], [], OWNER_ENDS_S)[0]:
+            raise UnavailableError(f"the owner of {directory} did not end within {OWNER_ENDS_S:g} s")
+    finally:
+        os.close(waiter)
 
 
 def _follow(lines: Sequence[str] | Any, passes: Mapping[str, Pass], count: int, watcher: Watcher) -> None:
