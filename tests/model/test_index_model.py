@@ -66,7 +66,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert location not in seen, "freed under a reader's eyes"
 
     def take(self, freed):
-        for tier, some in enumerate(freed or ()):
+        for tier, some in enumerate(freed[:2] if freed else ()):
             for location in some:
                 self.free(tier, location)
 
@@ -308,7 +308,9 @@ class IndexMachine(RuleBasedStateMachine):
 
     def unplace(self, slots, tier, *, forced):
         records = {s: self.slots[s] for s in slots.tolist()}
-        gone, locations = self.index.unplace(slots, tier, forced=forced)
+        gone, locations, held = self.index.unplace(slots, tier, forced=forced)
+        waiting = gone[locations < 0].tolist()
+        assert sorted(held) == sorted(records[slot].copies[tier] for slot in waiting)
         for slot, location in zip(gone.tolist(), locations.tolist()):
             was = records[slot].copies.pop(tier)
             if location >= 0:

@@ -76,6 +76,23 @@ def test_a_dead_owner_is_replaced_and_nothing_is_lost(shared: Shared, worker: An
     two.let_go()
 
 
+@pytest.mark.parametrize("forget", ["delete", "evict"])
+def test_what_was_forgotten_comes_back_to_nobody_while_it_is_held(shared: Shared, worker: Any, forget: str) -> None:
+    """Not by a glance of a process that knew where it lies, and not when the owner dies."""
+    holder, knower, writer = worker(), worker(), worker()
+    holder.put("a", "o", 50_000)
+    assert holder.lease("a") == "HIT"
+    assert knower.get_into("a", 50_000) == knower.get_into("a", 50_000) == ["o", 50_000, True]
+    writer.delete("a") if forget == "delete" else writer.evict_all()
+    assert writer.put("a", "n", 50_000, durable=True) == "HIT"
+    assert knower.get_into("a", 50_000) == ["n", 50_000, True]
+    shared.kill_owner()
+    assert writer.get("a") == ["n", 50_000, True]
+    assert worker().get("a") == ["n", 50_000, True]
+    assert holder.look(0) == ["o", 50_000, True]
+    holder.let_go()
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(shared: Shared, worker: Any) -> None:
     one, two = worker(), worker()
     one.put("a", "x", 8 * MIB)

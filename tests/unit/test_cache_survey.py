@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tiercache.cache.survey import held_bytes
 from tiercache.errors import ConfigError
 from tiercache.keys import object_key
 from tiercache.lease import PageRun
-from tiercache.model import Outcome, all_parts
+from tiercache.model import Name, Outcome, TierId, all_parts
 from tiercache.sync import BlockingCache, wait
 
 MIB = 1 << 20
@@ -110,6 +111,32 @@ def test_odd_questions_are_refused(tmp_path: Path, question: str, arguments: dic
         pytest.raises(ConfigError, match=question),
     ):
         call(cache, question, **arguments)
+
+
+def test_what_comes_while_much_is_evicted_stays(tmp_path: Path) -> None:
+    """Also where it could take the place of something that is to go, and went before its turn."""
+    old, new = ([Name(object_key(space, str(i))) for i in range(2000)] for space in ("old", "new"))
+    with tiercache.open(tmp_path, ssd_bytes=64 * MIB, **OPTIONS) as cache:
+        core = cache.core
+        index = core.tiers.index
+
+        async def mixed(by_key: bool) -> None:
+            await core.put(old, [b"v" * 100] * len(old), durable=True)
+            doomed = index.names(np.sort(index.residents(TierId.SSD)))  # in the order in which they go
+            how = {"keys": [name.key.hex() for name in doomed]} if by_key else {"down_to": 0}
+            evicting = asyncio.create_task(core.call("evict", how))
+            while index.contains(doomed[:1]).any():
+                await asyncio.sleep(0)
+            assert await core.delete(doomed[-1:]) == [Outcome.HIT]
+            putting = asyncio.create_task(core.put(new, [b"n" * 100] * len(new), durable=True))
+            assert (await evicting)["evicted_entries"] == len(old)
+            assert await putting == [Outcome.HIT] * len(new)
+            assert index.contains(new).all() and not index.contains(old).any()
+            await core.delete(new)
+
+        for by_key in (False, True):
+            wait(mixed(by_key), cache.loop)
+            assert call(cache, "validate") == {"broken": "", "pins": 0, "entries": 0}
 
 
 def test_evicted_stays_evicted(tmp_path: Path) -> None:

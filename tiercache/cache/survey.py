@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache.errors import ConfigError
-from tiercache.model import Form, Kind, TierId
+from tiercache.model import Form, Kind, Name, TierId
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     import numpy.typing as npt
 
     from tiercache.cache.recovery import Recovery
     from tiercache.cache.tiers import Tiers
+    from tiercache.index import Match
 
     I64 = npt.NDArray[np.int64]
 
 SLOTS_AT_ONCE = 32_768
 """Slots of one piece of the contents: some 3 MB of JSON at most."""
 NAMES_AT_ONCE = 512
-"""Names read under one hold of the index's lock."""
+"""Names read, or entries pinned or removed, under one hold of the index's lock."""
 KEYS_MAX = 100_000
 """Keys of one question."""
 
@@ -127,48 +128,64 @@ class Survey:
         """Forgets in every tier what has one of `keys` (hex), or the least recently used until at most `down_to` bytes
         are held on SSD (in memory, where there is no SSD; 0 is everything); durable. What somebody reads now goes when
         he has done."""
-        index, ssd = self._tiers.index, self._tiers.ssd
+        tiers, index, ssd = self._tiers, self._tiers.index, self._tiers.ssd
         tier = TierId.SSD if ssd is not None else TierId.MEMORY
-        if "keys" in arguments:
-            chosen = [self._slots_of(key) for key in _keys(arguments["keys"])]
-            slots = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-        elif int(arguments["down_to"]) <= 0:
-            slots = self._residents()
-        else:
-            slots = self._oldest(tier, int(arguments["down_to"]))
-        sizes = self._sizes(slots, tier)
-        if ssd is not None:
-            sizes = np.maximum(sizes, self._sizes(slots, TierId.MEMORY))
-        for low in range(0, len(slots), NAMES_AT_ONCE):
-            self._tiers.free(index.remove(slots[low : low + NAMES_AT_ONCE]))
-            await asyncio.sleep(0)
+        keys = _keys(arguments["keys"]) if "keys" in arguments else None
+        down_to = int(arguments["down_to"]) if keys is None else 0
+        held: list[Match] = []
+        try:
+            if keys is not None:
+                await self._hold_keys(keys, held)
+            else:
+                await self._hold_all(index.residents(tier) if down_to > 0 else self._residents(), held)
+            # From here on no slot can become somebody else's, however long this takes.
+            slots = np.concatenate([match.slots for match in held]) if held else np.empty(0, np.int64)
+            going = self._oldest(slots, tier, down_to) if down_to > 0 else np.ones(len(slots), bool)
+            sizes = self._sizes(slots, tier)
+            if ssd is not None:
+                sizes = np.maximum(sizes, self._sizes(slots, TierId.MEMORY))
+            at = 0
+            for match in held:
+                some = going[at : at + len(match.slots)]
+                at += len(match.slots)
+                tiers.free(index.remove(match.slots[some]))
+                tiers.release(match)
+                await asyncio.sleep(0)
+        finally:
+            tiers.release(*held)
         if ssd is not None:
             await ssd.flush()
         left = int(self._sizes(index.residents(tier), tier).sum())
-        return {"evicted_bytes": int(sizes.sum()), "evicted_entries": len(slots), "held_bytes": left}
+        return {"evicted_bytes": int(sizes[going].sum()), "evicted_entries": int(going.sum()), "held_bytes": left}
 
-    def _oldest(self, tier: TierId, down_to: int) -> I64:
-        """The least recently used in a tier that must go until no more than `down_to` bytes are left there."""
+    async def _hold_all(self, slots: I64, held: list[Match]) -> None:
+        """Pins what is readable in these slots by now, whatever that is."""
+        for low in range(0, len(slots), NAMES_AT_ONCE):
+            held.append(self._tiers.index.hold(slots[low : low + NAMES_AT_ONCE].tolist(), readable=True))
+            await asyncio.sleep(0)
+
+    async def _hold_keys(self, keys: Iterable[bytes], held: list[Match]) -> None:
+        """Pins pages of file versions, or lone objects or blocks of these names."""
         index = self._tiers.index
-        slots = index.residents(tier)
-        slots = slots[np.argsort(index.policies[tier].order(slots), kind="stable")]
-        sizes = self._sizes(slots, tier)
+        names: list[Name] = []
+        for key in dict.fromkeys(keys):
+            pages = index.names(index.pages_of(key))
+            names += [name for name in pages if name.key == key] or [Name(key)]
+        for low in range(0, len(names), NAMES_AT_ONCE):
+            match = index.match(names[low : low + NAMES_AT_ONCE])
+            held.append(match._replace(slots=match.slots[match.slots >= 0]))
+            await asyncio.sleep(0)
+
+    def _oldest(self, slots: I64, tier: TierId, down_to: int) -> npt.NDArray[np.bool_]:
+        """Which of these slots, the least recently used first, must go until no more than `down_to` bytes are left in a
+        tier."""
+        order = np.argsort(self._tiers.index.policies[tier].order(slots), kind="stable")
+        sizes = self._sizes(slots[order], tier)
         over = int(sizes.sum()) - down_to
         before = np.concatenate(([0], np.cumsum(sizes)[:-1])) if len(sizes) else sizes
-        chosen: I64 = slots[before < over]
-        return chosen
-
-    def _slots_of(self, key: bytes) -> I64:
-        """Slots of a file version's pages, or of the lone object or block of that name."""
-        index = self._tiers.index
-        pages = index.pages_of(key)
-        if len(pages):
-            return pages
-        slot = index.hit(key)
-        if slot < 0:
-            return pages
-        self._tiers.free(index.release_slot(slot))
-        return np.array([slot], np.int64)
+        going = np.zeros(len(slots), bool)
+        going[order[before < over]] = True
+        return going
 
     def _residents(self) -> I64:
         index = self._tiers.index

@@ -169,9 +169,10 @@ class Tiers:
                 self.release(pin)
 
     def free(self, freed: Freed | None) -> None:
-        """Frees locations, tier by tier."""
+        """Frees locations, tier by tier. Whoever reads without asking is told of those that must wait."""
         if freed is None:
             return
+        self._retire(freed.held)
         if len(freed[TierId.MEMORY]):
             self.memory.free(freed[TierId.MEMORY])
         if len(freed) > TierId.SSD and len(freed[TierId.SSD]) and self.ssd is not None:
@@ -180,21 +181,23 @@ class Tiers:
     def lose(self, slots: npt.NDArray[np.int64], tier: TierId) -> None:
         """Forgets the copies of `slots` in a tier whatever else holds them back: they are damaged or vanished."""
         gone = self.index.unplace(slots, tier, forced=True)
+        if tier is TierId.MEMORY:
+            self._retire(gone.held)
         store = self.memory if tier is TierId.MEMORY else self.ssd
         if store is not None:
             store.free([location for location in gone.locations.tolist() if location >= 0])
 
     def delete(self, names: Sequence[Name]) -> list[bool]:
-        """Forgets these names in every tier; answers which were there. Whoever reads without asking is told, too."""
-        memory: object = self.memory
-        held = self.index.match(names) if isinstance(memory, Retiring) else None
+        """Forgets these names in every tier; answers which were there."""
         freed, there = self.index.remove_names(names)
-        if held is not None and isinstance(memory, Retiring):
-            homes = self.index.facts(held.slots).memory_location
-            memory.retire(homes[homes >= 0].tolist())
-            self.release(held)
         self.free(freed)
         return there
+
+    def _retire(self, locations: Sequence[int]) -> None:
+        """These are on their way out, though somebody holds them. Those that have gone by now are ignored."""
+        memory: object = self.memory
+        if locations and isinstance(memory, Retiring):
+            memory.retire(locations)
 
     def place(self, slots: npt.NDArray[np.int64], tier: TierId, locations: list[int], parts: list[int]) -> None:
         """Copies exist in a tier now; those that came too late (the slot is gone, or has one) are freed."""

@@ -198,7 +198,8 @@ class Entries:
             policy.keep(np.array(kept, np.int64))
             columns.held[kept] &= ~bit & 0xFF
         if forced:
-            return Unplaced(gone, self._lose(going, tier))
+            locations, held = self._lose(going, tier)
+            return Unplaced(gone, locations, held)
         return Unplaced(gone, self._leave(gone, tier))
 
     def guarded(self, slot: int, tier: TierId) -> bool:
@@ -260,10 +261,12 @@ class Entries:
             self._bury(empty)
         return locations
 
-    def _lose(self, going: list[int], tier: TierId) -> I64:
-        """Copies are bad or their tier is off: they go at once for look-ups, their space when nobody can be looking."""
+    def _lose(self, going: list[int], tier: TierId) -> tuple[I64, list[int]]:
+        """Copies are bad or their tier is off: they go at once for look-ups, their space when nobody can be looking
+        (those locations are the second answer)."""
         columns = self.slots
         locations = np.full(len(going), -1, np.int64)
+        held: list[int] = []
         for i, slot in enumerate(going):
             row = columns.payloads[slot]
             location = int(columns.location[tier][row])
@@ -271,6 +274,7 @@ class Entries:
             columns.parts[tier][row] = 0
             if columns.pins[slot] or columns.kid_counts[slot]:
                 self.limbo.setdefault(slot, []).append((tier, location))
+                held.append(location)
             else:
                 locations[i] = location
                 if tier == TierId.MEMORY:
@@ -278,11 +282,18 @@ class Entries:
             if not columns.wheres[slot] and columns.states[slot] >= RESIDENT:
                 columns.change_one(slot, State.EVICTING)
                 self.settle(slot)
-        return locations
+        return locations, held
 
     # -- leaving for good ---------------------------------------------------------------------------------------------
-    def kill(self, slots: Iterable[int]) -> None:
-        """Names vanish; what is not in use is buried at once, the rest when it no longer is."""
+    def remove(self, slots: Iterable[int]) -> Freed:
+        """See Index.remove."""
+        held = self.kill(slots)
+        freed = self.drain()
+        return Freed(freed.memory if freed else [], freed.ssd if freed else [], held)
+
+    def kill(self, slots: Iterable[int]) -> list[int]:
+        """Names vanish; what is not in use is buried at once, the rest when it no longer is: answers where that lies
+        in memory."""
         columns = self.slots
         doomed = [s for s in dict.fromkeys(slots) if columns.states[s] and not columns.forms[s] & DEAD_BIT]
         array = np.array(doomed, np.int64)
@@ -298,6 +309,13 @@ class Entries:
         for slot in reversed(doomed):
             if columns.states[slot] == EVICTING:
                 self.settle(slot)
+        rows, memory = columns.payloads, columns.locations[0]
+        # Another name of the same bytes, if there is one, keeps them readable.
+        return [
+            memory[rows[slot]]
+            for slot in doomed
+            if columns.states[slot] == EVICTING and columns.wheres[slot] & 1 and columns.refs[rows[slot]] == 1
+        ]
 
     def abandon(self, slots: I64) -> None:
         """See Index.abandon: PENDING slots go; those with children stay as holes."""

@@ -138,10 +138,12 @@ class Index:
             self._entries.touch(row)
             return row
 
-    def hold(self, slots: Sequence[int]) -> Match:
-        """Pins again what the caller already holds, for work that outlives the caller's own pin."""
+    def hold(self, slots: Sequence[int], *, readable: bool = False) -> Match:
+        """Pins again what the caller already holds, for work that outlives the caller's own pin; with `readable`, what
+        is so now of slots that nobody holds. Either way they are not used by that."""
         rows = sorted(set(slots))
         with self.lock:
+            rows = [row for row in rows if self._slots.states[row] >= RESIDENT] if readable else rows
             for row in rows:
                 self._slots.pins[row] += 1
             self._pins += 1
@@ -394,8 +396,7 @@ class Index:
     def remove(self, slots: I64 | Sequence[int]) -> Freed:
         """Deletes: names vanish at once. Answers locations that nobody looks at; the others come with a `release`."""
         with self.lock:
-            self._entries.kill(int(slot) for slot in slots)
-            return self._entries.drain() or Freed([], [])
+            return self._entries.remove(int(slot) for slot in slots)
 
     def remove_names(self, names: Sequence[Name], *, expired_by_s: int | None = None) -> tuple[Freed, list[bool]]:
         """remove() by name, in one step and without pins; with `expired_by_s` only what expires by then.
@@ -407,8 +408,7 @@ class Index:
                 slots.states[row] >= RESIDENT and (expired_by_s is None or 0 < int(slots.expiry_s[row]) <= expired_by_s)
                 for row in rows
             ]
-            self._entries.kill(row for row, goes in zip(rows, going, strict=True) if goes)
-            return self._entries.drain() or Freed([], []), going
+            return self._entries.remove(row for row, goes in zip(rows, going, strict=True) if goes), going
 
     def abandon(self, slots: I64) -> None:
         """Fillers give up: PENDING slots go (when their last pin does)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import numpy.typing as npt
 
@@ -15,17 +17,24 @@ PINS_MAX = 65_000
 
 
 class Freed(NamedTuple):
-    """Locations that nobody looks at any more: the caller gives them to the tiers' `free`. Indexed by TierId."""
+    """Locations that nobody looks at any more: the caller gives them to the tiers' `free`. Indexed by TierId.
+
+    `held`: of what was removed, the places in memory that somebody still uses. They come with a later `release`; until
+    then nobody new may find them.
+    """
 
     memory: list[int]
     ssd: list[int]
+    held: Sequence[int] = ()
 
 
 class Unplaced(NamedTuple):
-    """What really left a tier, and where it was; a location of -1: somebody still uses the bytes, free nothing yet."""
+    """What really left a tier, and where it was; a location of -1: somebody still uses the bytes, free nothing yet.
+    Those are in `held`."""
 
     slots: npt.NDArray[np.int64]
     locations: npt.NDArray[np.int64]
+    held: Sequence[int] = ()
 
 
 class Pin:
