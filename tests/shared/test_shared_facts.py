@@ -59,7 +59,7 @@ PROGRAM = """
 class Process:
     """A process with a filesystem."""
 
-    def __init__(self, directory: str, server: S3Server) -> None:
+    def __init__(self, directory: str, server: S3Server, **settings: Any) -> None:
         arguments = {
             "target_protocol": "s3",
             "target_options": s3_options(server.url),
@@ -68,6 +68,7 @@ class Process:
             "ssd_bytes": 0,
             "linger_s": 0.2,
             "share": True,
+            **settings,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(arguments)],
@@ -140,6 +141,25 @@ def test_many_openers_ask_as_one(processes, server):
     server.stats.clear()
     assert together(processes, "info", "lake/d/3.parquet") == [300_008] * 4
     assert server.stats.requests == 0
+
+
+@pytest.mark.parametrize("first", ["doubting", "believing"])
+def test_who_believes_nothing_itself_waits_until_others_have_forgotten(server, tmp_path, first):
+    """Whose settings the owner has makes no difference either."""
+    ttls = {"doubting": 0.0, "believing": 60.0}
+    made = {}
+    for each in sorted(ttls, key=lambda name: name != first):
+        ttl_s = ttls[each]
+        made[each] = Process(str(tmp_path / "cache"), server, stat_ttl_s=ttl_s, negative_ttl_s=ttl_s, tail_bytes=0)
+        assert made[each].end() == "ready"
+    try:
+        for writer in made.values():
+            for turn in range(100):
+                assert writer("pipe", "lake/d/new", "x" * turn) is None
+                assert made["believing"]("info", "lake/d/new") == turn
+    finally:
+        for each in made.values():
+            each.close()
 
 
 def test_a_write_is_seen_by_every_process_when_it_returns(processes):

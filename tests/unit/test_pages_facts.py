@@ -35,7 +35,7 @@ class HandClock:
 
 
 class Patience:
-    stat_ttl_s, negative_ttl_s, mtime_settle_s, origin_deadline_s = 10.0, 2.0, 10.0, 60.0
+    stat_ttl_s, negative_ttl_s, mtime_settle_s, origin_deadline_s, owner_deadline_s = 10.0, 2.0, 10.0, 60.0, 10.0
 
 
 class AskedOrigin(DictOrigin):

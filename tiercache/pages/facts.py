@@ -40,6 +40,8 @@ class Patience(Protocol):
     def mtime_settle_s(self) -> float: ...
     @property
     def origin_deadline_s(self) -> float: ...
+    @property
+    def owner_deadline_s(self) -> float: ...
 
 
 def ancestors(path: str) -> list[str]:
@@ -99,21 +101,17 @@ class FileFacts:
         return None
 
     async def forget_shared(self, paths: Iterable[str], *, below: bool = False) -> None:
-        """As `forget`, and returns when no process of the directory believes any more what was known."""
+        """As `forget`, and returns when no process of the directory believes any more what was known; one that does
+        not react for `owner_deadline_s` is not waited for, however long it believes."""
         told = self.forget(paths, below=below)
         if told is not None:
-            await asyncio.wait([asyncio.wrap_future(told)], timeout=self.believed_s)
+            await asyncio.wait([asyncio.wrap_future(told)], timeout=self._patience.owner_deadline_s)
 
     def forget_blocking(self, paths: Iterable[str], *, below: bool = False) -> None:
         """As `forget_shared`, for any thread but the loop's."""
         told = self.forget(paths, below=below)
         if told is not None:
-            wait([told], timeout=self.believed_s)
-
-    @property
-    def believed_s(self) -> float:
-        """After so long everything that anybody knew has expired by itself, also where nobody could be told."""
-        return max(self._patience.stat_ttl_s, self._patience.negative_ttl_s)
+            wait([told], timeout=self._patience.owner_deadline_s)
 
     def _drop(self, paths: Collection[str], directories: Collection[str]) -> None:
         """Exactly these paths, and these directories with what lies below them."""

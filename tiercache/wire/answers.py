@@ -49,11 +49,11 @@ class Answers:
         clients: Callable[[], list[dict[str, Any]]],
         others: Callable[[Session], Sequence[Post]],
         hold: Callable[[Sequence[int]], Lease | None],
-        believed_s: float,
+        told_s: float,
     ) -> None:
-        """`others` are the lines of all clients but this one; `hold` takes leases from before this owner's time;
-        facts that clients know expire by themselves after `believed_s`."""
-        self._telling = Telling(believed_s)
+        """`others` are the lines of all clients but this one; `hold` takes leases from before this owner's time; a
+        client that is told to forget is waited for `told_s` long."""
+        self._telling = Telling(told_s)
         self._core, self._serving = cache, cache.serving
         self._notes, self._clients, self._others, self._hold = notes, clients, others, hold
         # A handler answers, or answers None: then it has begun a task, or there is nothing to answer.

@@ -82,7 +82,7 @@ class Door:
             clients=self.facts,
             others=self._lines,
             hold=hold or cache.serving.hold,
-            believed_s=max(settings.stat_ttl_s, settings.negative_ttl_s),
+            told_s=settings.owner_deadline_s,
         )
         self._welcome: dict[str, Any] = {
             "tiercache": tiercache.__version__,

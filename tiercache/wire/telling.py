@@ -24,8 +24,9 @@ class _Round:
 class Telling:
     """Sends FORGET and counts who answered with TOLD; on the owner's loop.
 
-    After `wait_s` nobody is waited for any more: what a client knew has expired by then. One that was silent for so
-    long (a stopped process) still hears of everything in order, but delays nobody again until it speaks.
+    How long a client believes what it knows is its own affair, so what counts is that it says that it forgot. One that
+    is silent for `wait_s` (a stopped process) still hears of everything in order, but is waited for by nobody until it
+    speaks.
     """
 
     def __init__(self, wait_s: float) -> None:
