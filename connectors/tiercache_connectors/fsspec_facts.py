@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from tiercache.pages.versions import Pin
-    from tiercache_connectors.fsspec_mounts import Mount
+    from tiercache_connectors.fsspec_opening import Opening
 
 T = TypeVar("T")
 
@@ -31,17 +31,17 @@ class Mounted(Protocol):
     """A filesystem with a mount."""
 
     @property
-    def mount(self) -> Mount:
-        """The process's cache, origin and reader for its target."""
+    def opening(self) -> Opening:
+        """How it comes to its mount."""
         ...
 
 
 def there(method: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Coroutine[Any, Any, T]]:
-    """Makes a coroutine method run on the cache's loop, whichever loop it is awaited on."""
+    """Makes a coroutine method run on the cache's loop, whichever loop it is awaited on, and with an open mount."""
 
     @functools.wraps(method)
     async def sent(self: Mounted, *args: Any, **kwargs: Any) -> T:
-        loop = self.mount.loop
+        loop = (self.opening.found or await self.opening.soon()).loop
         if asyncio.get_running_loop() is loop:
             return await method(self, *args, **kwargs)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(method(self, *args, **kwargs), loop))

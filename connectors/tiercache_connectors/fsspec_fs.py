@@ -26,6 +26,7 @@ from fsspec.utils import stringify_path, tokenize
 
 from tiercache.buffers import new_bytes
 from tiercache.model import Outcome
+from tiercache.sync import io_loop
 from tiercache_connectors.fsspec_facts import (
     FOOTED,
     IGNORED,
@@ -40,7 +41,8 @@ from tiercache_connectors.fsspec_facts import (
     there,
 )
 from tiercache_connectors.fsspec_file import AsyncCachedFile, CachedFile, WrittenFile
-from tiercache_connectors.fsspec_mounts import Mount, Target, mount
+from tiercache_connectors.fsspec_mounts import Mount, Target
+from tiercache_connectors.fsspec_opening import Opening
 from tiercache_connectors.fsspec_trees import Copied, find, write_whole
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         del fo, loop  # fsspec's chain hands the path over too; there is one loop a process
         super().__init__(asynchronous=asynchronous, batch_size=batch_size, use_listings_cache=False)
         self._target = Target(target_protocol, target_options, fs)
-        self._settings = {name: value for name, value in settings.items() if name not in IGNORED}
-        self._mount: Mount | None = None
+        settings = {name: value for name, value in settings.items() if name not in IGNORED}
+        self.opening = Opening(self._target, settings)
         plain = fs is None and self._target.protocol in PLAIN
         kind = None if plain else type(fs) if fs is not None else get_filesystem_class(self._target.protocol)
         self._target_class = kind
@@ -87,10 +89,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
     @property
     def mount(self) -> Mount:
         """The process's cache, origin and reader for this target; opened at first use, anew after a fork."""
-        found = self._mount
-        if found is None or not found.alive:
-            found = self._mount = mount(self._target, self._settings)
-        return found
+        return self.opening.now()
 
     @property
     def target(self) -> Any:
@@ -100,7 +99,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The process's I/O loop (fsspec's own), also after a fork and for asynchronous instances."""
-        return self.mount.loop
+        return io_loop()
 
     @property
     def fsid(self) -> str:
@@ -109,8 +108,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
 
     def close(self) -> None:
         """Gives the cache back; the next use opens it again."""
-        if self._mount is not None:
-            self._mount.close()
+        self.opening.close()
 
     # -- paths ---------------------------------------------------------------------------------------------------------
 
@@ -243,11 +241,11 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
         return int(self.ukey(path), 16)
 
     def invalidate_cache(self, path: str | None = None) -> None:
-        """Forgets what is known of a path and everything below it, or of all paths. Cached bytes stay: they belong to
-        their version."""
+        """Forgets what is known of a path and everything below it, or of all paths, in every process of the directory.
+        Cached bytes stay: they belong to their version. In a coroutine this returns at once, and what is asked from
+        then on is answered anew."""
         super().invalidate_cache(path)
-        if self._mount is not None:
-            self._mount.reader.facts.forget(["" if path is None else self._stripped(path)], below=True)
+        self.opening.forget("" if path is None else self._stripped(path))
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
@@ -403,6 +401,10 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
             kwargs["autocommit"] = False
         return WrittenFile(self.target.open(path, mode, **kwargs), path, mode, lambda: self._forget([path]))
 
+    async def _reached(self) -> Any:
+        """The target; making it may import much and ask its server."""
+        return await asyncio.to_thread(lambda: self.target)
+
     def _forget(self, paths: Sequence[str]) -> None:
         """See Mount.forget."""
         self.mount.forget(paths)
@@ -410,10 +412,10 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
     async def _write(self, name: str, paths: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the target, in a thread or on its loop; before and after, `paths` are forgotten."""
         touched = [self._stripped(path) for path in paths]
-        target = self.target
+        target = await self._reached()
         self._forget(touched)
         try:
-            if target.async_impl and hasattr(target, f"_{name}"):
+            if self.mount.has_coroutine(name):
                 return await getattr(target, f"_{name}")(*args, **kwargs)
             return await asyncio.to_thread(getattr(target, name), *args, **kwargs)
         finally:
@@ -448,7 +450,7 @@ class TierCacheFileSystem(AsyncFileSystem, ChainedFileSystem):  # type: ignore[m
 
     @there
     async def _rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> None:
-        self.target.invalidate_cache()
+        (await self._reached()).invalidate_cache()
         names = self._stripped(path if isinstance(path, list) else [path])
         if maxdepth is not None or not recursive or any(has_magic(name) for name in names):
             names = await self._expand_path(path, recursive=recursive, maxdepth=maxdepth)

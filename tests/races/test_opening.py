@@ -190,6 +190,72 @@ def test_a_thread_that_needs_the_loop_to_open_a_target_gets_it(tmp_path: Path, m
     assert os.path.realpath(tmp_path / "cache") not in assemble._open
 
 
+@pytest.mark.parametrize("foreign", [True, False], ids=["a loop of ones own", "the process's loop"])
+def test_no_loop_stands_still_while_a_filesystem_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: bool
+) -> None:
+    """At the first use and after a close; however many want it at once, one thread opens it."""
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    os.utime(file, (1, 1))
+    in_build, go_on, built = threading.Event(), threading.Event(), []
+    real = assemble.build
+
+    def build(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
+        built.append(threading.current_thread().name)
+        in_build.set()
+        assert go_on.wait(PATIENCE_S), "the loop stands still"
+        return real(settings, clock, metrics)
+
+    monkeypatch.setattr(assemble, "build", build)
+    fs = TierCacheFileSystem(
+        "file", directory=str(tmp_path / "cache"), memory_bytes=32 * MIB, ssd_bytes=0, asynchronous=foreign
+    )
+
+    async def read() -> None:
+        fs.invalidate_cache()
+        tasks = [asyncio.create_task(fs._cat_file(str(file))) for _ in range(50)]
+        impatient = asyncio.create_task(fs._info(str(file)))
+        assert await asyncio.to_thread(in_build.wait, PATIENCE_S)
+        impatient.cancel()
+        await asyncio.wait([impatient])
+        go_on.set()
+        assert await asyncio.gather(*tasks) == [b"data"] * 50
+
+    for turn in range(2):
+        in_build.clear(), go_on.clear()
+        if foreign:
+            asyncio.run(read())
+        else:
+            asyncio.run_coroutine_threadsafe(read(), io_loop()).result(2 * PATIENCE_S)
+        assert built == ["tiercache open"] * (turn + 1)
+        fs.close()
+
+
+def test_a_fault_while_a_loop_waits_for_an_opening_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    os.utime(file, (1, 1))
+    real = assemble.build
+
+    def broken(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
+        raise MemoryError
+
+    monkeypatch.setattr(assemble, "build", broken)
+    fs = TierCacheFileSystem(
+        "file", directory=str(tmp_path / "cache"), memory_bytes=32 * MIB, ssd_bytes=0, asynchronous=True
+    )
+
+    async def read() -> bytes:
+        return bytes(await fs._cat_file(str(file)))
+
+    with pytest.raises(MemoryError):
+        asyncio.run(read())
+    monkeypatch.setattr(assemble, "build", real)
+    assert asyncio.run(read()) == b"data"
+    fs.close()
+
+
 def test_a_fault_while_opening_reaches_the_opener_and_the_next_tries_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

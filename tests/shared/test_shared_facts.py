@@ -20,11 +20,12 @@ pytestmark = [
 ]
 
 PROGRAM = """
-    import hashlib, json, sys
+    import hashlib, json, os, sys
     from tiercache_connectors.fsspec_fs import TierCacheFileSystem
 
     fs = TierCacheFileSystem(**json.loads(sys.argv[1]))
-    fs.mount
+    if "later" not in sys.argv:
+        fs.mount
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         what, *arguments = json.loads(line)
@@ -47,6 +48,17 @@ PROGRAM = """
                 answer = fs.info(*arguments)["size"]
             elif what == "ls":
                 answer = fs.ls(*arguments, detail=False)
+            elif what == "anew":
+                fs.invalidate_cache(*arguments)
+                answer = fs.info(*arguments)["size"]
+            elif what == "anew in a child":
+                ours, its = os.pipe()
+                if not os.fork():
+                    fs.invalidate_cache(*arguments)
+                    os.write(its, str(fs.info(*arguments)["size"]).encode())
+                    os._exit(0)
+                os.wait()
+                answer = int(os.read(ours, 100))
             else:
                 answer = getattr(fs, what)(*arguments)
         except FileNotFoundError:
@@ -59,7 +71,7 @@ PROGRAM = """
 class Process:
     """A process with a filesystem."""
 
-    def __init__(self, directory: str, server: S3Server, **settings: Any) -> None:
+    def __init__(self, directory: str, server: S3Server, *words: str, **settings: Any) -> None:
         arguments = {
             "target_protocol": "s3",
             "target_options": s3_options(server.url),
@@ -71,7 +83,7 @@ class Process:
             **settings,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(arguments)],
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(arguments), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -160,6 +172,34 @@ def test_who_believes_nothing_itself_waits_until_others_have_forgotten(server, t
     finally:
         for each in made.values():
             each.close()
+
+
+def test_what_is_invalidated_is_asked_anew_whoever_knows_it(server, tmp_path):
+    """Also before the first use, in a forked child, and after a close; and from then on everybody knows better."""
+    file = tmp_path / "root" / "lake" / "d" / "changing"
+    file.write_bytes(b"x" * 10)
+    settings = {"stat_ttl_s": 3600.0, "tail_bytes": 0, "mtime_settle_s": 0.0}
+    one, two = (Process(str(tmp_path / "cache"), server, "later", **settings) for _ in range(2))
+    assert one.end() == two.end() == "ready"
+    try:
+        size = one("info", "lake/d/changing")
+        for doer, other, what in [
+            (two, one, "anew"),  # its first use
+            (one, two, "anew"),
+            (one, two, "anew in a child"),
+            (one, two, "anew in a child"),
+            (one, two, "closed"),
+        ]:
+            if what == "closed":
+                doer("close")
+            size += 1
+            file.write_bytes(b"x" * size)
+            assert other("info", "lake/d/changing") == size - 1
+            assert doer("anew" if what == "closed" else what, "lake/d/changing") == size
+            assert other("info", "lake/d/changing") == one("info", "lake/d/changing") == size
+    finally:
+        one.close()
+        two.close()
 
 
 def test_a_write_is_seen_by_every_process_when_it_returns(processes):
