@@ -112,27 +112,6 @@ def test_identities_differ_by_what_the_environment_gives(monkeypatch):
     )  # options that say who reads
 
 
-def test_identities_of_roles_differ_by_the_role(monkeypatch):
-    """A role's key ids change by the hour, so they are left out; what names the role is not."""
-    readers = set()
-    for role in ("arn:one", "arn:two"):
-        monkeypatch.setenv("AWS_ROLE_ARN", role)
-        for key in ("K1", "K2"):
-            monkeypatch.setattr("botocore.session.Session.get_credentials", lambda self, key=key: Expiring(key))
-            readers.add(s3({}).reader)
-    assert len(readers) == 2
-
-
-class Expiring:
-    """Credentials of a role, as botocore has them."""
-
-    method = "assume-role-with-web-identity"
-    _expiry_time = datetime(2100, 1, 1, tzinfo=UTC)
-
-    def __init__(self, key):
-        self.key = key
-
-
 def test_what_obstore_cannot_do_is_left_to_the_filesystem():
     for options in (
         KEYS | {"s3_additional_kwargs": {"SSECustomerKey": "x"}},

@@ -11,7 +11,7 @@ from tiercache.remote.retry import Patience, RetryingOrigin
 from tiercache.remote.split import SplitOrigin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from random import Random
 
     from tiercache.metrics import Metrics
@@ -47,8 +47,7 @@ def open_origin(
     options = dict(options or {})
     inner: Origin | None = None
     if filesystem is not None:
-        made_of = options or getattr(filesystem, "storage_options", {}) or {}
-        identity = _identity(protocol, made_of, getattr(filesystem, "storage_args", ()))
+        identity = _identity(protocol, options or getattr(filesystem, "storage_options", {}) or {}, filesystem)
         own = _private(filesystem)
         inner = FsspecOrigin(
             own or filesystem, identity, owned=own is not None, threads=patience.concurrency, metrics=metrics
@@ -103,18 +102,26 @@ def _filesystem(protocol: str, options: dict[str, Any]) -> Any:
         hint = f"; pip install tiercache[{extra}]" if extra else ""
         raise ConfigError(f"no origin for {protocol}://: {error}{hint}") from error
     own: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if issubclass(kind, AsyncFileSystem):
-        own["asynchronous"] = True
     if OBJECT_PROTOCOLS.get(protocol) == "s3":
         own["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | dict(options.get("config_kwargs") or {})
     try:
-        fs = kind(**(options | own))
-    except TypeError as error:
+        fs = _on_loop(kind, options | own) if issubclass(kind, AsyncFileSystem) else None
+        if fs is None:
+            fs = kind(**(options | own))
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"options of {protocol}://: {error}") from error
     if hasattr(fs, "retries"):
         # Patience retries, within a deadline and counted; a second loop inside would multiply with it.
         fs.retries = 1
     return fs
+
+
+def _on_loop(kind: Any, options: dict[str, Any]) -> Any:
+    """A filesystem that works on the cache's loop, or None where that cannot be: a wrapper does as what it wraps."""
+    try:
+        return kind(**(options | {"asynchronous": True}))
+    except (ValueError, RuntimeError):
+        return None
 
 
 def _private(given: Any) -> Any:
@@ -135,18 +142,18 @@ def _private(given: Any) -> Any:
     return fs
 
 
-def _identity(protocol: str, options: Mapping[str, Any], arguments: Sequence[Any] = ()) -> str:
-    """The same as over obstore where that understands the options, so that both share what is cached. `arguments` are
-    those without names, of a filesystem that was given."""
+def _identity(protocol: str, options: Mapping[str, Any], given: Any = None) -> str:
+    """The same as over obstore where that understands the options, so that both share what is cached. `given` is a
+    filesystem that was made already: nobody knows any more what a relative path among its options meant."""
     from tiercache.remote.options import S3_IGNORED, UNDERSTOOD, Unsupported
-    from tiercache.remote.rights import digest, filesystem, local_reader, surroundings
+    from tiercache.remote.places import starts_here
+    from tiercache.remote.rights import reader
 
-    understand = UNDERSTOOD.get(OBJECT_PROTOCOLS.get(protocol, ""))
-    if understand is not None and not arguments:
+    kind, arguments = OBJECT_PROTOCOLS.get(protocol, ""), getattr(given, "storage_args", ())
+    if kind and not arguments and (given is None or not starts_here(protocol, (), options)):
         try:
-            return understand(options).reader
+            return UNDERSTOOD[kind](options).reader
         except Unsupported:
             pass
-    given = {name: value for name, value in options.items() if name not in S3_IGNORED}
-    # What these options leave open is decided elsewhere.
-    return f"{protocol}+{digest(filesystem(protocol, arguments, given), surroundings(), local_reader())}"
+        options = {name: value for name, value in options.items() if name not in S3_IGNORED}
+    return f"{protocol}+{reader(protocol, options, given)}"

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import http.client
 import os
+import shlex
 from dataclasses import dataclass, field
+from datetime import UTC
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tiercache.errors import ConfigError, OriginError
-from tiercache.remote.rights import KEYS, RIGHTS, contents, digest, surroundings
+from tiercache.remote.places import contents, meaning, owned
+from tiercache.remote.rights import ITS_OWN, digest, surroundings
 from tiercache.settings import read_machine
 
 if TYPE_CHECKING:
@@ -21,22 +25,15 @@ if TYPE_CHECKING:
 
 REGION = "us-east-1"
 REGION_TIMEOUT_S = 5.0
-S3_IGNORED = frozenset(
+S3_IGNORED = ITS_OWN | frozenset(
     {
         "default_block_size",
         "default_fill_cache",
         "default_cache_type",
         "version_aware",
         "cache_regions",
-        "asynchronous",
-        "loop",
         "max_concurrency",
         "fixed_upload_size",
-        "use_listings_cache",
-        "listings_expiry_time",
-        "max_paths",
-        "skip_instance_cache",
-        "batch_size",
     }
 )
 """Options that only say how s3fs itself works."""
@@ -164,30 +161,55 @@ class _Session:
         """Static credentials go into `config`; the second value gives those that expire."""
         if self._session is None:
             return surroundings(), None
+        from botocore.credentials import RefreshableCredentials
+
         found = self._session.get_credentials()
         if found is None:
             raise OriginError("no credentials found: give key and secret, a profile, or anon=True")
+        if isinstance(found, RefreshableCredentials):
+            # Not looked at here: roles may have no keys before the first request, and others by the hour after it.
+            return digest(found.method, self._configured(self._session), surroundings()), partial(_current, found)
+        frozen = found.get_frozen_credentials()
+        config["access_key_id"], config["secret_access_key"] = frozen.access_key, frozen.secret_key
+        if frozen.token:
+            config["session_token"] = frozen.token
+        return digest(frozen.access_key, frozen.secret_key, frozen.token), None
 
-        def current() -> dict[str, Any]:
-            frozen = found.get_frozen_credentials()
-            config = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "token": frozen.token}
-            # botocore refreshes early by itself, so that asking again soon is cheap and always current.
-            return config | {"expires_at": getattr(found, "_expiry_time", None)}
-
-        if getattr(found, "_expiry_time", None) is None:
-            frozen = current()
-            config["access_key_id"], config["secret_access_key"] = frozen["access_key_id"], frozen["secret_access_key"]
-            if frozen["token"]:
-                config["session_token"] = frozen["token"]
-            return digest(frozen["access_key_id"], frozen["secret_access_key"], frozen["token"]), None
-        # Keys of roles change by the hour; the profile or role that gives them says who reads.
-        profile = self._profile or self._variable("profile") or ""
-        own = surroundings(name for name in RIGHTS if name not in KEYS)
-        return digest(found.method, profile, self._session.get_scoped_config(), own), current
+    def _configured(self, session: Any) -> list[object]:
+        """What files of configuration say of who gets a role: the profile and those it builds on, with their own keys,
+        the single sign-on, and where tokens come from, which change by the hour."""
+        config = session.full_config
+        profiles, sessions = config.get("profiles", {}), config.get("sso_sessions", {})
+        name, told, met = self._profile or self._variable("profile") or "default", list[object](), set[str]()
+        while name in profiles and name not in met:
+            met.add(name)
+            found = profiles[name]
+            token = found.get("web_identity_token_file")
+            command = shlex.split(found.get("credential_process", ""))
+            token_of = owned(token) if token else None
+            # The words of a command may be options as well as files: only files that are there count.
+            there = [word for word in command if os.path.exists(word)]
+            told.append([name, found, sessions.get(found.get("sso_session")), token_of, meaning("", there, {})])
+            name = found.get("source_profile", "")
+        token = read_machine().environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        return [*told, owned(token) if token else None]
 
     def _variable(self, name: str) -> str | None:
         value = self._session.get_config_variable(name) if self._session is not None else None
         return str(value) if value else None
+
+
+def _current(found: Any) -> dict[str, Any]:
+    """Credentials that expire, as obstore asks for them soon before: botocore refreshes earlier by itself."""
+    found.get_frozen_credentials()
+    with found._refresh_lock:  # or these could be old keys with the time that new ones last
+        frozen, expires_at = found._frozen_credentials, found._expiry_time
+    return {
+        "access_key_id": frozen.access_key,
+        "secret_access_key": frozen.secret_key,
+        "token": frozen.token,
+        "expires_at": expires_at.astimezone(UTC) if expires_at is not None else None,  # obstore takes no other zone
+    }
 
 
 def bucket_region(bucket: str, host: str = "", *, secure: bool = True) -> str:
@@ -217,7 +239,7 @@ def gs_options(options: Mapping[str, Any]) -> StoreOptions:
         config["skip_signature"] = True
         reader = "anonymous"
     elif isinstance(token, str) and os.path.exists(token):
-        config["application_credentials"] = token
+        config["application_credentials"] = os.path.abspath(token)
         reader = digest(contents(token))
     elif token == "google_default":
         reader = digest("google_default", surroundings(), [contents(path) for path in google_files()])

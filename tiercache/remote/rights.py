@@ -17,22 +17,21 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from tiercache.clock import system_random
+from tiercache.remote import places
 from tiercache.settings import read_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-FILE_BYTES_MAX = 1 << 20
-"""Files of credentials are not longer."""
-
-KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-"""Variables that a role's credentials may come in, new ones by the hour."""
 RIGHTS = (
-    *KEYS,
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
     "HOME",  # where files of credentials are looked for
     "AWS_PROFILE",
     "AWS_DEFAULT_PROFILE",
     "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -75,6 +74,36 @@ RIGHTS = (
     "NETRC",
 )
 """Variables that decide as whom a process reads when its options do not."""
+FILES = (
+    "HOME",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+    "CLOUDSDK_CONFIG",
+    "AZURE_CLIENT_CERTIFICATE_PATH",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_CONFIG_DIR",
+    "HADOOP_CONF_DIR",
+    "KRB5CCNAME",
+    "NETRC",
+)
+"""Those that name files: what a relative one means depends on the working directory."""
+ITS_OWN = frozenset(
+    {
+        "asynchronous",
+        "loop",
+        "batch_size",
+        "use_listings_cache",
+        "listings_expiry_time",
+        "max_paths",
+        "skip_instance_cache",
+    }
+)
+"""Options of every filesystem that only say how it works."""
 
 
 def digest(*parts: object) -> str:
@@ -86,25 +115,43 @@ def surroundings(names: Iterable[str] = RIGHTS) -> str:
     """A hash of what a process gets its rights from besides options: its user and these variables. Readers for whom it
     differs share nothing that is cached; one reader whose variables change begins anew."""
     environ = read_machine().environ
-    return digest(os.getuid(), [(name, environ[name]) for name in names if environ.get(name)])
+    given = [(name, environ[name]) for name in names if environ.get(name)]
+    named = [value.removeprefix("FILE:") for name, value in given if name in FILES]  # as Kerberos has it
+    return digest(os.getuid(), given, [os.path.realpath(path) for path in named if os.path.exists(path)])
 
 
 def local_reader() -> str:
     """A hash of what decides which files a process may read, and which files its paths mean: user, groups, and the
-    root, which differs between containers (whose images have different files of one size and one time)."""
-    root = os.stat("/")
+    mounts and the root it sees, which differ between containers (whose images have different files of one size and one
+    time). Where the system does not tell those, the process stands for itself alone."""
     users = os.getuid(), os.geteuid(), os.getegid(), sorted(os.getgroups())
-    # Only devices with a driver keep their numbers: others are counted up at every mount.
-    return digest(users, root.st_dev if os.major(root.st_dev) else 0, root.st_ino)
+    return digest(users, places.view() or _own.process())
 
 
-def contents(path: str) -> str:
-    """A hash of a file of credentials, or of its name where this process cannot read it."""
-    try:
-        with open(path, "rb") as stream:
-            return digest(stream.read(FILE_BYTES_MAX))
-    except OSError:
-        return digest("unreadable", os.path.realpath(path))
+def credential_files() -> list[str]:
+    """Hashes of the files in which clients look for credentials and which roles to take, as far as they are there."""
+    machine = read_machine()
+    cloud = machine.environ.get("CLOUDSDK_CONFIG") or os.path.join(machine.home, ".config", "gcloud")
+    usual = {
+        "AWS_CONFIG_FILE": os.path.join(machine.home, ".aws", "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": os.path.join(machine.home, ".aws", "credentials"),
+        "GOOGLE_APPLICATION_CREDENTIALS": os.path.join(cloud, "application_default_credentials.json"),
+        "GOOGLE_SERVICE_ACCOUNT": "",
+        "GOOGLE_SERVICE_ACCOUNT_PATH": "",
+        "AZURE_CLIENT_CERTIFICATE_PATH": "",
+        "NETRC": os.path.join(machine.home, ".netrc"),
+    }
+    paths = [os.path.expanduser(machine.environ.get(name) or place) for name, place in usual.items()]
+    return [places.contents(path) if path and os.path.isfile(path) else "" for path in paths]
+
+
+def reader(protocol: str, options: Mapping[str, Any], given: Any = None) -> str:
+    """A hash of everything that may decide who reads through a filesystem, and what its paths mean: what it is made of
+    (or `given`, one that was made already) and all of this process's surroundings. It asks nobody, and tells apart more
+    readers than there are, where options say by themselves who reads."""
+    made_of = filesystem(protocol, (), options) if given is None else told(given)
+    # What options leave open is decided elsewhere.
+    return digest(made_of, surroundings(), credential_files(), local_reader())
 
 
 def told(value: object) -> str:
@@ -123,17 +170,41 @@ def told(value: object) -> str:
         return f"[{', '.join(map(told, value))}]"
     if isinstance(value, set | frozenset):
         return f"<{', '.join(sorted(map(told, value)))}>"
-    made_of: Any = value
-    if hasattr(made_of, "storage_args") and hasattr(made_of, "storage_options"):  # a filesystem of fsspec's
-        return filesystem(made_of.protocol, made_of.storage_args, made_of.storage_options)
+    if hasattr(value, "storage_args") and hasattr(value, "storage_options"):  # a filesystem of fsspec's
+        return _made(value)
     return _own.told(value)
 
 
 def filesystem(protocol: str | Iterable[str], arguments: Iterable[Any], options: Mapping[str, Any]) -> str:
-    """A filesystem of fsspec's, by what it was made of."""
-    name = protocol if isinstance(protocol, str) else next(iter(protocol))
+    """A filesystem of fsspec's that is to be made here and now, by what it is made of and what paths in that mean."""
+    name, kept = _first(protocol), _kept(options)
+    return f"{_parts(name, arguments, kept)} {told(places.meaning(name, arguments, kept))}"
+
+
+def _made(given: Any) -> str:
+    """A filesystem of fsspec's that was made at some time. Only those that wrap a directory of another one remember
+    what a relative path meant then; elsewhere such a filesystem is itself alone."""
+    name, arguments, kept = _first(given.protocol), given.storage_args, _kept(given.storage_options)
+    parts = _parts(name, arguments, kept)
+    path, inner = getattr(given, "path", None), getattr(given, "fs", None)
+    if isinstance(path, str) and hasattr(inner, "storage_options"):
+        return f"{parts} {told(path)} {told(inner)}"
+    if places.starts_here(name, arguments, kept):
+        return f"{parts} {_own.told(given)}"
+    return f"{parts} {told(places.meaning(name, arguments, kept))}"
+
+
+def _parts(name: str, arguments: Iterable[Any], options: Mapping[str, Any]) -> str:
     own = _own.process() if name == "memory" else ""
     return f"{name} {told(list(arguments))} {told(options)} {own}"
+
+
+def _first(protocol: str | Iterable[str]) -> str:
+    return protocol if isinstance(protocol, str) else next(iter(protocol))
+
+
+def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in ITS_OWN}
 
 
 class _Own:
