@@ -16,6 +16,7 @@ import fsspec
 
 from tiercache import assemble
 from tiercache.errors import TierCacheError
+from tiercache.remote import rights
 from tiercache.settings import load
 from tiercache.sync import io_loop, runs_here, wait
 
@@ -48,6 +49,11 @@ class Target:
         if self.instance is not None:
             return str(self.instance._fs_token)
         return str(fsspec.utils.tokenize(self.protocol, self.options))
+
+    @property
+    def reader(self) -> str:
+        """Another one when the credentials of the environment or what a relative path means have changed."""
+        return rights.reader(self.protocol, self.options, self.instance)
 
     def filesystem(self) -> AbstractFileSystem:
         """The target as a blocking fsspec filesystem that works in this process."""
@@ -85,6 +91,12 @@ class Mount:
             self._filesystem = self.target.filesystem()
         return self._filesystem
 
+    def has_coroutine(self, name: str) -> bool:
+        """Whether the target has a coroutine for this, and what it wraps has too: wrappers do not say."""
+        fs = self.filesystem
+        wrapped = getattr(fs, "fs", None)
+        return bool(fs.async_impl and getattr(wrapped, "async_impl", True) and hasattr(fs, f"_{name}"))
+
     def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Runs a coroutine on the cache's loop, from a thread."""
         return wait(work, self.loop)
@@ -102,12 +114,19 @@ class Mount:
         """Ends background work and connections, and gives the cache back."""
         if self.alive:
             self.alive = False
-            self.wait(self.reader.close())
-            self.wait(self.origin.close())
+            self.wait(self.end())
             assemble.release(self.cache)
 
+    async def end(self) -> None:
+        """Ends background work and connections; on the loop. The cache stays the caller's to give back."""
+        self.alive = False
+        try:
+            await self.reader.close()
+        finally:
+            await self.origin.close()
 
-Key = tuple[str, str]
+
+Key = tuple[str, str, str]
 
 _mounts: dict[Key, Mount] = {}
 _opening: dict[Key, threading.Event] = {}
@@ -122,7 +141,7 @@ OPEN_S_MAX = 30.0
 
 def mount(target: Target, settings: Mapping[str, Any]) -> Mount:
     """The mount of this target with these settings, opened if this process has none."""
-    key = (target.token, repr(sorted(settings.items())))
+    key = (target.token, target.reader, repr(sorted(settings.items())))
     with _lock:
         found = _mounts.get(key)
     if found is not None and found.alive:
@@ -148,7 +167,8 @@ def mount(target: Target, settings: Mapping[str, Any]) -> Mount:
             if found is None or not found.alive:
                 made = _mounts[key] = fresh
                 return made
-        asyncio.run_coroutine_threadsafe(fresh.origin.close(), fresh.loop)
+        # In vain; the loop ends it, which may be where this runs, before the cache can be closed.
+        asyncio.run_coroutine_threadsafe(fresh.end(), fresh.loop)
         return found
     finally:
         if mine is not None:
