@@ -175,3 +175,13 @@ def test_where_mounts_cannot_be_told_a_process_is_alone(monkeypatch: pytest.Monk
         alone = local_reader()
         assert alone == local_reader() != here
     assert alone not in (reader_behind(), here)
+
+
+def test_files_of_credentials_do_not_matter_to_local_files(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folders[0] / "key.json"))
+    local = LocalFileSystem(skip_instance_cache=True)
+    one = open_origin("file", filesystem=local).identity
+    (folders[0] / "key.json").write_text("edited in place")
+    assert open_origin("file", filesystem=local).identity == one

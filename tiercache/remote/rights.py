@@ -92,6 +92,8 @@ FILES = (
     "NETRC",
 )
 """Those that name files: what a relative one means depends on the working directory."""
+WITHOUT_CREDENTIALS = ("file", "local", "memory")
+"""Filesystems that read as the user who runs them."""
 ITS_OWN = frozenset(
     {
         "asynchronous",
@@ -150,8 +152,9 @@ def reader(protocol: str, options: Mapping[str, Any], given: Any = None) -> str:
     (or `given`, one that was made already) and all of this process's surroundings. It asks nobody, and tells apart more
     readers than there are, where options say by themselves who reads."""
     made_of = filesystem(protocol, (), options) if given is None else told(given)
-    # What options leave open is decided elsewhere.
-    return digest(made_of, surroundings(), credential_files(), local_reader())
+    # What options leave open is decided elsewhere. Tools may write these files by the hour, which is not for local ones.
+    files = [] if protocol in WITHOUT_CREDENTIALS else credential_files()
+    return digest(made_of, surroundings(), files, local_reader())
 
 
 def told(value: object) -> str:
