@@ -152,7 +152,7 @@ def reader(protocol: str, options: Mapping[str, Any], given: Any = None) -> str:
     (or `given`, one that was made already) and all of this process's surroundings. It asks nobody, and tells apart more
     readers than there are, where options say by themselves who reads."""
     made_of = filesystem(protocol, (), options) if given is None else told(given)
-    # What options leave open is decided elsewhere. Tools may write these files by the hour, which is not for local ones.
+    # What options leave open is decided elsewhere. Tools may write these files by the hour: local ones do without.
     files = [] if protocol in WITHOUT_CREDENTIALS else credential_files()
     return digest(made_of, surroundings(), files, local_reader())
 
