@@ -7,7 +7,7 @@ for any thread and never wait for an origin; a shared cache may wait for its own
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableSequence, Sequence
@@ -56,6 +56,15 @@ class Notes(Protocol):
 
     def unwatch(self, callback: Callable[[Sequence[bytes]], None]) -> None:
         """Undoes `watch`."""
+        ...
+
+
+@runtime_checkable
+class Seeing(Protocol):
+    """What a cache adds whose `lease_resident` may have to ask another process."""
+
+    def sees(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> bool:
+        """Whether these parts of these pages are in memory, as far as that is known without asking; any thread."""
         ...
 
 

@@ -93,6 +93,23 @@ def test_what_was_forgotten_comes_back_to_nobody_while_it_is_held(shared: Shared
     holder.let_go()
 
 
+def test_nothing_is_read_to_find_out_what_to_fetch_ahead(shared: Shared, worker: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    reader = worker()
+    reader.mount("file", {}, directory=shared.directory, **shared.settings)
+    digest = reader.digest(str(path))
+    assert reader.ahead(str(path), 4 * MIB)[0] is True
+    assert reader.flush() is True
+    reader.stop()
+    shared.wait_until_gone()
+    reader = worker(None)
+    reader.mount("file", {}, directory=shared.directory, **shared.settings)
+    assert reader.ahead(str(path), 4 * MIB) == [False, 0], "all of it is on the SSD, and stays there"
+    assert reader.digest(str(path)) == digest
+    assert reader.ahead(str(path), 4 * MIB)[0] is True
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(shared: Shared, worker: Any) -> None:
     one, two = worker(), worker()
     one.put("a", "x", 8 * MIB)

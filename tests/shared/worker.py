@@ -300,6 +300,15 @@ class Told:
 
         return hashlib.sha256(self.files.cat_file(path, start=start, end=end)).hexdigest()
 
+    def ahead(self, path: str, size: int) -> list[Any]:
+        """Whether a reader would say that all of a file is in memory, and how much is there when it has said so."""
+        from tiercache.sync import wait
+
+        mount = self.files.mount
+        pin = wait(mount.reader.facts.stat([path]), mount.loop)[0]
+        said = mount.reader.is_resident(pin, 0, size)
+        return [said, wait(mount.cache.call("status", {}), mount.loop)["memory"]["used_bytes"]]
+
     def ls(self, path: str) -> list[str]:
         return sorted(self.files.ls(path, detail=False))
 

@@ -443,6 +443,29 @@ def test_a_tail_that_the_cache_refuses_leaves_the_facts():
     asyncio.run(main())
 
 
+def test_whether_to_fetch_ahead_is_asked_of_nobody_else():
+    """A cache whose leases may have to wait for another process says what it sees by itself."""
+
+    class Asking(DictCache):
+        seen = False
+
+        def sees(self, key, ordinals, parts):
+            return self.seen
+
+        def lease_resident(self, key, ordinals, parts):
+            raise AssertionError("a reader would wait for this")
+
+    async def main():
+        cache = Asking()
+        _, _, reader = world(cache=cache)
+        pin = await reader.open("f")
+        assert not reader.is_resident(pin, 0, PAGE)
+        cache.seen = True
+        assert reader.is_resident(pin, 0, PAGE)
+
+    asyncio.run(main())
+
+
 def test_prefetch_is_in_the_background_bounded_and_silent():
     async def main():
         origin, _, reader = world()

@@ -15,7 +15,7 @@ from tiercache.cpu.tier import MemoryTier
 from tiercache.cpu.view import ArenaView
 from tiercache.errors import ConfigError
 from tiercache.model import Name, Outcome, Payload, all_parts, part_bytes_for
-from tiercache.wire.glance import glance_into, glance_pages
+from tiercache.wire.glance import glance_into, glance_pages, sees_pages
 from tiercache.wire.memo import TOUCHES_MAX, Home, Memo
 
 MIB = 1 << 20
@@ -92,6 +92,23 @@ def test_an_extent_that_was_freed_or_serves_another_is_no_hit_and_is_forgotten()
     assert scene.home.memo.get(name("a")) == -1
     scene.home.memo.learn([(name("a"), other)])  # a wrong memory of any kind
     assert scene.get(name("a")) == [Outcome.MISS]
+
+
+def test_what_can_be_seen_is_said_without_counting_as_read() -> None:
+    scene = Scene()
+    pages = [Name(KEY, ordinal) for ordinal in range(2)]
+    every = all_parts(MIB, part_bytes_for(MIB))
+    places = [scene.put(pages[0], content(1, MIB)), scene.put(pages[1], content(2, MIB), parts=0b101)]
+    for ordinals, parts, seen in [
+        ([0], [every], True),
+        ([0, 1], [1, 0b100], True),
+        ([0, 1], [1, 0b10], False),
+        ([2], [1], False),
+    ]:
+        assert sees_pages(scene.home, KEY, ordinals, parts, 0) is seen
+    scene.tier.retire(places[:1])
+    assert not sees_pages(scene.home, KEY, [0], [1], 0)
+    assert not scene.home.touched
 
 
 def test_what_is_deleted_or_over_is_not_served_by_a_glance() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tiercache.buffers import Buffer, copy, new_bytes
+from tiercache.core import Seeing
 from tiercache.errors import ChangedError, TierCacheError
 from tiercache.keys import page_key
 from tiercache.lease import PageRun
@@ -156,7 +157,8 @@ class PageReader:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def read_resident(self, pin: Pin, start: int, stop: int) -> bytes | None:
-        """Bytes [start, stop), within the file, if all are in memory; any thread, and no hop through the loop."""
+        """Bytes [start, stop), within the file, if all can be had without the loop: from memory and, in a thread of a
+        process that shares its cache, from the owner and its SSD. Any thread."""
         run = self.run_of(pin)
         if run is None:
             return None
@@ -185,11 +187,13 @@ class PageReader:
             lease.release()
 
     def is_resident(self, pin: Pin, start: int, stop: int) -> bool:
-        """Whether all of [start, stop) is in memory now; any thread."""
+        """Whether all of [start, stop) is in memory now, as far as this process knows without asking; any thread."""
         run = self.run_of(pin)
         if run is None:
             return False
         ordinals, parts = geometry.cover(start, stop, run.page_bytes, run.part_bytes)
+        if isinstance(self._cache, Seeing):
+            return self._cache.sees(run.key, ordinals, parts)
         lease = self._cache.lease_resident(run.key, ordinals, parts)
         if lease is not None:
             lease.release()

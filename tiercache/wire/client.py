@@ -19,7 +19,7 @@ from tiercache.errors import ClosedError, ConfigError, ProtocolError, TierCacheE
 from tiercache.model import Form, Kind, Name, Outcome, Terms
 from tiercache.wire import frames
 from tiercache.wire.frames import Op, Patience, ReadAsk
-from tiercache.wire.glance import glance_into, glance_pages
+from tiercache.wire.glance import glance_into, glance_pages, sees_pages
 from tiercache.wire.leasing import Leasing, misses
 from tiercache.wire.link import TICK_S, Link
 from tiercache.wire.loading import Reading
@@ -127,6 +127,11 @@ class SharedCache:
             [Name(key, ordinal) for ordinal in ordinals],
         )
         return _all_or_none(lease)
+
+    def sees(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> bool:
+        """Whether a glance finds all these parts of these pages in memory; nobody is asked, nothing counts as read."""
+        _, home = self._open()
+        return home is not None and sees_pages(home, key, ordinals, parts, self._clock.wall())
 
     def lease_local(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> Lease | None:
         """None: `lease_resident` has waited for the owner's SSD already."""

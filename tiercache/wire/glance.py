@@ -82,6 +82,17 @@ def glance_pages(home: Home, key: bytes, ordinals: Sequence[int], parts: Sequenc
     return Glance(home, names, spots)
 
 
+def sees_pages(home: Home, key: bytes, ordinals: Sequence[int], parts: Sequence[int], now_s: float) -> bool:
+    """Whether all of these can be seen."""
+    for ordinal, wanted in zip(ordinals, parts, strict=True):
+        name = Name(key, ordinal)
+        location = home.memo.get(name)
+        spot = home.view.glance(location, name, now_s) if location >= 0 else None
+        if spot is None or wanted & ~spot.parts:
+            return False
+    return True
+
+
 def glance_into(
     home: Home, names: Sequence[Name], targets: Sequence[Buffer], verify: bool, now_s: float
 ) -> list[Outcome]:
