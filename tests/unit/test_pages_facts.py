@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiercache.clock import SystemClock
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.origin import Stat
 from tiercache.pages.facts import FileFacts, ancestors
 from tiercache.pages.readahead import ReadAhead
-from tiercache.pages.sharing import NOTE_BYTES_MAX, packed, unpacked
+from tiercache.pages.sharing import LISTING, NOTE_BYTES_MAX, Sharing, packed, unpacked
 from tiercache.pages.versions import Pin, Remembered, version_of
 from tiercache.testing.model import DictOrigin
 from tiercache.testing.notes import NotesTable
@@ -523,6 +525,55 @@ def test_no_schedule_shows_a_process_what_was_there_before_a_write(seed):
         assert all_.table.notes.claims == 0
 
     simulate(main, seed)
+
+
+class Watched(list):
+    """A listing that knows which threads have looked at its rows, and how many were taken."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.threads, self.taken = set(), 0
+
+    def __getitem__(self, which):
+        self.threads.add(threading.get_ident())
+        found = super().__getitem__(which)
+        self.taken += len(found)
+        return found
+
+    def __iter__(self):
+        raise AssertionError("all of it at once")
+
+
+def test_a_listing_that_is_too_long_is_found_so_before_it_is_text():
+    one = Stat("lake/part", 1, "v", 1.0)
+    many = Watched([one] * 300_000)
+    assert packed(many, 1.0, 2.0, 3.0) == b"" and not many.taken
+    long = Watched([Stat("x" * 1000, 1, "v", 1.0)] * 100_000)
+    assert packed(long, 1.0, 2.0, 3.0) == b"" and long.taken < 5000
+
+
+def test_a_long_listing_is_made_a_note_and_read_from_one_beside_the_loop():
+    rows = [Stat(f"lake/d/{i:06d}", i, f"v{i}", float(i)) for i in range(2000)]
+
+    async def main():
+        table = NotesTable(SystemClock(), bytes_max=1 << 23)
+        one, two = (Sharing(table.client(), "origin", SystemClock(), wait_s=10.0) for _ in range(2))
+        listing = Watched(rows)
+
+        async def ask():
+            return listing
+
+        found = await one.find(LISTING, "lake/d", ask, lambda _: 60.0, lambda: 0)
+        assert found.answer is listing and listing.taken == len(rows)
+        assert threading.get_ident() not in listing.threads
+        assert (await two.find(LISTING, "lake/d", fail, lambda _: 60.0, lambda: 0)).answer == rows
+        assert (await two.listed("lake/d", lambda _: 60.0, lambda: 0)).answer == rows
+        await table.close()
+
+    async def fail():
+        raise AssertionError("it is known")
+
+    asyncio.run(main())
 
 
 # -- read-ahead --------------------------------------------------------------------------------------------------------

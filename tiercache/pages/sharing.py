@@ -37,6 +37,12 @@ END = b"\0"
 SPACE_BYTES = 16
 NOTE_BYTES_MAX = 4 << 20
 """A longer answer is not shared: each process asks for itself."""
+ROW_BYTES_MIN = len('["",0,"",null,false],')
+"""No row of a listing is shorter in a note."""
+ROWS_AT_ONCE = 256
+"""Rows made text in one go, which holds the interpreter's lock; more than these are not the loop's work."""
+OPENED_HERE_BYTES = 64 << 10
+"""Notes up to this length are read on the loop."""
 PREFIXES_BYTES_MAX = 1 << 20
 """More paths than fit here are forgotten together with everything else of their origin."""
 TAIL_TTL_S = 3600.0
@@ -76,7 +82,7 @@ class Sharing:
         name = self._name(kind, path)
         mine, note = await self._claim(name)
         if note is not None:
-            found = self._opened(note, asked_s, ttl_s, since)
+            found = await self._opened(note, asked_s, ttl_s, since)
             if found is not None:
                 return found
         since, looked_s = epoch(), self._clock.wall()
@@ -85,7 +91,9 @@ class Sharing:
             answer = await ask()
             left_s = ttl_s(answer)
             if mine and left_s > 0.0:
-                value, believed_s = packed(answer, looked_s, self._clock.wall(), left_s), left_s
+                facts = answer, looked_s, self._clock.wall(), left_s
+                long = isinstance(answer, list) and len(answer) > ROWS_AT_ONCE
+                value, believed_s = await asyncio.to_thread(packed, *facts) if long else packed(*facts), left_s
         finally:
             if mine:
                 self._notes.settle(name, value, believed_s)
@@ -99,7 +107,7 @@ class Sharing:
                 note = await self._notes.known(self._name(LISTING, directory))
         except (TimeoutError, UnavailableError):
             return None
-        return None if note is None else self._opened(note, asked_s, ttl_s, since)
+        return None if note is None else await self._opened(note, asked_s, ttl_s, since)
 
     async def tail(self, path: str, fetch: Callable[[], Awaitable[T]], otherwise: Callable[[], Awaitable[T]]) -> T:
         """What `fetch` answers, which brings a file's last bytes; of `otherwise` where a process of this directory did
@@ -151,12 +159,14 @@ class Sharing:
             return False, None  # nobody there, or too busy: this process asks, and tells nobody
         return note is None, note
 
-    def _opened(self, note: bytes, asked_s: float, ttl_s: Callable[[Answer], float], since: int) -> Found | None:
+    async def _opened(self, note: bytes, asked_s: float, ttl_s: Callable[[Answer], float], since: int) -> Found | None:
         """A note as an answer, or None where it is too old for us, or says only that each must ask for itself."""
         if note == _UNSHARED:
             return None
         try:
-            answer, looked_s, told_s, note_ttl_s = unpacked(note)
+            answer, looked_s, told_s, note_ttl_s = (
+                await asyncio.to_thread(unpacked, note) if len(note) > OPENED_HERE_BYTES else unpacked(note)
+            )
         except (ValueError, TypeError):
             return None
         age_s = self._clock.wall() - told_s
@@ -172,15 +182,33 @@ class Sharing:
 
 def packed(answer: Answer, looked_s: float, told_s: float, ttl_s: float) -> bytes:
     """A note's value; empty for what is too long to be shared."""
-    found: Any
     if isinstance(answer, Outcome):
-        found = int(answer)
+        found = _text(int(answer))
     elif isinstance(answer, Stat):
-        found = _row(answer)
+        found = _text(_row(answer))
     else:
-        found = [_row(each) for each in answer]
-    note = json.dumps([looked_s, told_s, ttl_s, found], separators=(",", ":")).encode()
-    return note if len(note) <= NOTE_BYTES_MAX else _UNSHARED
+        found = _listing(answer)
+    note = f"[{looked_s!r},{told_s!r},{ttl_s!r},{found}]".encode()
+    return note if found and len(note) <= NOTE_BYTES_MAX else _UNSHARED
+
+
+def _listing(rows: list[Stat]) -> str:
+    """Text of a listing; empty for one that is found to be too long, as soon as that is found."""
+    if len(rows) * ROW_BYTES_MIN > NOTE_BYTES_MAX:
+        return ""
+    pieces: list[str] = []
+    length = 0
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        piece = _text([_row(each) for each in rows[first : first + ROWS_AT_ONCE]])[1:-1]
+        pieces.append(piece)
+        length += len(piece)
+        if length > NOTE_BYTES_MAX:
+            return ""
+    return f"[{','.join(pieces)}]"
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def unpacked(note: bytes) -> tuple[Answer, float, float, float]:
