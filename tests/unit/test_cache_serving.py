@@ -146,6 +146,50 @@ def test_what_is_saved_is_on_the_ssd(tmp_path: Path) -> None:
     play(tmp_path, scene, ssd_bytes=64 * MIB)
 
 
+def test_pages_count_once_as_what_they_are(tmp_path: Path) -> None:
+    """Also where they were to come together, did not, and are asked for again."""
+
+    async def load(gaps: Sequence[Gap], landed: Landed) -> None:
+        landed(range(len(gaps)))  # whatever the memory held
+
+    async def scene(cache: Cache) -> None:
+        counts: dict[str, int | float] = {}
+
+        def since() -> dict[str, int | float]:
+            before = dict(counts)
+            counts.update(cache.metrics.snapshot())
+            changed = {name: value - before.get(name, 0) for name, value in counts.items()}
+            return {
+                name: value for name, value in changed.items() if value and ("_hits_" in name or "_misses_" in name)
+            }
+
+        pages = [Name(RUN.key, ordinal) for ordinal in range(2)]
+        (await cache.read_pages(RUN, [0, 1], [1, 1], load)).release()
+        assert since() == {'tiercache_misses_total{kind="page"}': 2}
+        await cache.flush()
+        cache.tiers.forget(cache.tiers.index.residents(0)[:1])
+        lease = await cache.serving.lease_local(pages, [1, 1], together=True)
+        assert lease is not None and lease.outcomes == [HIT, HIT]
+        lease.release()
+        assert since() == {
+            'tiercache_hits_total{tier="memory",kind="page"}': 1,
+            'tiercache_hits_total{tier="ssd",kind="page"}': 1,
+        }
+        cache.tiers.forget(cache.tiers.index.residents(0))
+        big = [name(f"big{i}") for i in range(32)]
+        assert set(cache.store(big, [Buffer.of(bytes(MIB - 8192))] * 32)) == {HIT}
+        with await cache.lease(big) as held:
+            assert held.outcomes == [HIT] * 32
+            since()
+            assert await cache.serving.lease_local(pages, [1, 1], together=True) is None, "there is no room"
+            assert since() == {}
+            with await cache.read_pages(RUN, [0, 1], [1, 1], load) as lease:
+                assert lease.outcomes == [FULL, FULL]
+            assert since() == {'tiercache_hits_total{tier="ssd",kind="page"}': 2}
+
+    play(tmp_path, scene, ssd_bytes=64 * MIB)
+
+
 def test_leases_by_location(tmp_path: Path) -> None:
     async def scene(cache: Cache) -> None:
         serving = cache.serving

@@ -300,7 +300,7 @@ class Cache:
         await self._recovery.find(names)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
-        return await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None)
+        return await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None, "object")
 
     async def match(self, digests: Sequence[bytes]) -> Lease:
         """A lease on the longest prefix of a chain that the local tiers have, in memory; `len(lease)` blocks."""
@@ -308,7 +308,7 @@ class Cache:
         await self._recovery.find([Name(digest) for digest in digests])
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
-        lease = await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None)
+        lease = await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None, "object")
         lease.cut()
         return lease
 
@@ -349,9 +349,9 @@ class Cache:
             cost_s=run.cost_s,
             expiry_s=run.expiry_s,
         )
-        return await self._lease(reservation, parts, load)
+        return await self._lease(reservation, parts, load, "page")
 
-    async def _lease(self, pin: Match | Reservation, wanted: Sequence[int], load: Load | None) -> Lease:
+    async def _lease(self, pin: Match | Reservation, wanted: Sequence[int], load: Load | None, kind: str) -> Lease:
         tiers, slots = self.tiers, pin.slots.tolist()
         outcomes = [Outcome.MISS if load is None else Outcome.FULL] * len(slots)
         locations: Sequence[int] = ()
@@ -360,7 +360,7 @@ class Cache:
             for i, slot in enumerate(slots):
                 if slot >= 0 and i not in late:
                     need[slot] = need.get(slot, 0) | wanted[i]
-            filled = dict(zip(need, await self._filling.ensure([*need], [*need.values()], load), strict=True))
+            filled = dict(zip(need, await self._filling.ensure([*need], [*need.values()], load, kind), strict=True))
             for i, slot in enumerate(slots):
                 if slot >= 0 and i not in late:
                     outcomes[i] = filled[slot]

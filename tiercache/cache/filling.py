@@ -72,18 +72,20 @@ class Filling:
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
         self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent that nobody may use -> what may write to it
 
-    async def ensure(self, slots: Sequence[int], wanted: Sequence[int], load: Load | None = None) -> list[Outcome]:
+    async def ensure(
+        self, slots: Sequence[int], wanted: Sequence[int], load: Load | None = None, kind: str = ""
+    ) -> list[Outcome]:
         """Sees to it that these parts of these (pinned, unique) slots are in memory: HIT where they are.
 
         Without `load`, parts that no tier has are a MISS. Raises what `load` raises, also where another reader's load
-        of the same parts failed.
+        of the same parts failed. Hits and misses count as those of `kind`, where that is said.
         """
         outcomes = [Outcome.MISS if load is None else Outcome.BUSY] * len(slots)
         distrusted: set[int] = set()  # slots whose SSD copy failed this call
         for attempt in range(ATTEMPTS_MAX):
             lacks = self._lacks(slots, wanted, outcomes)
-            if not attempt:
-                self._count(len(slots), lacks, "object" if load is None else "page")
+            if kind and not attempt:
+                self._count(len(slots), lacks, kind)
             with self.flights.lock:
                 waits = self._start(lacks, load, outcomes, distrusted) if lacks else []
             if not waits or not await self._all(waits):

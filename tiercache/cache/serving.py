@@ -40,9 +40,10 @@ class Serving:
         recovery: Recovery,
         storing: Storing,
         *,
-        lease: Callable[[Match, list[int], None], Awaitable[Lease]],
+        lease: Callable[[Match, list[int], None, str], Awaitable[Lease]],
     ) -> None:
-        """`lease` brings parts of what was matched to memory, as far as a local tier has them."""
+        """`lease` brings parts of what was matched to memory, as far as a local tier has them, and counts that as hits
+        and misses of some kind, or of none."""
         self._tiers, self._recovery, self._storing, self._lease = tiers, recovery, storing, lease
         self._slots: dict[int, int] = {}  # location in memory -> slot, as far as they were asked for
 
@@ -86,10 +87,20 @@ class Serving:
             if not self._has(match, facts, local, wanted).all():
                 tiers.release(match)
                 return None
-        lease = await self._lease(match, wanted.tolist(), None)
-        if together and lease.outcomes.count(Outcome.HIT) < len(lease):
+        kind = "object" if parts is None else "page"
+        if not together:
+            return await self._lease(match, wanted.tolist(), None, kind)
+        lease = await self._lease(match, wanted.tolist(), None, "")
+        if lease.outcomes.count(Outcome.HIT) < len(lease):
             lease.release()
-            return None
+            return None  # whoever asks for the rest counts all of it
+        in_memory = int(self._has(match, facts, facts.memory_parts, wanted).sum())
+        tiers.metrics.add_all(
+            [
+                ("tiercache_hits_total", in_memory, "memory", kind),
+                ("tiercache_hits_total", len(lease) - in_memory, "ssd", kind),
+            ]
+        )
         return lease
 
     def _has(self, match: Match, facts: SlotFacts, present: U64, wanted: U64) -> npt.NDArray[np.bool_]:
