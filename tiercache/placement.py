@@ -10,28 +10,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-class ReadPlan(NamedTuple):
-    """For each item three disjoint part maps which together are the parts wanted."""
-
-    memory: npt.NDArray[np.uint64]
-    ssd: npt.NDArray[np.uint64]
-    origin: npt.NDArray[np.uint64]
-
-
 class PressurePlan(NamedTuple):
     """What to do with victims of a full tier, as slots."""
 
     drop: npt.NDArray[np.int64]
     demote: npt.NDArray[np.int64]
-
-
-def plan_read(
-    wanted: npt.NDArray[np.uint64], memory_parts: npt.NDArray[np.uint64], ssd_parts: npt.NDArray[np.uint64]
-) -> ReadPlan:
-    """Takes every part from the nearest tier that has it, the rest from the origin."""
-    memory = wanted & memory_parts
-    ssd = wanted & ~memory_parts & ssd_parts
-    return ReadPlan(memory, ssd, wanted & ~memory & ~ssd)
 
 
 def plan_pressure(
