@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tiercache.buffers import Buffer
     from tiercache.model import Outcome
@@ -73,4 +73,15 @@ class Origin(Protocol):
 
     async def list(self, path: str) -> list[Stat] | Outcome:
         """Direct children of a directory (objects and directories, full paths), or GONE."""
+        ...
+
+
+class GrowingOrigin(Origin, Protocol):
+    """An Origin that tells how far a read has come, so that what has arrived need not wait for the rest."""
+
+    async def read_growing(
+        self, stat: Stat, span: Span, targets: Sequence[Buffer], came: Callable[[int], None]
+    ) -> None:
+        """As `read`. `came(n)`, on the loop: the next n bytes of the span are in the targets, for good: they are bytes
+        of this version, and nobody writes there again, also if the read fails after that. Not called after the end."""
         ...

@@ -42,6 +42,10 @@ BATCH_BYTES_MAX = 64 << 20
 """Pages pinned at once by one read; longer reads go in steps, so that they fit any memory tier."""
 PREFETCHES_MAX = 16
 """Read-aheads under way at once in one reader; more are not started."""
+PACE_BYTES_MIN, PACE_S, PACE_FIRST, PACE_WEIGHT = 1 << 20, 4.0, 1e9, 0.5
+"""No request is longer than what comes in so many seconds at the pace of the last ones, but may be this long always."""
+BATCH_BYTES_MIN, BATCH_REQUESTS = 8 << 20, 8
+"""One read of many pages asks for this much at once, or for so many requests, if that is more."""
 COST_WEIGHT = 0.1
 """Weight of the newest request in the moving average that prices a page."""
 
@@ -96,8 +100,8 @@ class PageReader:
         self._cache, self._clock, self._metrics = cache, clock, metrics
         self._part_bytes = part_bytes or geometry.part_bytes_of(settings.page_bytes)
         self._layout: Layout = (origin.identity, settings.page_bytes, self._part_bytes)
-        self._limits = Limits(settings.request_bytes_max, settings.merge_gap_bytes)
-        self._batch_pages = max(1, min(BATCH_BYTES_MAX, settings.memory_bytes // 4) // settings.page_bytes)
+        self._batch_bytes_max = min(BATCH_BYTES_MAX, settings.memory_bytes // 4)
+        self._pace = PACE_FIRST
         self._verify = settings.verify_copies
         self._cost_s = 0.0
         self._prefetches: set[asyncio.Task[None]] = set()
@@ -263,8 +267,10 @@ class PageReader:
             yield self._around(pin, [share for share in shares if share.start < share.stop])
             return
         ordinals, parts = geometry.cover_all(spans, run.page_bytes, run.part_bytes)
-        for first in range(0, len(ordinals), self._batch_pages):
+        first = 0
+        while first < len(ordinals):
             batch = slice(first, first + self._batch_pages)
+            first = batch.stop
             local = self._cache.lease_local(run.key, ordinals[batch], parts[batch]) if blocking else None
             lease: Lease = (
                 local
@@ -385,17 +391,36 @@ class PageReader:
                     waiting[piece.gap] += 1
 
             async def fetch(request: Request) -> None:
-                await self._fetch(pin, (request.start, request.stop), self._targets(run, request, gaps))
-                done: list[int] = []
-                for piece in request.pieces:
-                    waiting[piece.gap] -= 1
-                    if not waiting[piece.gap]:
-                        done.append(piece.gap)
-                landed(done)
+                left = list(reversed(request.pieces))
+
+                def reached(stop: int) -> None:
+                    done: list[int] = []
+                    while left and left[-1].stop <= stop:
+                        gap = left.pop().gap
+                        waiting[gap] -= 1
+                        if not waiting[gap]:
+                            done.append(gap)
+                    if done:
+                        landed(done)
+
+                span, targets = (request.start, request.stop), self._targets(run, request, gaps)
+                await self._fetch(pin, span, targets, reached)
 
             await together([fetch(request) for request in requests])
 
         return load
+
+    @property
+    def _limits(self) -> Limits:
+        """A request is no longer than what comes in some seconds: others wait for it, and may want its last byte."""
+        longest = min(self.settings.request_bytes_max, max(PACE_BYTES_MIN, int(self._pace * PACE_S)))
+        return Limits(longest, self.settings.merge_gap_bytes)
+
+    @property
+    def _batch_pages(self) -> int:
+        """How many pages are asked for at once: fewer where even requests of the shortest length take long."""
+        size = min(self._batch_bytes_max, max(BATCH_BYTES_MIN, BATCH_REQUESTS * self._limits.request_bytes_max))
+        return max(1, size // self.settings.page_bytes)
 
     def _targets(self, run: PageRun, request: Request, gaps: Sequence[Gap]) -> list[Buffer]:
         """Where the bytes of a request go, in order; holes go to memory that nobody looks at."""
@@ -412,27 +437,46 @@ class PageReader:
     async def _around(self, pin: Pin, shares: Sequence[Share]) -> None:
         """Reads straight into the caller's memory; neighbouring shares in one request."""
         jobs: list[tuple[Range, list[Buffer]]] = []
+        longest = self._limits.request_bytes_max
         for share in sorted(shares, key=lambda each: each.start):
-            if jobs and jobs[-1][0][1] == share.start and share.stop - jobs[-1][0][0] <= self._limits.request_bytes_max:
+            if jobs and jobs[-1][0][1] == share.start and share.stop - jobs[-1][0][0] <= longest:
                 (start, _), targets = jobs[-1]
                 jobs[-1] = ((start, share.stop), [*targets, share.target])
                 continue
-            for low, high in plan_around(share.start, share.stop, self._limits.request_bytes_max):
+            for low, high in plan_around(share.start, share.stop, longest):
                 jobs.append(((low, high), [share.target.slice(low - share.start, high - low)]))
         await together([self._fetch(pin, span, targets) for span, targets in jobs])
 
-    async def _fetch(self, pin: Pin, span: Range, targets: Sequence[Buffer]) -> None:
-        """One request to the origin. A changed object is told clearly, and its facts are forgotten."""
-        began_s = self._clock.monotonic()
+    async def _fetch(
+        self, pin: Pin, span: Range, targets: Sequence[Buffer], reached: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """One request to the origin, which tells how far it has come where the origin can. A changed object is told
+        clearly, and its facts are forgotten."""
+        began_s, at = self._clock.monotonic(), span[0]
+
+        def came(length: int) -> None:
+            nonlocal at
+            at += length
+            reached(at)
+
+        growing = getattr(self.origin, "read_growing", None)
         try:
-            await self.origin.read(pin.stat, Span(span[0], span[1] - span[0]), targets)
+            if growing is not None:
+                await growing(pin.stat, Span(span[0], span[1] - span[0]), targets, came)
+            else:
+                await self.origin.read(pin.stat, Span(span[0], span[1] - span[0]), targets)
+                reached(span[1])
         except ChangedError as fault:
             self.facts.forget([pin.stat.path])
             self._metrics.add("tiercache_changed_objects_total")
             version = pin.version or "without a name"
             message = f"{pin.stat.path} changed at its origin while version {version} of it was read: open it again"
             raise ChangedError(message) from fault
-        self._cost_s += COST_WEIGHT * (self._clock.monotonic() - began_s - self._cost_s)
+        took_s = self._clock.monotonic() - began_s
+        self._cost_s += COST_WEIGHT * (took_s - self._cost_s)
+        if span[1] - span[0] >= PACE_BYTES_MIN and took_s > 0:  # shorter ones tell of latency
+            pace = (span[1] - span[0]) / took_s
+            self._pace = min(pace, self._pace + PACE_WEIGHT * (pace - self._pace))  # down at once, up slowly
 
 
 def clip(start: int, stop: int, size: int) -> Range:

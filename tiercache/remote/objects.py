@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tiercache.buffers import Buffer
+from tiercache.clock import SystemClock
 from tiercache.errors import ChangedError, OriginError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
@@ -27,7 +28,9 @@ from tiercache.remote.retry import DoubtfulError, ThrottledError
 from tiercache.remote.split import InexpressibleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tiercache.clock import Clock
 
 
 T = TypeVar("T")
@@ -37,6 +40,12 @@ STORES_MAX = 64
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_SHARE = 0.5
 """Silence of this share of an attempt's time is a stall."""
+WHOLE_S = 24 * 3600.0
+"""No limit for an answer with a body: it may take as long as it takes, while bytes come."""
+PIECE_BYTES, PIECE_BYTES_MIN, PIECE_BYTES_MAX = 64 << 10, 16 << 10, 1 << 20
+"""A body lands in pieces of this size at first, and then of what comes in a moment; what is left of a piece when a
+connection breaks is lost."""
+PIECE_S = 0.1
 STATUS = re.compile(r"status code: (\d{3})")
 LIES = ("UnexpectedRange", "NoContentRange", "MissingContentLength", "InvalidContentLength", "ParseContentRange")
 NO_RANGES = ("NotPartial", "RangeNotSupported")
@@ -45,12 +54,20 @@ NO_RANGES = ("NotPartial", "RangeNotSupported")
 class ObjectOrigin:
     """Origin over obstore. Paths are bucket/key (S3, gs, az), or whole URLs (http).
 
-    One request a call, no retries (see RetryingOrigin). `attempt_s` bounds one request, `threads` those under way; a
-    thread that was given up ends by itself within `attempt_s`. Not usable in a forked child: `used_before_fork`.
+    One request a call, no retries (see RetryingOrigin). `threads` bounds those under way, and a share of `attempt_s`
+    the silence in one; a read may take long while bytes come. A thread that was given up ends at the next bytes, or
+    when that silence is over; writes end within `attempt_s`, for a late one could undo another. Not usable in a forked
+    child: `used_before_fork`.
     """
 
     def __init__(
-        self, options: StoreOptions, *, attempt_s: float = 30.0, threads: int = 16, metrics: Metrics | None = None
+        self,
+        options: StoreOptions,
+        *,
+        attempt_s: float = 30.0,
+        threads: int = 16,
+        metrics: Metrics | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.identity = options.reader
         self._options = options
@@ -58,7 +75,9 @@ class ObjectOrigin:
         self._metrics = metrics if metrics is not None else Metrics()
         self._threads = Threads(threads)
         self._idle_max = threads
-        self._stores: OrderedDict[str, Any] = OrderedDict()
+        self._clock = clock if clock is not None else SystemClock()
+        self._piece_bytes = PIECE_BYTES
+        self._stores: OrderedDict[tuple[str, bool], Any] = OrderedDict()
         self._lock = threading.Lock()
         _Fork.remember()
 
@@ -68,9 +87,14 @@ class ObjectOrigin:
 
     async def read(self, stat: Stat, span: Span, targets: Sequence[Buffer]) -> None:
         """See Origin."""
-        if not span.length:
-            return
-        landing = Landing(targets)
+        if span.length:
+            await self.read_growing(stat, span, targets, lambda _: None)
+
+    async def read_growing(
+        self, stat: Stat, span: Span, targets: Sequence[Buffer], came: Callable[[int], None]
+    ) -> None:
+        """See GrowingOrigin."""
+        landing = Landing(targets, came)
         try:
             await self._threads.run(partial(self._read, stat, span, landing))
         finally:
@@ -119,10 +143,40 @@ class ObjectOrigin:
         if result is None:
             raise ChangedError(f"{stat.path} was deleted while a version of it was read")
         self._check(stat, span, result)
-        body = self._body(result, stat.path)
-        if len(body) != span.length:
-            raise DoubtfulError(f"{stat.path}: asked for {span.length} bytes, got {len(body)}")
-        landing.fill(body)
+        got, last, piece_bytes = 0, None, self._piece_bytes
+        began_s = self._clock.monotonic()
+        try:
+            for piece in self._pieces(result, stat.path, piece_bytes):
+                got += len(piece)
+                # The last piece lands when the body has ended as announced: until then it may be part of a lie.
+                if last is not None or got > span.length:
+                    break
+                if got == span.length or len(piece) < piece_bytes:
+                    last = piece
+                elif not landing.fill(piece):
+                    return
+        finally:
+            rate = got / max(1e-6, self._clock.monotonic() - began_s)
+            self._piece_bytes = min(PIECE_BYTES_MAX, max(PIECE_BYTES_MIN, int(rate * PIECE_S)))
+        if got == span.length and last is not None:
+            landing.fill(last)
+        else:
+            raise DoubtfulError(f"{stat.path}: asked for {span.length} bytes, got {got}")
+
+    def _pieces(self, result: Any, path: str, piece_bytes: int) -> Iterator[Any]:
+        """A body as it comes, in pieces of at least that many bytes each but the last."""
+        from obstore.exceptions import BaseError
+
+        stream = iter(result.stream(min_chunk_size=piece_bytes))
+        while True:
+            try:
+                piece = next(stream, None)
+            except (BaseError, OSError) as error:
+                _translate(error, path)
+            if piece is None:
+                return
+            self._metrics.add("tiercache_origin_bytes_total", len(piece))
+            yield piece
 
     def _check(self, stat: Stat, span: Span, result: Any) -> None:
         """Compares an answer's own facts with what was asked for, before a byte of it counts."""
@@ -147,7 +201,7 @@ class ObjectOrigin:
             return Outcome.GONE
         stat = self._fact(path, result.meta)
         start, stop = result.range
-        body = bytes(self._body(result, path))
+        body = b"".join(self._pieces(result, path, PIECE_BYTES_MAX))
         if stop != stat.size or stop - start != min(length, stat.size) or len(body) != stop - start:
             raise DoubtfulError(f"{path}: asked for the last {length} of {stat.size} bytes, got {start} to {stop}")
         return stat, body
@@ -165,7 +219,7 @@ class ObjectOrigin:
         return stat, bytes(data)
 
     def _write(self, path: str, data: bytes | memoryview) -> Stat:
-        store, key = self._place(path)
+        store, key = self._place(path, writes=True)
         size = memoryview(data).nbytes
         result = self._ask("write", path, lambda obstore: obstore.put(store, key, data))
         if result is None:
@@ -175,7 +229,7 @@ class ObjectOrigin:
     def _delete(self, paths: Sequence[str]) -> None:
         by_store: dict[int, tuple[Any, list[str]]] = {}
         for path in paths:
-            store, key = self._place(path)
+            store, key = self._place(path, writes=True)
             by_store.setdefault(id(store), (store, []))[1].append(key)
         for store, keys in by_store.values():
             self._ask("delete", paths[0], partial(_delete_keys, store, keys))
@@ -198,22 +252,12 @@ class ObjectOrigin:
                 return None
             _translate(error, path)
 
-    def _body(self, result: Any, path: str) -> Any:
-        from obstore.exceptions import BaseError
-
-        try:
-            body = result.bytes()
-        except (BaseError, OSError) as error:
-            _translate(error, path)
-        self._metrics.add("tiercache_origin_bytes_total", len(body))
-        return body
-
     def _fact(self, path: str, meta: Any) -> Stat:
         mtime = meta.get("last_modified")
         mtime_s = mtime.timestamp() if mtime is not None and mtime.timestamp() > 0 else None
         return Stat(path, meta["size"], str(meta.get("e_tag") or "").strip('"'), mtime_s)
 
-    def _place(self, path: str) -> tuple[Any, str]:
+    def _place(self, path: str, *, writes: bool = False) -> tuple[Any, str]:
         """(store, key) of a path."""
         # obstore drops slashes at the ends of a key and splits at encoded ones: another object would answer.
         if self._options.scheme == "http":
@@ -221,33 +265,34 @@ class ObjectOrigin:
             odd = not parts.path.strip("/") or parts.path.startswith("//") or parts.path.endswith("/")
             if parts.query or parts.fragment or odd or "%2f" in parts.path.lower():
                 raise InexpressibleError(f"{path}: not a plain path of one object")
-            return self._store(f"{parts.scheme}://{parts.netloc}"), unquote(parts.path)[1:]
+            return self._store(f"{parts.scheme}://{parts.netloc}", writes=writes), unquote(parts.path)[1:]
         bucket, _, key = path.lstrip("/").partition("/")
         if not bucket:
             raise InexpressibleError("buckets cannot be listed here: name one")
         if key.startswith("/") or "//" in key:
             raise InexpressibleError(f"{path}: a key with an empty part")
-        return self._store(bucket), key
+        return self._store(bucket, writes=writes), key
 
-    def _store(self, name: str) -> Any:
+    def _store(self, name: str, *, writes: bool) -> Any:
+        which = name, writes
         with self._lock:
-            if name in self._stores:
-                self._stores.move_to_end(name)
-                return self._stores[name]
-        store = self._connect(name)
+            if which in self._stores:
+                self._stores.move_to_end(which)
+                return self._stores[which]
+        store = self._connect(name, self._attempt_s if writes else WHOLE_S)
         with self._lock:
-            self._stores[name] = store
+            self._stores[which] = store
             while len(self._stores) > STORES_MAX:
                 self._stores.popitem(last=False)
         return store
 
-    def _connect(self, name: str) -> Any:
+    def _connect(self, name: str, limit_s: float) -> Any:
         from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
         options = self._options
         client = {
             "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_S, self._attempt_s)),
-            "timeout": timedelta(seconds=self._attempt_s),
+            "timeout": timedelta(seconds=limit_s),
             "read_timeout": timedelta(seconds=self._attempt_s * READ_TIMEOUT_SHARE),
             "pool_max_idle_per_host": str(self._idle_max),
         } | options.client

@@ -40,6 +40,12 @@ class SplitOrigin:
         """See Origin."""
         await self._either(lambda origin: origin.read(stat, span, targets))
 
+    async def read_growing(
+        self, stat: Stat, span: Span, targets: Sequence[Buffer], came: Callable[[int], None]
+    ) -> None:
+        """See GrowingOrigin. All at once where an origin cannot tell."""
+        await self._either(lambda origin: read_growing(origin, stat, span, targets, came))
+
     async def read_tail(self, path: str, length: int) -> tuple[Stat, bytes] | Outcome:
         """See Origin."""
         return await self._either(lambda origin: origin.read_tail(path, length))
@@ -69,3 +75,15 @@ class SplitOrigin:
     async def list(self, path: str) -> list[Stat] | Outcome:
         """See Origin."""
         return await self._either(lambda origin: origin.list(path))
+
+
+async def read_growing(
+    origin: Origin, stat: Stat, span: Span, targets: Sequence[Buffer], came: Callable[[int], None]
+) -> None:
+    """A read that tells how far it is, by an origin that may not know how: then all comes at the end."""
+    growing = getattr(origin, "read_growing", None)
+    if growing is not None:
+        await growing(stat, span, targets, came)
+        return
+    await origin.read(stat, span, targets)
+    came(span.length)
