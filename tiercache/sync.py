@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, TypeVar
 
 from tiercache.buffers import Buffer, new_bytes
-from tiercache.errors import ConfigError, UnavailableError
+from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.keys import check_key, object_key
 from tiercache.model import Kind, Name, Outcome, Terms
 
@@ -67,6 +67,8 @@ def wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
         return future.result(WAIT_S_MAX)
     except BaseException as fault:
         if future.done() and not future.cancelled():
+            if isinstance(fault, TierCacheError):
+                _leave()
             raise
         # The caller goes away, by Ctrl-C perhaps: its buffers must not be written to any more when this returns.
         future.cancel()
@@ -75,6 +77,13 @@ def wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
             message = f"the cache did not answer within {WAIT_S_MAX:.0f} s: go on without it"
             raise UnavailableError(message) from None
         raise
+
+
+def _leave() -> None:
+    """Holds up a daemon thread while the process ends: what it waited for was closed under it, and nobody is left to
+    deal with that fault but a traceback."""
+    if getattr(threading, "_SHUTTING_DOWN", False) and threading.current_thread().daemon:
+        threading.Event().wait(CANCEL_S_MAX)
 
 
 def as_name(called: Called) -> Name:
