@@ -213,7 +213,8 @@ def test_leases_by_location(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
-def test_who_reads_without_asking_sees_no_deleted_entry(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["delete", "evict", "quarantine", "recheck"])
+def test_who_reads_without_asking_sees_nothing_that_was_given_up(tmp_path: Path, how: str) -> None:
     async def scene(cache: Cache) -> None:
         assert cache.store([name("a"), name("b")], [Buffer.of(b"a"), Buffer.of(b"b")]) == [HIT] * 2
         view = ArenaView(ARENA)
@@ -222,10 +223,18 @@ def test_who_reads_without_asking_sees_no_deleted_entry(tmp_path: Path) -> None:
         lease = await cache.lease([name("a"), name("b")])
         first, second = lease.locations
         assert view.glance(first, name("a"), 0) is not None
-        await cache.delete([name("a")])
+        if how == "delete":
+            await cache.delete([name("a")])
+        elif how == "evict":
+            await cache.call("evict", {"keys": [name("a").key.hex()]})
+        elif how == "quarantine":
+            cache.quarantine([name("a")])
+        else:
+            lease.buffer(0).array()[0] ^= 1
+            cache.serving.recheck([name("a"), name("b")])
         assert view.glance(first, name("a"), 0) is None, "also while somebody holds it"
         assert view.glance(second, name("b"), 0) is not None
-        assert bytes(lease.view(0)) == b"a"
+        assert bytes(lease.view(0)) == (b"a" if how != "recheck" else b"`")
         lease.release()
         view.close()
 
