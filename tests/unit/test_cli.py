@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from tiercache.cli import contents, doctor, files
+from tiercache.cli import app, contents, doctor, files, output, warm
 from tiercache.cli.app import run
-from tiercache.errors import ConfigError
+from tiercache.errors import ConfigError, OriginError, UnavailableError
+from tiercache.remote.fsspec_origin import LocalOrigin
 from tiercache.settings import load
 from tiercache.ssd.tier import SsdTier
+from tiercache.testing.s3server import S3Server
 
 MIB = 1 << 20
 
@@ -226,3 +231,100 @@ def test_rows_beside_files() -> None:
     held = [contents.Held(b"k" * 32, "page", "page", 2, 150)]
     rows = contents.beside(held, [("a", 200, b"k" * 32), ("b", 10, b"x" * 32), ("c", 5, None), ("d", 0, None)])
     assert [(row["held_bytes"], row["share"]) for row in rows] == [(150, 0.75), (0, 0.0), (0, 0.0), (0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("https://host/tables/a.bin", ("https", "https://host/tables/a.bin")),
+        ("http://host/a%20b?c=d", ("http", "http://host/a%20b?c=d")),
+        ("gs://bucket/tables/", ("gs", "bucket/tables")),
+        ("file:///data/x/", ("file", "/data/x")),
+        ("memory://a/b", ("memory", "/a/b")),
+        ("abfs://box@account.dfs.core.windows.net/a/b", ("abfs", "box/a/b")),
+        ("az://box/a", ("az", "box/a")),
+    ],
+)
+def test_urls_are_paths_as_filesystems_have_them(url: str, found: tuple[str, str]) -> None:
+    assert files.split_url(url) == found
+
+
+def test_urls_of_http_and_memory(command: Command, tmp_path: Path) -> None:
+    """Warmed, listed and evicted by the URL that a reader opens."""
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    (tmp_path / "s3" / "bucket" / "a.bin").write_bytes(b"x" * MIB)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/tables-of-a-test/b.bin", b"y" * MIB)
+    with S3Server(tmp_path / "s3") as server:
+        for url in (f"{server.url}/bucket/a.bin", "memory://tables-of-a-test"):
+            assert command.json("warm", url)["kept_bytes"] == MIB
+            (row,) = command.json("ls", url)["rows"]
+            assert row["held_bytes"] == MIB
+            assert command.json("evict", url)["evicted_bytes"] == MIB
+        code, _, says = command("warm", f"{server.url}/bucket/none")
+        assert (code, says.count("\n")) == (3, 1)
+        assert "HTTP has no folders" in says
+    memory.rm("/tables-of-a-test", recursive=True)
+
+
+def test_keys_are_cut_to_what_tells_them_apart(command: Command, tables: Path) -> None:
+    assert output.shortened(["a" * 64, "a" * 13 + "b" * 51]) == ["a" * 14, "a" * 13 + "b"]
+    assert output.shortened([]) == []
+    command("warm", tables)
+    whole = [row["key"] for row in command.json("ls")["rows"]]
+    for words, shown in ((["ls"], output.shortened(whole)), (["ls", "--full"], whole)):
+        _, out, _ = command(*words)
+        assert set(shown) < set(out.split())
+    assert len(output.shortened(whole)[0]) < 40
+
+
+def test_missing_credentials_are_told_how(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in files.CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OriginError, match="-o anon=true"), files.told_how("s3", {}):
+        raise OriginError("refused")
+    for options in ({"anon": True}, {"key": "k"}):
+        with pytest.raises(OriginError) as caught, files.told_how("s3", options):
+            raise OriginError("refused")
+        assert str(caught.value) == "refused"
+
+
+def test_an_interrupted_warm_says_how_to_go_on(command: Command, tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm, "warm", interrupted)
+    assert command("warm", tables) == (130, "", "tiercache: stopped; run again to go on\n")
+    monkeypatch.setattr(files, "named", interrupted)
+    code, _, says = command("evict", tables)
+    assert (code, says.strip().splitlines()[-1]) == (130, "tiercache: stopped")
+
+
+def test_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.one_line_errors() as codes:
+        raise ExceptionGroup("many", [ExceptionGroup("more", [UnavailableError("gone\nfar")])])
+    assert codes == [3]
+    assert capsys.readouterr().err == "tiercache: gone far\n"
+    try:
+        raise OSError("no disk")
+    except OSError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "it %s", ("failed",), sys.exc_info())
+    assert output.OneLine().format(record) == "tiercache: it failed: no disk"
+
+
+def test_an_owner_without_an_ssd_has_no_disk() -> None:
+    facts = {"ssd": False, "used_bytes": 1, "capacity_bytes": 2, "used_files": 0, "capacity_files": 0}
+    assert app.disk_line(facts).startswith("none")
+    assert app.disk_line(facts | {"ssd": True}) == "1 B of 2 B in 0 of 0 files"
+
+
+def test_a_name_with_a_nul_is_refused_clearly(tmp_path: Path) -> None:
+    async def look() -> None:
+        origin = LocalOrigin()
+        try:
+            await origin.stat(["a\0b"])
+        finally:
+            await origin.close()
+
+    with pytest.raises(OriginError, match="NUL"):
+        asyncio.run(look())

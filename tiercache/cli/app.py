@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -43,18 +42,20 @@ MARKS = {GOOD: "[green]ok   [/]", LIMITED: "[yellow]limit[/]", MISSING: "[dim]no
 
 def run() -> int:
     """Parses the command line and does it; the exit code (see output)."""
-    logging.basicConfig(level=logging.WARNING, format="tiercache: %(message)s")
+    output.listen()
     result: object = output.GOOD
     with output.one_line_errors() as codes:
         try:
             result = app(standalone_mode=False)
         except typer.Exit as end:
-            return end.exit_code
+            result = end.exit_code
         except typer.Abort:
-            return output.INTERRUPTED
+            result = output.INTERRUPTED
         except USAGE_ERROR as error:
             output.console(errors=True).print(f"tiercache: {error.format_message()}", markup=False, soft_wrap=True)
             return output.USAGE
+        if result == output.INTERRUPTED:  # what the parser makes of Ctrl-C
+            raise KeyboardInterrupt
     return codes[0] if codes else result if isinstance(result, int) else output.GOOD
 
 
@@ -123,8 +124,7 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
         "directory": settings.directory,
         "health": facts["health"] + why,
         "holds": f"{format_size(facts['held_bytes'])} in {facts['entries']:,} entries",
-        "disk": f"{format_size(facts['used_bytes'])} of {format_size(facts['capacity_bytes'])} in "
-        f"{facts['used_files']:,} of {facts['capacity_files']:,} files",
+        "disk": disk_line(facts),
     }
     names = {"page": "files", "block": "blocks", "lone": "objects"}
     for form, one in facts["forms"].items():
@@ -133,6 +133,14 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
         lines |= _sharing_lines(facts)
     for name, text in lines.items():
         output.console().print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+
+
+def disk_line(facts: dict[str, Any]) -> str:
+    """How full the SSD is; an owner that has none tells of its memory instead."""
+    if not facts["ssd"]:
+        return "none: the directory's owner has no SSD tier"
+    used = f"{format_size(facts['used_bytes'])} of {format_size(facts['capacity_bytes'])}"
+    return f"{used} in {facts['used_files']:,} of {facts['capacity_files']:,} files"
 
 
 def _sharing_lines(facts: dict[str, Any]) -> dict[str, str]:
@@ -155,6 +163,7 @@ def ls(
     urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Files or folders.")] = None,
     options: Options = None,
     limit: Annotated[int, typer.Option(help="Rows at most; the largest first.", min=1)] = 50,
+    full: Annotated[bool, typer.Option("--full", help="Whole keys, not what tells them apart.")] = False,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
@@ -169,6 +178,9 @@ def ls(
     if as_json:
         output.print_json({"directory": settings.directory, "rows": rows})
         return
+    if not urls and not full:
+        short = output.shortened([row["key"] for row in rows])
+        rows = [row | {"key": key} for row, key in zip(rows, short, strict=True)]
     output.print_rows(rows[:limit])
     rest = f"; {len(rows) - limit:,} more (--limit)" if len(rows) > limit else ""
     output.console(errors=True).print(f"{len(rows):,} rows{rest}", markup=False)
@@ -242,8 +254,11 @@ def warm(
     as_json: Json = False,
 ) -> None:
     """Bring files into the cache ahead of their readers; a run that was stopped goes on where it was."""
-    with WarmShow() as show:
-        done = warming.warm(load(directory=directory), urls, files.parse_options(options or []), show)
+    try:
+        with WarmShow() as show:
+            done = warming.warm(load(directory=directory), urls, files.parse_options(options or []), show)
+    except KeyboardInterrupt:
+        raise output.Stopped("stopped; run again to go on") from None
     if as_json:
         output.print_json(done.facts())
         return

@@ -61,6 +61,7 @@ async def stat(core: Core) -> dict[str, Any]:
     held = await scan(core)
     return {
         **tiers.get("ssd", tiers["memory"]),
+        "ssd": "ssd" in tiers,
         "held_bytes": sum(row.held_bytes for row in held),
         "memory_bytes": sum(row.memory_bytes for row in held),
         "entries": sum(row.entries for row in held),

@@ -120,6 +120,7 @@ async def stat(tier: SsdTier) -> dict[str, Any]:
     return {
         "health": status.health.name.lower(),
         "reason": status.reason,
+        "ssd": True,
         "used_bytes": status.used_bytes,
         "capacity_bytes": status.capacity_bytes,
         "used_files": status.used_files,

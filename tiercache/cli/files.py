@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiercache import assemble
 from tiercache.clock import SystemClock
-from tiercache.errors import ConfigError, UnavailableError
+from tiercache.errors import ConfigError, OriginError, UnavailableError
 from tiercache.keys import page_key
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
@@ -18,12 +20,27 @@ from tiercache.pages.geometry import part_bytes_of
 from tiercache.sync import io_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
     from tiercache.pages.versions import Pin
     from tiercache.settings import Settings
 
 T = TypeVar("T")
+
+WHOLE_URLS = ("http", "https")
+LOCAL = ("file", "local")
+AZURE = ("abfs", "abfss", "az")
+BUCKETS = ("s3", "s3a", "gs", "gcs")
+CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+)
+"""Whoever has set one of these knows how to give credentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +69,38 @@ def split_url(url: str) -> tuple[str, str]:
         return "file", str(Path(url).absolute())
     if not protocol or not path:
         raise ConfigError(f"{url}: give PROTOCOL://PATH, such as s3://bucket/tables")
-    return protocol, path.rstrip("/")
+    if protocol in WHOLE_URLS:  # a path of HTTP is the URL itself
+        return protocol, url
+    if protocol in LOCAL:
+        return protocol, str(Path(path).absolute())
+    if protocol in AZURE:  # container@account.dfs.core.windows.net/path
+        host, slash, rest = path.partition("/")
+        return protocol, f"{host.partition('@')[0]}{slash}{rest}".rstrip("/")
+    return protocol, (path if protocol in BUCKETS else _stripped(protocol, url)).rstrip("/")
+
+
+def _stripped(protocol: str, url: str) -> str:
+    """A URL's path as the filesystem of its protocol has it: memory://a is /a there."""
+    import fsspec
+
+    try:
+        path = fsspec.get_filesystem_class(protocol)._strip_protocol(url)
+    except (ValueError, ImportError):  # nobody can open it, which is said when it is opened
+        return url.partition("://")[2]
+    return str(path)
+
+
+@contextmanager
+def told_how(protocol: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to a fault of S3 how credentials are given, where none were."""
+    try:
+        yield
+    except (OriginError, UnavailableError) as fault:
+        given = {"key", "secret", "token", "anon", "profile", "session"} & options.keys()
+        if protocol not in ("s3", "s3a") or given or any(name in os.environ for name in CREDENTIALS):
+            raise
+        how = "-o key=... -o secret=..., or -o anon=true, or AWS_ACCESS_KEY_ID and so on in the environment"
+        raise type(fault)(f"{fault}; no credentials were given: {how}") from fault
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -68,6 +116,12 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 async def below(facts: FileFacts, path: str) -> list[Pin]:
     """The file at a path, or every file below it, in order; UnavailableError when there is neither."""
+    if path.partition("://")[0] in WHOLE_URLS:
+        # Not a listing first: that of a filesystem for HTTP is the whole answer, searched for links.
+        pin = (await facts.stat([path]))[0]
+        if isinstance(pin, Outcome) or pin.stat.is_directory:
+            raise UnavailableError(f"{path}: there is no such file, and HTTP has no folders: name files")
+        return [pin]
     found = await facts.children(path)
     if isinstance(found, Outcome) or not found or [pin.stat.path.rstrip("/") for pin in found] == [path]:
         pin = (await facts.stat([path]))[0]
@@ -103,4 +157,9 @@ def named(settings: Settings, urls: Sequence[str], options: Mapping[str, Any]) -
             await facts.close()
             await origin.close()
 
-    return [one for url in urls for one in finish(look(*split_url(url)))]
+    found: list[Named] = []
+    for url in urls:
+        protocol, path = split_url(url)
+        with told_how(protocol, options):
+            found += finish(look(protocol, path))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,10 @@ that is needed is not there or did not answer; stopped by the user."""
 
 PLAIN_WIDTH = 110
 """Columns where stdout is no terminal, so that tables in logs keep their lines."""
+
+
+class Stopped(Exception):
+    """The user stopped a command that has more to say of that than others."""
 
 
 def console(*, errors: bool = False) -> Console:
@@ -59,16 +64,57 @@ def exit_code(error: BaseException) -> int:
     return FOUND if isinstance(error, CorruptionError) else UNAVAILABLE
 
 
+def _first(fault: BaseException) -> BaseException:
+    """The first fault of a group: one is enough for one line."""
+    while isinstance(fault, BaseExceptionGroup):
+        fault = fault.exceptions[0]
+    return fault
+
+
+class OneLine(logging.Formatter):
+    """What is logged, in one line: of a fault only what it says, not the frames that it came through."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See Formatter."""
+        fault = record.exc_info[1] if record.exc_info else None
+        said = f": {str(fault) or type(fault).__name__}" if fault is not None else ""
+        return " ".join(f"tiercache: {record.getMessage()}{said}".split())
+
+
+def listen() -> None:
+    """Warnings of everything below go to stderr, one line each."""
+    ear = logging.StreamHandler()
+    ear.setFormatter(OneLine())
+    logging.basicConfig(level=logging.WARNING, handlers=[ear])
+
+
+KEY_DIGITS_MIN = 12
+
+
+def shortened(keys: Sequence[str]) -> list[str]:
+    """Keys cut to so many digits that they still differ."""
+    distinct = set(keys)
+    longest = max(map(len, distinct), default=0)
+    digits = next((n for n in range(KEY_DIGITS_MIN, longest) if len({key[:n] for key in distinct}) == len(distinct)), 0)
+    return [key[:digits] if digits else key for key in keys]
+
+
 @contextmanager
 def one_line_errors() -> Iterator[list[int]]:
     """Turns faults into one line on stderr; the list that it yields then holds the exit code."""
     codes: list[int] = []
     try:
-        yield codes
+        try:
+            yield codes
+        except BaseExceptionGroup as faults:
+            raise _first(faults) from faults
     except (TierCacheError, OSError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         console(errors=True).print(f"tiercache: {message}", markup=False, soft_wrap=True)
         codes.append(exit_code(error))
+    except Stopped as stopped:
+        console(errors=True).print(f"tiercache: {stopped}", markup=False, soft_wrap=True)
+        codes.append(INTERRUPTED)
     except KeyboardInterrupt:
         console(errors=True).print("tiercache: stopped", markup=False)
         codes.append(INTERRUPTED)

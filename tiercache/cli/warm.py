@@ -5,15 +5,15 @@ What is there already is not fetched again, so that a run that was stopped goes 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache import assemble
-from tiercache.cli.files import below, finish, split_url
+from tiercache.cli.files import below, finish, split_url, told_how
 from tiercache.errors import ConfigError, UnavailableError
+from tiercache.pages.reader import together
 from tiercache.settings import format_size
 
 if TYPE_CHECKING:
@@ -107,10 +107,11 @@ async def _warm_all(cache: Core, urls: Sequence[str], options: Mapping[str, Any]
         work: list[tuple[PageReader, Pin]] = []
         for url in urls:
             protocol, path = split_url(url)
-            origin = assemble.open_origin(protocol, options, settings=cache.settings, metrics=cache.metrics)
-            reader = assemble.open_reader(cache, origin)
-            opened.append((origin, reader))
-            work += [(reader, pin) for pin in await below(reader.facts, path)]
+            with told_how(protocol, options):
+                origin = assemble.open_origin(protocol, options, settings=cache.settings, metrics=cache.metrics)
+                reader = assemble.open_reader(cache, origin)
+                opened.append((origin, reader))
+                work += [(reader, pin) for pin in await below(reader.facts, path)]
         kept = [(reader, pin) for reader, pin in work if reader.run_of(pin) is not None]
         done.skipped = len(work) - len(kept)
         if done.skipped:
@@ -148,9 +149,7 @@ async def _read_windows(cache: Core, kept: Sequence[tuple[PageReader, Pin]], pro
     unsaved = 0
     for at in range(0, len(windows), WINDOWS):
         batch = windows[at : at + WINDOWS]
-        async with asyncio.TaskGroup() as group:
-            for reader, pin, start, stop in batch:
-                group.create_task(_read(reader, pin, start, stop))
+        await together([_read(reader, pin, start, stop) for reader, pin, start, stop in batch])
         size = sum(stop - start for _, _, start, stop in batch)
         unsaved += size
         if unsaved >= limit and cache.durable:

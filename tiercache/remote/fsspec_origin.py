@@ -273,6 +273,10 @@ class LocalOrigin:
         self._metrics.add("tiercache_origin_requests_total", operation=operation)
         try:
             return await self._threads.run(work)
+        except ValueError as error:
+            if "\0" not in path:
+                raise
+            raise OriginError(f"{path!r}: no file can be called so, it has a NUL in it") from error
         except OSError as error:
             translate(error, path)
 
