@@ -181,7 +181,7 @@ def ls(
     if not urls and not full:
         short = output.shortened([row["key"] for row in rows])
         rows = [row | {"key": key} for row, key in zip(rows, short, strict=True)]
-    output.print_rows(rows[:limit])
+    output.print_rows(rows[:limit], wide=full)
     rest = f"; {len(rows) - limit:,} more (--limit)" if len(rows) > limit else ""
     output.console(errors=True).print(f"{len(rows):,} rows{rest}", markup=False)
 

@@ -19,6 +19,7 @@ GOOD, FOUND, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: done; done and something is wrong (damage, results that differ); wrong arguments or settings; something
 that is needed is not there or did not answer; stopped by the user."""
 
+WIDE = 1000
 PLAIN_WIDTH = 110
 """Columns where stdout is no terminal, so that tables in logs keep their lines."""
 
@@ -38,8 +39,9 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], *, title: str = "") -> None:
-    """A table of equal rows; numbers to the right. Nothing when there are no rows."""
+def print_rows(rows: Sequence[Mapping[str, object]], *, title: str = "", wide: bool = False) -> None:
+    """A table of equal rows; numbers to the right. Nothing when there are no rows. With `wide`, cells keep their line
+    however narrow the terminal is."""
     if not rows:
         return
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
@@ -47,7 +49,10 @@ def print_rows(rows: Sequence[Mapping[str, object]], *, title: str = "") -> None
         table.add_column(name, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(number(value) for value in row.values()))
-    console().print(table)
+    where = console()
+    if wide:
+        where.width = WIDE
+    where.print(table)
 
 
 def number(value: object) -> str:
