@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tiercache.buffers import Buffer
-from tiercache.errors import UnavailableError
+from tiercache.errors import ClosedError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.origin import Span, Stat
 from tiercache.remote.opening import open_origin
@@ -155,6 +155,64 @@ def test_an_origin_that_gives_whole_answers_is_asked_for_less() -> None:
     assert simulate(main, 1) < 64 * MIB / 1e6 + 60
     assert lengths[0] == 64 * MIB
     assert max(lengths[3:]) <= 16 * MIB
+
+
+def test_silence_after_bytes_have_come_is_given_up_early() -> None:
+    """The first answer stops half way: the rest is asked for long before the time of an attempt is over."""
+    inner = MemoryOrigin(delay_s=0.0)
+    inner.put("x", bytes(8 * MIB))
+    spans: list[Span] = []
+
+    class Stalls:
+        identity = "stalls"
+
+        async def read_growing(self, stat, span, targets, came) -> None:
+            spans.append(span)
+            if len(spans) == 1:
+                came(4 * MIB)
+                await asyncio.sleep(1e4)
+            await inner.read(stat, span, targets)
+            came(span.length)
+
+    async def main(loop):
+        origin = RetryingOrigin(Stalls(), Patience(), random.Random(1))  # type: ignore[arg-type]
+        target = Buffer.of(bytearray(8 * MIB), writable=True)
+        await origin.read(Stat("x", 8 * MIB, "v1", 1e9 + 1), Span(0, 8 * MIB), [target])
+        return loop.time()
+
+    assert simulate(main, 1) < 7.0
+    assert spans[1:] == [Span(4 * MIB, 4 * MIB)]
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    inner = MemoryOrigin(delay_s=1e4)
+    inner.put("x", b"x")
+
+    async def main(loop):
+        origin = RetryingOrigin(inner, Patience(concurrency=1), random.Random(1))
+        calls = [asyncio.ensure_future(origin.stat(["x"])) for _ in range(3)]
+        await asyncio.sleep(1.0)
+        await origin.close()
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(one) for one in ended] == [ClosedError] * 3
+        with pytest.raises(ClosedError):
+            await origin.stat(["x"])
+        return loop.time()
+
+    assert simulate(main, 1) < 2.0
+
+
+def test_waiting_for_others_that_get_on_is_no_silence() -> None:
+    """Twenty answers of half a deadline each, one at a time: the last waits for ten deadlines, and comes."""
+    inner = MemoryOrigin(delay_s=5.0)
+    inner.put("x", b"x")
+
+    async def main(loop):
+        origin = RetryingOrigin(inner, Patience(deadline_s=10.0, concurrency=1, attempts=1), random.Random(1))
+        await asyncio.gather(*(origin.stat(["x"]) for _ in range(20)))
+        return loop.time()
+
+    assert simulate(main, 1) > 99.0
 
 
 SCRIPT = """

@@ -100,7 +100,7 @@ def told_how(protocol: str, options: Mapping[str, Any]) -> Iterator[None]:
         if protocol not in ("s3", "s3a") or given or any(name in os.environ for name in CREDENTIALS):
             raise
         how = "-o key=... -o secret=..., or -o anon=true, or AWS_ACCESS_KEY_ID and so on in the environment"
-        raise type(fault)(f"{fault}; no credentials were given: {how}") from fault
+        raise type(fault)(f"{fault}; credentials on the command line: {how}") from fault
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

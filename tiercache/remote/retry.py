@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+STALL_S_MIN = 2.0
 CLOSED = "the origin was closed"
 DELETES_PER_CALL = 1000
 MOVED_BYTES_MIN = 64 << 10
@@ -70,6 +71,15 @@ class Patience:
     attempt_share: float = 0.4
     """Share of the deadline after which an attempt that brings nothing is given up and the next begins; the last may
     use what is left."""
+
+    stall_share: float = 0.1
+    """As `attempt_share`, for silence after bytes have come, and at least STALL_S_MIN: that is hardly ever an origin
+    that thinks, and all that another attempt costs is a request."""
+
+    @property
+    def stall_s(self) -> float:
+        """Longest silence in one attempt that has brought something and is not the last."""
+        return min(self.attempt_s, max(STALL_S_MIN, self.deadline_s * self.stall_share))
 
     @property
     def attempt_s(self) -> float:
@@ -240,7 +250,7 @@ class RetryingOrigin:
             effort.moved_s = self._moved_s = loop.time()
             effort.bytes += length
             if not timer.expired():
-                timer.reschedule(effort.moved_s + min(patience.deadline_s, silence_s))
+                timer.reschedule(effort.moved_s + (patience.deadline_s if last else patience.stall_s))
 
         effort.attempts += 1
         try:
