@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import mmap
 import os
 import random
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -445,3 +447,17 @@ def test_fences_elsewhere_than_on_x86(monkeypatch: pytest.MonkeyPatch, pair: tup
     one = item(1, 5000)
     (location,) = asyncio.run(store(tier, [one]))
     assert copied(view, location, one) == (Outcome.HIT, one.data)
+
+
+def test_no_core_dump_shows_what_is_cached() -> None:
+    tier = MemoryTier(4 * MIB, arena_id=ID)
+    asyncio.run(store(tier, [item(1, 1000, PART_BYTES)]))
+    (segment,) = tier.arena.segments
+    assert segment.fd is not None
+    view = ArenaView(ID)
+    view.attach(0, os.dup(segment.fd))
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    flags = [after.splitlines()[0].split() for before, after in itertools.pairwise(maps) if "tiercache-" in before]
+    assert len(flags) >= 2
+    assert all("dd" in each for each in flags)
+    view.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -61,11 +62,11 @@ def _checked_file(descriptor: int) -> int:
 
 def _mapping(descriptor: int, size_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(descriptor, size_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # only a wish: a kernel without it maps small pages
+    # Small pages where the kernel has no others; and no core dump of any process shows what is cached.
+    for wish in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):
+        if hasattr(mmap, wish):
+            with contextlib.suppress(OSError):  # only a wish
+                memory.madvise(getattr(mmap, wish))
     return memory
 
 
