@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,23 @@ def test_a_replaced_record_goes_after_the_new_one_is_durable(tmp_path: Path, mon
     assert len(written) == 2
     freed = done.index(("freed", [written[0]]))
     assert ("flushed",) in done[done.index(("written", [written[1]])) : freed]
+
+
+def test_a_deletion_is_durable_soon_though_nobody_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of them together: one commit for all."""
+    with tiercache.open(tmp_path, memory_bytes=32 * MIB, ssd_bytes=64 * MIB, disk_free_floor_bytes=0) as cache:
+        names = [f"{i}" for i in range(20)]
+        cache.put(names, [b"x" * 1000] * 20, durable=True)
+        ssd = cache.core.tiers.ssd  # type: ignore[attr-defined]
+        flush, flushes, flushed = ssd.flush, [], threading.Event()
+
+        async def seen_flush() -> None:
+            await flush()
+            flushes.append(True)
+            flushed.set()
+
+        monkeypatch.setattr(ssd, "flush", seen_flush)
+        for name in names:
+            cache.delete([name])
+        assert flushed.wait(30)
+        assert len(flushes) < 5

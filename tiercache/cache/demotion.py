@@ -34,6 +34,8 @@ BATCH_BYTES = 16 << 20
 BATCH_SHARE = 8
 DELAY_S = 0.05
 """Pages that are still being filled get their other parts before they are written, so that they are written once."""
+BURY_S = 0.5
+"""Deletions are made durable together, so long after the first of them: until then a crash may undo them."""
 ORDER_PAUSE_S = 120.0
 """The order of use is handed to the SSD tier at closing, and with a flush after this long."""
 RECLAIM_ROUNDS_MAX = 8
@@ -60,8 +62,12 @@ class Demotion:
         self._writing = asyncio.Lock()
         self._refused = 0
         """Entries that the SSD did not take since the last flush began."""
+        self._untold = 0
+        """Entries that it took and lost again, of which no flush has told."""
         self._superseded: list[int] = []
         """Records that newer ones replace, not durable yet: until they are, a crash must find the old ones."""
+        self._burying = self._buried = False
+        """Whether deletions wait for others, and whether they have waited long enough."""
         self.filling: Filling | None = None
 
     @property
@@ -97,6 +103,16 @@ class Demotion:
         """Lets the writer look at the queue; on the loop."""
         self._wake.set()
 
+    def bury(self) -> None:
+        """Something was deleted; on the loop."""
+        if self._tiers.ssd is not None and not self._burying:
+            self._burying = True
+            asyncio.get_running_loop().call_later(BURY_S, self._bury)
+
+    def _bury(self) -> None:
+        self._burying, self._buried = False, True
+        self.wake()
+
     async def run(self) -> None:
         """Writes for as long as the cache is open."""
         while True:
@@ -105,9 +121,10 @@ class Demotion:
             await asyncio.sleep(DELAY_S)
             try:
                 await self.drain()
-                if self._superseded:
+                if self._superseded or self._buried:
+                    self._buried = False
                     async with self._writing:
-                        await self._sync()
+                        await self._sync_untold()
             except OSError as error:  # the tier has degraded itself and comes back by itself; so do we
                 self.fault(error)
 
@@ -167,7 +184,9 @@ class Demotion:
                 self._forget_lost()
             left = (parts & ~index.parts(unsaved, TierId.SSD)) != 0
             still = int((left & (index.locations(unsaved, TierId.MEMORY) == homes)).sum())
-            return max(still, self._refused)  # what was refused may have been evicted since: it is lost, not saved
+            untold, self._untold = self._untold, 0
+            # What was refused or lost may have been evicted since: then it is gone, not saved.
+            return max(still, self._refused, untold)
 
     async def saved(self, slots: npt.NDArray[np.int64], outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Flushes, and answers FULL for those HITs among these slots (which the caller holds) that are not durable."""
@@ -191,12 +210,22 @@ class Demotion:
             raise
         ssd.free(superseded)
 
-    def _forget_lost(self) -> None:
-        """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved."""
+    async def _sync_untold(self) -> None:
+        """As `_sync`, where nobody waits for it: what is lost by it is the next flush's to tell."""
+        try:
+            await self._sync()
+        finally:
+            self._untold += self._forget_lost()
+
+    def _forget_lost(self) -> int:
+        """Records that the tier took and then lost, by a failed sync: they are neither read nor counted as saved.
+        Answers how many."""
         ssd: object = self._tiers.ssd
-        if isinstance(ssd, Losing) and (lost := ssd.lost()):
-            slots = self._tiers.index.slots_at(TierId.SSD, np.array(lost, np.int64))
-            self._tiers.lose(slots[slots >= 0], TierId.SSD)
+        if not isinstance(ssd, Losing) or not (lost := ssd.lost()):
+            return 0
+        slots = self._tiers.index.slots_at(TierId.SSD, np.array(lost, np.int64))
+        self._tiers.lose(slots[slots >= 0], TierId.SSD)
+        return len(lost)
 
     def _note_order(self) -> None:
         """Tells a tier that remembers it in which order its entries were used."""
