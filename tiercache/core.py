@@ -206,7 +206,8 @@ class Core(Protocol):
         ...
 
     async def delete(self, names: Sequence[Name]) -> list[Outcome]:
-        """Forgets entries in every tier: HIT for each that was there, GONE where there was none."""
+        """Forgets entries in every tier: HIT for each that was there, GONE where there was none. Durable after the next
+        flush, or about a second later: a crash before that may bring them back."""
         ...
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
@@ -215,8 +216,9 @@ class Core(Protocol):
         clients."""
         ...
 
-    async def flush(self) -> None:
-        """Returns when what was visible before the call is durable; raises UnavailableError if some could not be."""
+    async def flush(self) -> bool:
+        """Returns when what was visible (or deleted) before the call is durable; raises UnavailableError if some could
+        not be. False where there is no SSD tier, and nothing is durable."""
         ...
 
     async def close(self) -> None:

@@ -7,7 +7,7 @@ made by `copy_into` are verified.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tiercache.buffers import exported
 from tiercache.errors import ClosedError
-from tiercache.model import Outcome
+from tiercache.model import ALIGN_BYTES, Outcome
 
 if TYPE_CHECKING:
     from tiercache.buffers import Buffer
@@ -83,6 +83,34 @@ End = Callable[[bool], None]
 """Gives the pins of a lease back. False: this may be inside a garbage collection, so take no lock, only make a note."""
 
 
+def extent_bytes(size: int) -> int:
+    """Bytes of memory that an entry of `size` bytes takes."""
+    return size + (-size % ALIGN_BYTES) or ALIGN_BYTES
+
+
+class Pieces:
+    """What is left of a batch, piece by piece: one that is more than this process may hold at once comes again in
+    halves, as long as that helps. Iterate over it, and tell `refused` what came of each."""
+
+    def __init__(self, items: Sequence[int]) -> None:
+        self._left = [list(items)] if items else []
+        self._helps = True
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while self._left:
+            yield self._left.pop()
+
+    def refused(self, piece: list[int], outcomes: Sequence[object]) -> bool:
+        """Whether the whole piece was BUSY (`outcomes` of the batch), and so comes again in halves."""
+        if not self._helps or any(outcomes[i] is not Outcome.BUSY for i in piece):
+            return False
+        self._helps = len(piece) > 1  # where even one item is too much, more questions bring nothing
+        if self._helps:
+            half = len(piece) // 2
+            self._left += [piece[half:], piece[:half]]
+        return self._helps
+
+
 class Lease:
     """Pinned entries of one call: item i belongs to item i of the question.
 
@@ -115,10 +143,11 @@ class Lease:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that it keeps in place; 0 once it was released."""
+        """Bytes of memory that it keeps in place, whole blocks of ALIGN_BYTES; 0 once it was released."""
         if self._locations is None:
             return 0
-        return sum(one.length for one in self._extents.buffers([at for at in self.locations if at >= 0]))
+        held = self._extents.buffers([at for at in self.locations if at >= 0])
+        return sum([extent_bytes(one.length) for one in held])
 
     def buffer(self, index: int) -> Buffer:
         """The extent of item `index` in place: valid only until the release, unlike views."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tiercache.buffers import Buffer, new_bytes
 from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.keys import check_key, object_key
+from tiercache.lease import Pieces
 from tiercache.model import Kind, Name, Outcome, Terms
 
 if TYPE_CHECKING:
@@ -175,13 +176,17 @@ class BlockingCache:
         """The values as bytes, or why there is none."""
         where = as_names(names)
         found: list[bytes | Outcome] = [Outcome.FULL] * len(where)
-        rest = list(range(len(where)))
         damaged: set[int] = set()
-        while rest:
-            with self.lease([where[i] for i in rest]) as lease:
-                for at, i in enumerate(rest):
-                    found[i] = self._copied(lease, at, self._verify(verify))
-            rest = self.core.look_again(where, found, rest, damaged)
+        pieces = Pieces(range(len(where)))
+        for piece in pieces:
+            rest = piece
+            while rest:
+                with self.lease([where[i] for i in rest]) as lease:
+                    for at, i in enumerate(rest):
+                        found[i] = self._copied(lease, at, self._verify(verify))
+                if pieces.refused(rest, found):
+                    break
+                rest = self.core.look_again(where, found, rest, damaged)
         return found
 
     @staticmethod
@@ -221,14 +226,18 @@ class BlockingCache:
         return wait(self.core.match(digests), self.loop)
 
     def delete(self, names: Sequence[Called]) -> list[Outcome]:
-        """Forgets values in every tier: HIT for each that was there, GONE where there was none."""
+        """Forgets values in every tier: HIT for each that was there, GONE where there was none.
+
+        Nobody reads them from now on. Durable after the next `flush`, or about a second later: if the machine or the
+        process that owns the cache dies before that, what was on the SSD may come back.
+        """
         return wait(self.core.delete(as_names(names)), self.loop)
 
     def flush(self) -> bool:
-        """Returns when everything visible before the call is durable; False where there is no SSD tier, and nothing is.
-        Raises UnavailableError where the SSD did not take some of it."""
-        wait(self.core.flush(), self.loop)
-        return self.core.durable
+        """Returns when everything visible or deleted before the call is durable; False where there is no SSD tier, and
+        nothing is. Raises UnavailableError where the SSD did not take some of it, and once where the process that owned
+        a shared cache died with something that this one had put: put that again."""
+        return wait(self.core.flush(), self.loop)
 
     def stats(self) -> dict[str, int | float]:
         """What the cache holds and did."""

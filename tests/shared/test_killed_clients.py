@@ -119,7 +119,7 @@ def test_killed_between_reserving_and_committing(shared: Shared, worker: Any) ->
     one = worker()
     base = base_of(shared, one)
     names = [Name(object_key("test", str(i))) for i in range(6)]
-    ask = frames.ReserveAsk(Kind.TENSOR, Form.LONE, 0, 0.0, 0, b"", names, [8 * MIB] * 6)
+    ask = frames.ReserveAsk(1, Kind.TENSOR, Form.LONE, 0, 0.0, 0, b"", names, [8 * MIB] * 6)
     raw(shared, "reserve", frames.pack_reserve(ask)).kill()
     for i in range(16):
         assert one.put(str(i), "n", 8 * MIB) == "HIT"

@@ -138,7 +138,7 @@ def test_what_is_saved_is_on_the_ssd(tmp_path: Path) -> None:
         lease = await cache.serving.lease_local([name("a"), name("b")], together=True)
         assert lease is None
         lease = await cache.serving.lease_local([name("a"), name("b")])
-        assert lease is not None and lease.outcomes == [HIT, MISS] and lease.held_bytes == 100
+        assert lease is not None and lease.outcomes == [HIT, MISS] and lease.held_bytes == 4096
         assert lease.locations[0] >= 0 and lease.locations[1] == -1
         lease.release()
         assert lease.held_bytes == 0

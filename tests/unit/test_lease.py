@@ -9,7 +9,7 @@ import pytest
 from tiercache.buffers import Buffer, new_bytes, part_digests
 from tiercache.cpu.tier import MemoryTier
 from tiercache.errors import ClosedError
-from tiercache.lease import Lease
+from tiercache.lease import Lease, Pieces, extent_bytes
 from tiercache.model import Name, Outcome, all_parts
 
 SIZE = 200_000
@@ -93,3 +93,31 @@ def test_damage_is_found_in_every_part_that_is_touched() -> None:
         for span, outcome in [((0, 65_536), Outcome.HIT), ((0, 65_537), Outcome.CORRUPT), ((0, SIZE), Outcome.CORRUPT)]:
             target = Buffer.of(bytearray(SIZE), writable=True)
             assert lease.copy_into(0, *span, target) is outcome
+
+
+def test_what_is_held_counts_in_whole_blocks() -> None:
+    assert [extent_bytes(size) for size in (0, 1, 4096, 4097, SIZE)] == [4096, 4096, 4096, 8192, 200_704]
+    scene = Scene()
+    with scene.lease() as lease:
+        assert lease.held_bytes == 200_704
+    assert lease.held_bytes == 0
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 4, 100])
+def test_a_batch_comes_in_pieces_that_can_be_held(most: int) -> None:
+    """Each item once, in order, in pieces as large as they may be; where even one is too much, few questions more."""
+    busy, hit = Outcome.BUSY, Outcome.HIT
+    outcomes: list[Outcome] = [Outcome.FULL] * 40
+    asked = 0
+    order: list[int] = []
+    pieces = Pieces(range(40))
+    for piece in pieces:
+        asked += 1
+        for i in piece:
+            outcomes[i] = hit if len(piece) <= most else busy
+        if not pieces.refused(piece, outcomes):
+            order += piece
+    assert order == list(range(40))
+    assert outcomes == [hit if most else busy] * 40
+    assert asked <= (14 if not most else 80)
+    assert list(Pieces([])) == []

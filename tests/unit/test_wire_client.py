@@ -22,6 +22,7 @@ from tiercache.lease import Gap, Landed, PageRun
 from tiercache.metrics import Metrics
 from tiercache.model import Kind, Name, Outcome, Terms, all_parts
 from tiercache.settings import Settings
+from tiercache.sync import BlockingCache
 from tiercache.wire import sockets, starting
 from tiercache.wire.client import SharedCache
 from tiercache.wire.revive import Ways
@@ -42,9 +43,8 @@ class Kinds:
 
     def settings(self, **given: Any) -> Settings:
         sizes: dict[str, Any] = {"memory_bytes": 16 * MIB, "ssd_bytes": 0, "queue_bytes": MIB, "slots_max": 4096}
-        return Settings(
-            directory=self.directory, linger_s=0.3, client_share=1.0, disk_free_floor_bytes=0, **sizes | given
-        )
+        sizes |= {"linger_s": 0.3, "client_share": 1.0, "disk_free_floor_bytes": 0}
+        return Settings(directory=self.directory, **sizes | given)
 
     def open(self, settings: Settings) -> Core:
         if self.kind == "alone":
@@ -407,3 +407,27 @@ def test_a_closed_cache_says_so(cache: Kinds) -> None:
             core.store([name("a")], [Buffer.of(b"x")])
 
     asyncio.run(act())
+
+
+def test_a_batch_beyond_what_one_process_may_hold_is_read_all_the_same(cache: Kinds) -> None:
+    async def scene(core: Core) -> None:
+        names = [name(str(i)) for i in range(10)]
+        values = [content(i, MIB - i) for i in range(10)]
+        for one, value in zip(names, values, strict=True):
+            assert await core.put([one], [value]) == [Outcome.HIT]
+        for reads in ("resident", "loop", "blocking"):
+            if isinstance(core, SharedCache):
+                core._link.home.memo.clear()  # type: ignore[union-attr]
+            targets = [target(MIB) for _ in names]
+            if reads == "resident":
+                got = await asyncio.to_thread(core.get_into_resident, names, targets)
+            elif reads == "loop":
+                got = await core.get_into(names, targets)
+            else:
+                blocking = BlockingCache(core, asyncio.get_running_loop())
+                assert await asyncio.to_thread(blocking.get, names) == values
+                continue
+            assert got == [Outcome.HIT] * 10
+            assert [bytes(each)[: len(value)] for each, value in zip(targets, values, strict=True)] == values
+
+    cache.play(scene, client_share=0.25)

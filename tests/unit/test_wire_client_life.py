@@ -9,7 +9,9 @@ import select
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from tiercache import assemble, keys
 from tiercache.buffers import Buffer
 from tiercache.clock import SystemClock
 from tiercache.cpu.view import ArenaView
-from tiercache.errors import ClosedError, UnavailableError
+from tiercache.errors import ClosedError, ConfigError, UnavailableError
 from tiercache.lease import Gap, Landed, PageRun
 from tiercache.metrics import Metrics
 from tiercache.model import Name, Outcome, all_parts
 from tiercache.owner import state
 from tiercache.settings import Settings
+from tiercache.sync import BlockingCache
 from tiercache.wire import sockets, starting
 from tiercache.wire.client import SharedCache
 from tiercache.wire.revive import Ways
@@ -513,5 +516,170 @@ def test_threads_go_on_reading_right_bytes_while_owners_die(house: House) -> Non
                 await asyncio.to_thread(thread.join)
         assert not faults
         assert hits[0]
+
+    house.play(scene)
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_flush_says_once_that_an_owner_died_with_what_was_put(house: House, adopted: bool) -> None:
+    """Unless the next one has taken over that memory, and with it what was put."""
+    house.settings = replace(house.settings, ssd_bytes=64 * MIB, segment_bytes=4 * MIB)
+
+    async def scene(core: SharedCache) -> None:
+        assert await core.put([name("saved")], [b"s"], durable=True) == [Outcome.HIT]
+        assert await core.flush()
+        for put in (core.put([name("a")], [b"a"]), asyncio.to_thread(core.store, [name("b")], [Buffer.of(b"b")])):
+            assert await put == [Outcome.HIT]
+            house.kill()
+            if not adopted:
+                os.unlink(os.path.join(house.directory, "owner.state"))
+            assert await core.put([name("saved")], [b"s"], durable=True) == [Outcome.HIT]
+            if not adopted:
+                with pytest.raises(UnavailableError, match="put it again"):
+                    await core.flush()
+            assert await core.flush()
+
+    house.play(scene)
+
+
+def test_whether_anything_is_durable_is_for_the_present_owner_to_say(house: House) -> None:
+    house.settings = replace(house.settings, ssd_bytes=64 * MIB, segment_bytes=4 * MIB)
+
+    async def scene(core: SharedCache) -> None:
+        assert core.durable
+        assert await core.flush()
+        house.settings = replace(house.settings, ssd_bytes=0)
+        house.kill()
+        assert await core.put([name("a")], [b"a"]) == [Outcome.HIT]
+        assert not core.durable
+        assert not await core.flush()
+        with pytest.raises(ConfigError, match="SSD"):
+            await core.put([name("b")], [b"b"], durable=True)
+
+    house.play(scene)
+
+
+def test_one_call_waits_for_a_silent_owner_no_longer_than_its_deadline_and_the_next_not_at_all(house: House) -> None:
+    async def scene(core: SharedCache) -> None:
+        await core.put([name("a")], [b"a"])
+        left = state.read(house.directory)
+        assert left is not None
+        blocking = BlockingCache(core, asyncio.get_running_loop())
+        clock = SystemClock()
+        os.kill(left.owner.pid, signal.SIGSTOP)
+        try:
+            took = []
+            for _ in range(3):
+                began = clock.monotonic()
+                assert await asyncio.to_thread(blocking.get, [name("b")]) == [Outcome.MISS]
+                with pytest.raises(UnavailableError):
+                    await asyncio.to_thread(core.store, [name("c")], [Buffer.of(b"c")])
+                took.append(clock.monotonic() - began)
+            assert took[0] < 3.0
+            assert max(took[1:]) < 1.0
+        finally:
+            os.kill(left.owner.pid, signal.SIGCONT)
+        await back(core, "c")
+        rows = (await core.call("clients", {}))[0]
+        assert (rows["leases"], rows["tickets"]) == (0, 0)
+
+    house.play(scene, deadline_s=2.0)
+
+
+def test_a_put_whose_answer_does_not_come_in_time_leaves_its_name_to_others(house: House) -> None:
+    async def scene(core: SharedCache) -> None:
+        await core.put([name("a")], [b"a"])
+        left = state.read(house.directory)
+        assert left is not None
+        for i in range(2):
+            os.kill(left.owner.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(UnavailableError):
+                    if i:
+                        await asyncio.to_thread(core.store, [name("late")], [Buffer.of(b"x")])
+                    else:
+                        await core.put([name("late")], [b"x"])
+            finally:
+                os.kill(left.owner.pid, signal.SIGCONT)
+            await back(core, "late")
+            await core.delete([name("late")])
+        pause = 0.0
+        while (await core.call("clients", {}))[0]["tickets"]:
+            await asyncio.sleep(pause := pause + 0.01)
+
+    house.play(scene, deadline_s=0.4)
+
+
+async def back(core: SharedCache, label: str) -> None:
+    """Returns when the owner takes this."""
+    taken = False
+    while not taken:
+        try:
+            taken = await core.put([name(label)], [b"x"]) == [Outcome.HIT]
+        except UnavailableError:
+            pass
+        if not taken:
+            await asyncio.sleep(0.05)
+
+
+def test_a_search_that_could_not_begin_is_begun_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "tiercache revive" and len(refused) < 2:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scene(core: SharedCache) -> None:
+        await core.put([name("a")], [b"a"])
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        house.kill()
+        await back(core, "b")
+        assert len(refused) == 2
+
+    house.play(scene)
+
+
+def test_who_asks_nothing_looks_for_the_next_owner_too_and_says_once_that_there_is_none(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(core: SharedCache) -> None:
+        await core.put([name("a")], [b"a"])
+        lease = await core.lease([name("a")])
+        house.locked = True
+        house.kill()
+        revive = core._link.revive
+        while revive._missed < 2:
+            await asyncio.sleep(0.05)
+        house.locked = False
+        while revive.now is None:
+            await asyncio.sleep(0.05)
+        said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+        assert [("no owner" in one, "again" in one) for one in said] == [(True, False), (False, True)], said
+        assert bytes(lease.view(0)) == b"a"
+        lease.release()
+
+    house.play(scene, deadline_s=0.3)
+
+
+def test_what_was_read_is_told_to_the_end_though_others_read_on(house: House) -> None:
+    class Growing(deque[int]):
+        """Somebody reads faster than anybody tells."""
+
+        def popleft(self) -> int:
+            self.append(0)
+            return super().popleft()
+
+    async def scene(core: SharedCache) -> None:
+        await core.put([name("a")], [b"a"])
+        home = core._link.home
+        assert home is not None
+        home.touched = Growing([0] * 1000, maxlen=1 << 16)
+        core._link.say_noted()
+        await asyncio.to_thread(core._link.say_noted)
+        assert len(home.touched) >= 1000
+        home.touched = deque(maxlen=1 << 16)
 
     house.play(scene)

@@ -12,7 +12,7 @@ import pytest
 from tiercache.errors import CapacityError, ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.keys import object_key
 from tiercache.lease import PageRun
-from tiercache.model import Form, Name, Outcome
+from tiercache.model import Form, Kind, Name, Outcome
 from tiercache.testing.visits import MIB, House, page_bytes
 from tiercache.wire import frames
 from tiercache.wire.frames import Landed, Op, Patience
@@ -585,3 +585,100 @@ def test_greetings_that_are_none(tmp_path: Path) -> None:
             await asyncio.wait_for(visitor.lost.wait(), 10)
 
     play(tmp_path, scene)
+
+
+def test_a_loader_that_says_nothing_is_waited_for_less_than_one_that_still_loads(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        one, two = await house.visitor(), await house.visitor()
+        reads = [asyncio.ensure_future(each.read(RUN, [i], [1])) for i, each in enumerate((one, two))]
+        asked = [await one.gaps(), await two.gaps()]
+
+        async def alive() -> None:
+            number, fill, _ = asked[1]
+            while True:
+                two.line.tell(Op.FILLED, frames.pack_landed(fill, 0, []), number=number)
+                await asyncio.sleep(0.02)
+
+        saying = asyncio.ensure_future(alive())
+        assert (await reads[0]).outcomes == [BUSY]
+        assert not reads[1].done()
+        two.fill(RUN, *asked[1])
+        two.unfill(*asked[1][:2])
+        assert (await reads[1]).outcomes == [HIT]
+        saying.cancel()
+        one.unfill(*asked[0][:2])
+        await one.ping()
+
+    play(tmp_path, scene, limits=Limits(16 * MIB, fill_s=60.0, silent_s=0.3))
+
+
+def test_a_loader_that_lives_and_loads_nothing_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        one = await house.visitor()
+        read = asyncio.ensure_future(one.read(RUN, [0], [1]))
+        number, fill, _ = await one.gaps()
+        while not read.done():
+            one.line.tell(Op.FILLED, frames.pack_landed(fill, 0, []), number=number)
+            await asyncio.sleep(0.01)
+        assert read.result().outcomes == [BUSY]
+        one.unfill(number, fill)
+        await one.ping()
+
+    play(tmp_path, scene, limits=Limits(16 * MIB, fill_s=0.3, silent_s=60.0))
+
+
+def test_small_entries_count_with_the_memory_that_they_take(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        one, two = await house.visitor(), await house.visitor()
+        names = [name(str(i)) for i in range(100)]
+        ticket, grants = await one.reserve(names, [10] * 100)
+        assert grants.outcomes == [HIT] * 64 + [BUSY] * 36
+        one.line.tell(Op.ABANDON, frames.pack_u64([ticket]))
+        await one.ping()
+        for some in (names[:50], names[50:]):
+            assert await two.put(some, [b"x" * 10] * 50) == [HIT] * 50
+        assert (await one.lease(names)).outcomes == [BUSY] * 100
+        assert (await one.lease(names[:64])).outcomes == [HIT] * 64
+        assert house.door.facts()[0]["pinned_bytes"] == 64 * 4096
+        assert (await one.lease(names[64:65])).outcomes == [BUSY]
+
+    play(tmp_path, scene, limits=Limits(64 * 4096))
+
+
+def test_a_ticket_that_was_given_up_before_it_was_granted_holds_nothing(tmp_path: Path) -> None:
+    """Whether that word overtakes the question, or its answer is yet to come."""
+
+    async def scene(house: House) -> None:
+        one = await house.visitor()
+        one.line.tell(Op.ABANDON, frames.pack_u64([901]))
+        ask = frames.ReserveAsk(901, Kind.TENSOR, Form.LONE, 0, 0.0, 0, b"", [name("a")], [MIB])
+        answer = await one.ask(Op.RESERVE, frames.pack_reserve(ask))
+        assert frames.unpack_u64(answer[:8]) == [901]
+        assert house.door.facts()[0]["tickets"] == 0
+        assert await one.put([name("a")], [b"a"]) == [HIT]
+        body = frames.pack_landed(901, LAST, [])
+        with pytest.raises(ConfigError, match="no put 901"):
+            await one.ask(Op.COMMIT, body)
+        held, _ = await one.reserve([name("b")], [MIB])
+        with pytest.raises(ProtocolError, match="in use"):
+            await one.ask(Op.RESERVE, frames.pack_reserve(ask._replace(ticket=held, names=[name("c")])))
+
+    play(tmp_path, scene)
+
+
+def test_only_who_comes_again_says_what_it_had(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        one = await house.visitor()
+        await one.put([name("a")], [b"a"])
+        (at,) = (await one.lease([name("a")])).locations
+        assert bytes(await one.ask(Op.REDECLARE)) == b"", "to have nothing is no claim"
+        with pytest.raises(ProtocolError, match="comes again"):
+            await one.ask(Op.REDECLARE, frames.pack_holds([(77, [at])]))
+        again = await house.visitor(again=True)
+        held = await again.ask(Op.REDECLARE, frames.pack_holds([(number, [at]) for number in range(1, 5)]))
+        assert bytes(held) == b"\1\1\0\0", "as many as anybody may have"
+        await again.ping()
+        with pytest.raises(ProtocolError, match="comes again"):
+            await again.ask(Op.REDECLARE, frames.pack_holds([(9, [at])]))
+
+    play(tmp_path, scene, limits=Limits(16 * MIB, leases=2))

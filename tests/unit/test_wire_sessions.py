@@ -294,6 +294,7 @@ def nonsense(rng: random.Random, names: list[Name]) -> bytes:
         Op.UNFILLED: lambda: frames.pack_u64([rng.randrange(3)]),
         Op.RESERVE: lambda: frames.pack_reserve(
             frames.ReserveAsk(
+                rng.randrange(1, 4),
                 rng.randrange(4),
                 rng.randrange(3),
                 0,

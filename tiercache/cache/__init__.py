@@ -87,8 +87,7 @@ class Cache:
         self.serving = Serving(self.tiers, self._recovery, self._storing, lease=self._lease)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forever: list[asyncio.Task[None]] = []
-        self._closed = False
-        self._nudged = False
+        self._closed = self._nudged = False
 
     async def start(self) -> None:
         """As `begin`, for callers elsewhere."""
@@ -383,6 +382,7 @@ class Cache:
         await self._recovery.find(names)
         there = tiers.delete(names)
         self._recovery.bury(names)
+        self._demotion.bury()
         return [Outcome.HIT if found else Outcome.GONE for found in there]
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
@@ -390,15 +390,16 @@ class Cache:
         self._open()
         return await self._survey.answer(question, arguments)
 
-    async def flush(self) -> None:
-        """Returns when what was visible before the call is durable on the SSD. Raises UnavailableError if some of it
-        could not be: the SSD is full, read-only, or lost it. Without an SSD tier nothing is durable or raised."""
+    async def flush(self) -> bool:
+        """Returns when what was visible before the call is durable; False without an SSD tier. Raises UnavailableError
+        if some of it could not be: the SSD is full, read-only, or lost it."""
         self._open()
         left = await self._demotion.flush()
         if left:
             status = self.tiers.ssd.status() if self.tiers.ssd is not None else None
             why = f": {status.reason}" if status is not None and status.reason else ""
             raise UnavailableError(f"{left} entries are not durable, the SSD tier did not take them{why}")
+        return self.durable
 
     async def close(self) -> None:
         """Writes what is queued, ends every task, closes the tiers. Idempotent."""
@@ -477,9 +478,7 @@ class Cache:
 
     def _check_durable(self, durable: bool) -> None:
         if durable and self.tiers.ssd is None:
-            raise ConfigError(
-                "durable=True needs an SSD: set ssd_bytes, or open the directory that another process holds later"
-            )
+            raise ConfigError("durable=True needs an SSD: set ssd_bytes, or open the directory when nobody holds it")
 
     def _dirtied(self, slots: npt.NDArray[np.int64]) -> None:
         """New bytes in memory: they wait for the SSD, and may have pushed memory over its mark."""

@@ -7,6 +7,7 @@ house is looked over: no pin, no load, no extent may be left.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ class House:
         self.metrics = Metrics()
         arena = os.urandom(16)
         self.cache = build(settings, SystemClock(), self.metrics, arena_id=arena)
+        self.tickets = itertools.count(1)
         self.left: list[int] = []
         self.redeclared: list[int] = []
         self.door = Door(
@@ -227,7 +229,7 @@ class Visitor:
         self, names: Sequence[Name], sizes: Sequence[int], *, form: Form = Form.LONE, parent: bytes = b""
     ) -> tuple[int, Grants]:
         """RESERVE: the ticket, and what it says of each."""
-        ask = ReserveAsk(Kind.TENSOR, form, 0, 0.0, 0, parent, list(names), list(sizes))
+        ask = ReserveAsk(next(self.house.tickets), Kind.TENSOR, form, 0, 0.0, 0, parent, list(names), list(sizes))
         answer = await self.ask(Op.RESERVE, frames.pack_reserve(ask))
         return frames.unpack_u64(answer[:8])[0], frames.unpack_grants(answer[8:])
 

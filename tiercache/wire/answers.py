@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from tiercache.errors import ConfigError, ProtocolError, TierCacheError
-from tiercache.lease import PageRun
+from tiercache.lease import PageRun, extent_bytes
 from tiercache.model import Form, Kind, Name, Outcome, Terms, all_parts
 from tiercache.wire import frames
 from tiercache.wire.fills import in_thread
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 TOUCHES_MAX = 4096
 """Of one message; the rest are hits that nobody counts."""
 NOTE_S_MAX = 86_400.0
-ALIGN = 4096
 
 
 class Answers:
@@ -192,7 +191,7 @@ class Answers:
 
     async def _reading(self, session: Session, post: Post, number: int, run: PageRun, ask: frames.ReadAsk) -> bytes:
         count = len(ask.ordinals)
-        size = sum(max(ALIGN, run.page_size(ordinal)) for ordinal in ask.ordinals)
+        size = sum(extent_bytes(run.page_size(ordinal)) for ordinal in ask.ordinals)
         if size > session.room_bytes:
             session.unask_lease(ask.lease)
             return frames.pack_grants([Outcome.BUSY] * count, [-1] * count)
@@ -244,12 +243,17 @@ class Answers:
             raise ProtocolError("only lone entries and blocks of chains are put")
         if ask.kind not in Kind.__members__.values():
             raise ProtocolError(f"there is no kind {ask.kind}")
+        session.ask_put(ask.ticket)
         if self._core.recovered:
             return self._reserved(session, ask)
 
         async def after() -> bytes:
             parents = [Name(ask.parent)] if ask.parent else []
-            await self._serving.recall([*ask.names, *parents])
+            try:
+                await self._serving.recall([*ask.names, *parents])
+            except BaseException:
+                session.unask_put(ask.ticket)
+                raise
             return self._reserved(session, ask)
 
         session.work("put", post, number, after, len(body))
@@ -257,10 +261,16 @@ class Answers:
 
     def _reserved(self, session: Session, ask: ReserveAsk) -> bytes:
         """Reserves as much of the batch, from its start, as this client may pin; the rest is BUSY."""
+        try:
+            return self._reserve_now(session, ask)
+        finally:
+            session.unask_put(ask.ticket)
+
+    def _reserve_now(self, session: Session, ask: ReserveAsk) -> bytes:
         room, fits = session.room_bytes, 0
         largest = self._serving.entry_bytes_max
         for size in ask.sizes if session.may_put and not session.ended else ():
-            room -= max(ALIGN, size) if size <= largest else 0  # what can never fit is refused below, with the reason
+            room -= extent_bytes(size) if size <= largest else 0  # what can never fit is refused below, with the reason
             if room < 0:
                 break
             fits += 1
@@ -271,10 +281,11 @@ class Answers:
         ticket = self._serving.reserve_puts(
             ask.names[:fits], ask.sizes[:fits], terms, chain=ask.form == Form.BLOCK, parent=ask.parent
         )
-        pinned = sum(max(ALIGN, size) for size, at in zip(ask.sizes, ticket.locations, strict=False) if at >= 0)
+        pinned = sum(extent_bytes(size) for size, at in zip(ask.sizes, ticket.locations, strict=False) if at >= 0)
         outcomes = ticket.outcomes + [Outcome.BUSY] * (count - fits)
         locations = ticket.locations + [-1] * (count - fits)
-        return frames.pack_u64([session.begin_put(ticket, pinned)]) + frames.pack_grants(outcomes, locations)
+        session.begin_put(ask.ticket, ticket, pinned)
+        return frames.pack_u64([ask.ticket]) + frames.pack_grants(outcomes, locations)
 
     def _commit(self, session: Session, post: Post, number: int, body: memoryview) -> bytes | None:
         put, flags, landed = frames.unpack_landed(body)
@@ -295,8 +306,7 @@ class Answers:
         return None
 
     def _abandon(self, session: Session, post: Post, number: int, body: memoryview) -> None:
-        for put in frames.unpack_u64(body):
-            session.end_put(put)
+        session.abandon(frames.unpack_u64(body))
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
@@ -331,8 +341,7 @@ class Answers:
 
     def _flush(self, session: Session, post: Post, number: int, body: memoryview) -> None:
         async def later() -> bytes:
-            await self._core.flush()
-            return b""
+            return bytes([await self._core.flush()])
 
         session.work("disk", post, number, later, 0)
 

@@ -67,6 +67,8 @@ class Bond:
         self.loads: Loads | None = None
         self.ended = ""
         """Why it ended; empty while it stands."""
+        self.silent = ""
+        """Why nothing is asked for now: the owner left a question unanswered, and is being asked whether it lives."""
         self._wait_s = wait_s
         self._writers = 0
         self._turn = threading.Condition()

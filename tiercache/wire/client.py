@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.buffers import Buffer
 from tiercache.errors import ClosedError, ConfigError, ProtocolError, TierCacheError, UnavailableError
+from tiercache.lease import Pieces
 from tiercache.model import Form, Kind, Name, Outcome, Terms
 from tiercache.wire import frames
 from tiercache.wire.frames import Op, Patience, ReadAsk
@@ -68,7 +69,7 @@ class SharedCache:
         self.settings = _owners(settings, greeting.settings)
         self._durable = greeting.durable
         self._link = link
-        self._leasing = Leasing(link, max(link.deadline_s, 2 * self.settings.ssd_deadline_s))
+        self._leasing = Leasing(link)
         self._puts = Puts(link, self._start, int(self.settings.client_share * self.settings.memory_bytes))
         self._notes: SharedNotes | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,7 +96,10 @@ class SharedCache:
 
     @property
     def durable(self) -> bool:
-        """Whether the owner has an SSD tier."""
+        """Whether the owner has an SSD tier; the last one, while there is none."""
+        bond = self._link.revive.now
+        if bond is not None:
+            self._durable = bond.greeting.durable
         return self._durable
 
     @property
@@ -173,16 +177,22 @@ class SharedCache:
             outcomes = [Outcome.MISS] * len(names)
         if outcomes.count(_HIT) < len(outcomes):
             rest = [i for i, outcome in enumerate(outcomes) if outcome is Outcome.MISS]
-            if rest and not link.revive.here:
-                some = [names[i] for i in rest]
-                lease = self._leasing.ask(Op.LEASE, lambda number: frames.pack_lease(number, Patience.BEST, some), some)
-                if lease is not None:
+            if not link.revive.here:
+                pieces = Pieces(rest)
+                for piece in pieces:
+                    lease = self._lease([names[i] for i in piece])
+                    if lease is None:
+                        break  # no owner answers: the next piece would have to wait as long again
                     with lease:
-                        _copy_leased(lease, outcomes, rest, targets, verify)
+                        _copy_leased(lease, outcomes, piece, targets, verify)
+                    pieces.refused(piece, outcomes)
             bad = [names[i] for i, outcome in enumerate(outcomes) if outcome is Outcome.CORRUPT]
             if bad:
                 self.quarantine(bad)
         return outcomes
+
+    def _lease(self, names: Sequence[Name]) -> Lease | None:
+        return self._leasing.ask(Op.LEASE, lambda number: frames.pack_lease(number, Patience.BEST, names), names)
 
     def quarantine(self, names: Sequence[Name]) -> None:
         """The memory copies of these were found damaged: the owner counts them and nobody looks at them again."""
@@ -323,12 +333,16 @@ class SharedCache:
     async def get_into(self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True) -> list[Outcome]:
         """Copies whole entries to the start of each target, from memory or the SSD: HIT, or why not."""
         outcomes = self.get_into_resident(names, targets, verify=verify)
-        rest = [i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT]
         damaged: set[int] = set()
-        while rest:
-            with await self.lease([names[i] for i in rest]) as lease:
-                _copy_leased(lease, outcomes, rest, targets, verify)
-            rest = self.look_again(names, outcomes, rest, damaged)
+        pieces = Pieces([i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT])
+        for piece in pieces:
+            rest = piece
+            while rest:
+                with await self.lease([names[i] for i in rest]) as lease:
+                    _copy_leased(lease, outcomes, rest, targets, verify)
+                if pieces.refused(rest, outcomes):
+                    break
+                rest = self.look_again(names, outcomes, rest, damaged)
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
@@ -366,10 +380,10 @@ class SharedCache:
         link, _ = self._open()
         return frames.unpack_json((await link.request(Op.CALL, frames.pack_json([question, dict(arguments)]))).body)
 
-    async def flush(self) -> None:
-        """Returns when what was visible before the call is durable; raises UnavailableError if some could not be."""
+    async def flush(self) -> bool:
+        """See Core.flush; raises UnavailableError, once, also where an owner died with what this process had put."""
         link, _ = self._open()
-        await link.request(Op.FLUSH, again=False)
+        return await link.flush()
 
     async def close(self) -> None:
         """Ends this process's part in the cache: at once, or when the last lease and view of it has gone, whose bytes
@@ -392,7 +406,7 @@ class SharedCache:
         return self._link, self._link.home
 
     def _check_durable(self, durable: bool) -> None:
-        if durable and not self._durable:
+        if durable and not self.durable:
             raise ConfigError("durable=True needs an SSD: set ssd_bytes, and open the directory anew")
 
     def _start(self, work: Any) -> asyncio.Task[Any]:

@@ -218,6 +218,7 @@ class Door:
         if len(self._sessions) >= SESSIONS_MAX or self._closed:
             raise UnavailableError(f"the owner has {len(self._sessions)} clients already")
         session = Session(hello.token, post.peer, self._limits, self._metrics, self._clock.wall())
+        session.may_name = hello.again
         session.watch = self._watch(post.sock, self._loop, lambda: self._end(session))
         self._on_join(post.peer.pid)
         self._sessions[hello.token] = session

@@ -89,9 +89,8 @@ class Fill:
             self._room -= parts.bit_count()
         if self._room < 0:
             raise ProtocolError("the same parts were filled again and again")
-        if landed:  # a load may well say that nothing has landed yet
-            self._said += landed
-            self._news.set()
+        self._said += landed
+        self._news.set()  # also where nothing has landed: the loader lives
 
     def end(self, why: str, *, written: bool, own: bool = False) -> None:
         """Nothing more will be said; `written` if the client writes no more, either, `own` if it says so itself."""
@@ -105,18 +104,20 @@ class Fill:
         if not self.quiet.done():
             self.quiet.set_result(None)
 
-    async def take(self, landed: lease.Landed, patience_s: float) -> None:
+    async def take(self, landed: lease.Landed, patience_s: float, silent_s: float) -> None:
         """Takes what the client says until it has ended. Raises AbandonedLoad if something is missing then, or when
-        nothing was said for `patience_s`."""
+        nothing landed for `patience_s`, or nothing at all was said for `silent_s`."""
+        loop = asyncio.get_running_loop()
         while True:
-            if not self._said:
+            until = loop.time() + patience_s
+            while not self._said:
                 self._news.clear()
                 try:
-                    async with asyncio.timeout(patience_s):
+                    async with asyncio.timeout_at(min(until, loop.time() + silent_s)):
                         await self._news.wait()
                 except TimeoutError:
                     self.forsaken = True
-                    raise AbandonedLoad(f"{_GAVE_UP}nothing landed for {patience_s:g} s", self.quiet) from None
+                    raise AbandonedLoad(f"{_GAVE_UP}nothing landed in time", self.quiet) from None
             said = self._said.pop(0)
             if isinstance(said, _End):
                 if self.whole and said.written:
@@ -148,10 +149,10 @@ class Fill:
 class Loads:
     """The fills of one client."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, silent_s: float) -> None:
         self._fills: dict[int, Fill] = {}
         self._last = 0
-        self._patience_s = patience_s
+        self._patience_s, self._silent_s = patience_s, silent_s
 
     def __len__(self) -> int:
         return len(self._fills)
@@ -174,7 +175,7 @@ class Loads:
         fill.quiet.add_done_callback(lambda _: self._fills.pop(fill.number, None))
         asked = [frames.Gap(gap.ordinal, gap.parts, gap.location) for gap in gaps]
         post.push(Op.FILL, number, frames.pack_gaps(fill.number, asked))
-        await fill.take(landed, self._patience_s)
+        await fill.take(landed, self._patience_s, self._silent_s)
 
     def say(self, number: int, landed: Sequence[Landed]) -> None:
         """FILLED."""

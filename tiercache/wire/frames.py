@@ -64,21 +64,21 @@ class Op(IntEnum):
     UNFILLED = 13
     """One-way, number of the READ: u64 fill: that load has ended, writes nothing more, and left the rest unfilled."""
     RESERVE = 14
-    """Terms and shapes of entries to be put (see pack_reserve). Answer: u64 ticket and grants: HIT with a location:
-    fill it; HIT with location -1: is there already; else why not. What is over the asker's share is BUSY; ticket 0: all
-    of it is."""
+    """Ticket (a number chosen by the asker, not 0), terms and shapes of entries to be put (see pack_reserve). Answer:
+    u64 ticket and grants: HIT with a location: fill it; HIT with location -1: is there already; else why not. What is
+    over the asker's share is BUSY; ticket 0: all of it is, and nothing was reserved."""
     COMMIT = 15
     """u64 ticket, u8 flags (1: last, 2: durable), then items with digests as FILLED. Answer: outcomes, one an item
     of the ticket, but for those at its end that were over the share: MISS while it lacks parts, CORRUPT where bytes and
     digests differed."""
     ABANDON = 16
-    """One-way: u64 ticket: nothing more will be written or committed under it."""
+    """One-way: u64 tickets: nothing more will be written or committed under them, also where they are yet to be had."""
     DELETE = 17
     """Names. Answer: outcomes."""
     QUARANTINE = 18
     """Names whose copies in memory did not match their digests. Answer: empty."""
     FLUSH = 19
-    """Empty. Answer: empty, when durable."""
+    """Empty. Answer, when everything visible before is on the disk: u8 1, or at once 0 where there is no SSD."""
     STATS = 20
     """Empty. Answer: JSON."""
     CLAIM = 21
@@ -174,8 +174,8 @@ _KEY = struct.Struct("<32sB7x")
 _LEASE = struct.Struct("<QB7x")
 _RUN = struct.Struct("<32sQIIHBxIf")
 """key, size, page_bytes, part_bytes, scope, width, expiry_s, cost_s"""
-_TERMS = struct.Struct("<BBHfIB3x32s")
-"""kind, form, scope, cost_s, expiry_s, width of parent, parent"""
+_TERMS = struct.Struct("<QBBHfIB3x32s")
+"""ticket, kind, form, scope, cost_s, expiry_s, width of parent, parent"""
 _TICKET = struct.Struct("<QB7x")
 _SETTLE = struct.Struct("<dI4x")
 _WIDTHS = (16, 32)
@@ -260,8 +260,7 @@ def unpack_read(body: memoryview) -> ReadAsk:
 
 def pack_grants(outcomes: Sequence[int], locations: Sequence[int]) -> bytes:
     """Answer to leases and reservations."""
-    count = len(outcomes)
-    return struct.pack(f"<{count}q{count}b", *locations, *outcomes)
+    return struct.pack(f"<{len(locations)}q{len(outcomes)}b", *locations, *outcomes)
 
 
 def unpack_grants(body: memoryview) -> Grants:
@@ -370,6 +369,7 @@ def unpack_landed(body: memoryview) -> tuple[int, int, list[Landed]]:
 class ReserveAsk(NamedTuple):
     """What RESERVE asks for. `form` is model.Form: LONE entries, or the BLOCKs of one chain after `parent`."""
 
+    ticket: int
     kind: int
     form: int
     scope: int
@@ -382,20 +382,20 @@ class ReserveAsk(NamedTuple):
 
 def pack_reserve(ask: ReserveAsk) -> bytes:
     """Body of RESERVE."""
-    terms = _TERMS.pack(ask.kind, ask.form, ask.scope, ask.cost_s, ask.expiry_s, len(ask.parent), ask.parent)
+    terms = _TERMS.pack(*ask[:6], len(ask.parent), ask.parent)
     return terms + struct.pack(f"<{len(ask.sizes)}Q", *ask.sizes) + pack_names(ask.names)
 
 
 def unpack_reserve(body: memoryview) -> ReserveAsk:
     """Undoes pack_reserve."""
-    kind, form, scope, cost_s, expiry_s, width, parent = _head(_TERMS, body)
+    ticket, kind, form, scope, cost_s, expiry_s, width, parent = _head(_TERMS, body)
     rest = body[_TERMS.size :]
     count, odd = divmod(len(rest), 8 + _NAME.size)
     if odd or width not in (0, *_WIDTHS):
         raise ProtocolError(f"{len(body)} bytes are no reservation")
     sizes = list(struct.unpack(f"<{count}Q", rest[: 8 * count]))
     names = unpack_names(rest[8 * count :])
-    return ReserveAsk(kind, form, scope, cost_s, expiry_s, parent[:width], names, sizes)
+    return ReserveAsk(ticket, kind, form, scope, cost_s, expiry_s, parent[:width], names, sizes)
 
 
 def pack_settle(name: bytes, value: bytes, ttl_s: float) -> bytes:

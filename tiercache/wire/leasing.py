@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class Leasing:
     """See the module. `body(number)` makes the question; one that its owner's death cut off is asked once more."""
 
-    def __init__(self, link: Link, wait_s: float) -> None:
-        """A thread waits `wait_s` for an answer; a task waits for as long as the owner lives."""
-        self._link, self._wait_s = link, wait_s
+    def __init__(self, link: Link) -> None:
+        """A thread waits for an answer as long as the owner may be silent; a task for as long as the owner lives."""
+        self._link = link
 
     def ask(self, op: int, body: Body, names: Sequence[Name]) -> Lease | None:
         """A lease that a thread asks for; None where no owner answers."""
@@ -61,7 +61,7 @@ class Leasing:
         link = self._link
         number = link.number()
         try:
-            answer = link.ask(op, body(number), wait_s=self._wait_s, again=False)
+            answer = link.ask(op, body(number), again=False)
             outcomes, locations = _granted(answer, op, names)
             answer.bond.attach(locations)
             return link.lease(number, answer.bond, outcomes, locations)

@@ -55,6 +55,8 @@ class Link:
         self.deadline_s = ways.deadline_s
         self._numbers = itertools.count(1)
         self._ended: deque[int] = deque()  # leases that ended where nothing could be said, or nobody was there
+        self._abandoned: dict[int, None] = {}  # tickets, likewise
+        self._unsaved: dict[str, None] = {}  # memory in which something of this process may not be on the disk
         self._homes: list[Home] = []  # of owners before this one, as long as leases look at them
         self.home: Home | None = None
         """The memory to glance at, also while no owner is there."""
@@ -73,33 +75,50 @@ class Link:
         """A question from any thread. Raises the owner's fault, Lost where no owner could be had (or, without `again`,
         where it went away), UnavailableError where it took too long."""
         self.say_noted()
+        until_s = _CLOCK.monotonic() + self.deadline_s
         while True:
             bond = self.revive.bond()
-            began_s = _CLOCK.monotonic()
+            # What the search for an owner took is not there for its answer.
+            left_s = max(until_s - _CLOCK.monotonic(), self.deadline_s / 4)
             try:
-                return Answer(bond, bond.channels.ask(op, body, wait_s=wait_s))
+                return Answer(bond, self._ask(bond, op, body, min(wait_s or left_s, left_s)))
             except Lost as cut:
-                slow = _CLOCK.monotonic() - began_s > SLOW * (wait_s or self.deadline_s)
-                if self._lives(bond, str(cut)) and slow:
-                    raise UnavailableError(f"the cache's owner lives, but gave no answer: {cut}") from cut
+                if not bond.ended:
+                    self._check_cut(bond, str(cut), left_s)
                 if not again:
                     raise
                 again = False
 
-    def _lives(self, bond: Bond, why: str) -> bool:
-        """Asks the owner whether it is there; where it is not, the next one is looked for."""
-        if bond.ended:
-            return False
+    def _ask(self, bond: Bond, op: int, body: bytes, wait_s: float) -> memoryview:
+        """Raises UnavailableError, no Lost, where no answer came in time: asking again would take as long again."""
+        if bond.silent and not bond.ended:
+            raise UnavailableError(f"the cache's owner is silent: {bond.silent}")
+        began_s = _CLOCK.monotonic()
         try:
-            bond.channels.ask(Op.QUARANTINE, wait_s=self.deadline_s)
+            return bond.channels.ask(op, body, wait_s=wait_s)
+        except Lost as cut:
+            if bond.ended or _CLOCK.monotonic() - began_s < SLOW * wait_s:
+                raise
+            self.revive.doubt(bond, str(cut))
+            raise UnavailableError(f"the cache's owner gave no answer: {cut}") from cut
+
+    def _check_cut(self, bond: Bond, why: str, wait_s: float) -> None:
+        """A connection was cut: where the owner is gone, the next one is looked for."""
+        try:
+            self._ask(bond, Op.QUARANTINE, b"", wait_s)
         except (TierCacheError, OSError):
+            if bond.silent:
+                raise
             self.revive.lost(bond, why)
-            return False
-        return True
 
     def ask_on(self, bond: Bond, op: int, body: bytes) -> memoryview:
         """A question that only makes sense to the owner that is asked."""
-        return bond.channels.ask(op, body)
+        try:
+            return self._ask(bond, op, body, self.deadline_s)
+        except Lost as cut:
+            if not bond.ended:
+                self._check_cut(bond, str(cut), self.deadline_s)
+            raise
 
     def tell_on(self, bond: Bond, op: int, body: bytes) -> None:
         """A one-way message that only makes sense to the owner that is told; never raises."""
@@ -124,6 +143,8 @@ class Link:
         self.say_noted()
         while True:
             bond = await self.revive.bond_here()
+            if bond.silent:
+                raise Lost(f"the cache's owner is silent: {bond.silent}")
             try:
                 return Answer(bond, await self._asked(bond, op, body, reading, late))
             except Lost as cut:
@@ -159,7 +180,7 @@ class Link:
         asked = asyncio.ensure_future(line.ask(op, body, number=number, late=over))
         try:
             while True:
-                done, _ = await asyncio.wait([asked], timeout=self.deadline_s)
+                done, _ = await asyncio.wait([asked], timeout=self.deadline_s / 2)
                 if done:
                     loads.done(number)
                     return asked.result()
@@ -172,10 +193,12 @@ class Link:
         """An answer takes long: does the owner still answer anything? Raises Lost where it does not."""
         assert bond.line is not None
         try:
-            async with asyncio.timeout(self.deadline_s):
+            async with asyncio.timeout(self.deadline_s / 2):
                 await bond.line.ask(Op.QUARANTINE)
         except TimeoutError:
-            raise Lost(f"the owner has not answered anything for {self.deadline_s:g} s") from None
+            why = f"the owner has not answered anything for {self.deadline_s:g} s"
+            self.revive.lost(bond, why, silent=True)
+            raise Lost(why) from None
 
     # -- leases --------------------------------------------------------------------------------------------------------
 
@@ -208,7 +231,7 @@ class Link:
     def _tell_released(self, numbers: list[int]) -> None:
         bond = self.revive.now
         try:
-            if bond is None:
+            if bond is None or bond.silent:
                 raise Lost("no owner")
             self._tell(bond, Op.RELEASE, frames.pack_u64(numbers))
         except (TierCacheError, OSError):
@@ -216,6 +239,8 @@ class Link:
 
     def _tell(self, bond: Bond, op: int, body: bytes) -> None:
         """One-way; on the loop by the line, which never waits."""
+        if bond.silent:  # to say something may take a new connection
+            raise Lost(bond.silent)
         if bond.line is not None and self.revive.here:
             bond.line.tell(op, body)
         else:
@@ -224,14 +249,19 @@ class Link:
     def say_noted(self, *, touches_min: int = 1) -> None:
         """Tells the owner what was only noted so far: leases that were dropped, and what was read without asking."""
         home, bond = self.home, self.revive.now
-        if bond is None or home is None:
+        if bond is None or home is None or bond.silent:
             return
         if self._ended:
             self._say_ended()
-        while len(home.touched) >= touches_min and home is bond.home:
+        if self._abandoned:
+            self._say_abandoned(bond)
+        # What is there now: others may add to it faster than anybody can tell.
+        left = len(home.touched) if home is bond.home else 0
+        while left >= touches_min:
             touched = home.take_touched()
             if not touched:
                 return
+            left -= len(touched)
             try:
                 self._tell(bond, Op.TOUCH, frames.pack_i64(touched))
             except (TierCacheError, OSError):
@@ -259,6 +289,42 @@ class Link:
             self._leave_homes()
         if here:
             self._tell_released(here)
+
+    # -- puts ----------------------------------------------------------------------------------------------------------
+
+    def abandon(self, number: int) -> None:
+        """A put has ended without its commit, or was never begun: the owner is told, now or later. Never raises."""
+        self._abandoned[number] = None
+        bond = self.revive.now
+        if bond is not None:
+            self._say_abandoned(bond)
+
+    def _say_abandoned(self, bond: Bond) -> None:
+        for number in list(self._abandoned):
+            try:
+                self._tell(bond, Op.ABANDON, frames.pack_u64([number]))
+            except (TierCacheError, OSError):
+                return  # the tick tries again
+            self._abandoned.pop(number, None)
+
+    def visible(self, bond: Bond) -> None:
+        """Something that this process put can be seen; it may not be on the disk yet."""
+        if bond.greeting.durable:
+            self._unsaved[bond.home.arena] = None
+
+    async def flush(self) -> bool:
+        """See Core.flush. What was put may have gone with an owner whose memory no other one took over."""
+        unsaved = list(self._unsaved)
+        for arena in unsaved:
+            self._unsaved.pop(arena, None)  # before the question: what becomes visible meanwhile is noted anew
+        try:
+            bond, body = await self.request(Op.FLUSH, again=False)
+        except BaseException:
+            self._unsaved.update(dict.fromkeys(unsaved))
+            raise
+        if any(arena != bond.home.arena for arena in unsaved):
+            raise UnavailableError("the cache's owner died before what this process had put was durable: put it again")
+        return bool(len(body)) and body[0] == 1
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -301,6 +367,9 @@ class Link:
     def tick(self) -> Coroutine[Any, Any, None] | None:
         """Says what is only noted, now and then; what is to be done to leave."""
         self.say_noted()
+        home = self.home
+        if not self.left and home is not None and home.view.known:
+            self.revive.tick()
         return self._leave_now() if self.leaving and not self.holds and not self._ended else None
 
     def forget(self, why: str) -> None:

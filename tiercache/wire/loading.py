@@ -8,6 +8,7 @@ anything else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from tiercache.wire.memo import Home
 
 log = logging.getLogger(__name__)
+
+ALIVE_S = 2.5
+"""A load that takes long says so often that it still runs; who is silent is taken for hung (see served.Limits)."""
 
 
 class Speaker(Protocol):
@@ -98,6 +102,7 @@ class Loads:
                 done.append(Landed(i, gaps[i].parts, rows[: 8 * gaps[i].parts.bit_length()]))
             speaker.tell(Op.FILLED, frames.pack_landed(fill, 0, done), number=number)
 
+        alive = asyncio.get_running_loop().create_task(_say_alive(speaker, number, fill))
         try:
             locations = [gap.location for gap in gaps]
             if self._home.lacks(locations):
@@ -117,7 +122,16 @@ class Loads:
             reading.fault = fault
             log.exception("a load failed in a way that no origin fails")
         finally:
+            alive.cancel()
             try:
                 speaker.tell(Op.UNFILLED, frames.pack_u64([fill]), number=number)
             except (TierCacheError, OSError):
                 pass  # the owner is gone: whoever follows it asks for what is missing
+
+
+async def _say_alive(speaker: Speaker, number: int, fill: int) -> None:
+    """Says that a load still runs, until cancelled, or until nobody can be told."""
+    with contextlib.suppress(TierCacheError, OSError):
+        while True:
+            await asyncio.sleep(ALIVE_S)
+            speaker.tell(Op.FILLED, frames.pack_landed(fill, 0, []), number=number)

@@ -78,11 +78,13 @@ def tickets(put: Put, step_bytes: int = STEP_BYTES) -> list[Put]:
     return pieces
 
 
-def reserve(put: Put) -> bytes:
+def reserve(put: Put, number: int) -> bytes:
     """Body of the RESERVE that a ticket begins with."""
     kind, scope, cost_s, expiry_s = put.terms.kind, put.terms.scope, put.terms.cost_s, put.terms.expiry_s
     sizes = [value.length for value in put.values]
-    return frames.pack_reserve(ReserveAsk(kind, put.form, scope, cost_s, expiry_s, put.parent, list(put.names), sizes))
+    return frames.pack_reserve(
+        ReserveAsk(number, kind, put.form, scope, cost_s, expiry_s, put.parent, list(put.names), sizes)
+    )
 
 
 class Ticket:
@@ -155,26 +157,32 @@ class Puts:
         return outcomes
 
     def _store_piece(self, put: Put) -> list[Outcome]:
+        try:
+            return self._store_once(put)
+        except Lost:
+            return self._store_once(put)
+
+    def _store_once(self, put: Put) -> list[Outcome]:
         link = self._link
-        for last in (False, True):
-            try:
-                answer = link.ask(Op.RESERVE, reserve(put), again=not last)
-                bond, ticket = answer.bond, Ticket(put, answer.body)
-                try:
-                    if not ticket.locations and not put.durable:
-                        link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
-                        return ticket.outcomes
-                    bond.attach(ticket.locations)
-                    with bond:
-                        body = ticket.fill(bond.home)
-                    return ticket.settle(bond.home, link.ask_on(bond, Op.COMMIT, body))
-                except BaseException:
-                    link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
-                    raise
-            except Lost:
-                if last:
-                    raise
-        raise AssertionError("a put is tried twice at most")
+        number = link.number()
+        try:
+            answer = link.ask(Op.RESERVE, reserve(put, number), again=False)
+            bond, ticket = answer.bond, Ticket(put, answer.body)
+            if not ticket.locations and not put.durable:
+                link.abandon(number)
+                return self._seen(bond, ticket.outcomes)
+            bond.attach(ticket.locations)
+            with bond:
+                body = ticket.fill(bond.home)
+            return self._seen(bond, ticket.settle(bond.home, link.ask_on(bond, Op.COMMIT, body)))
+        except BaseException:  # the owner may have reserved what this process never heard of
+            link.abandon(number)
+            raise
+
+    def _seen(self, bond: Bond, outcomes: list[Outcome]) -> list[Outcome]:
+        if Outcome.HIT in outcomes:
+            self._link.visible(bond)
+        return outcomes
 
     async def put(self, put: Put) -> list[Outcome]:
         """Puts a batch from a task."""
@@ -186,25 +194,29 @@ class Puts:
         return outcomes
 
     async def _put_piece(self, put: Put) -> list[Outcome]:
+        try:
+            return await self._put_once(put)
+        except Lost:
+            return await self._put_once(put)
+
+    async def _put_once(self, put: Put) -> list[Outcome]:
         link = self._link
-        for last in (False, True):
-            try:
-                answer = await link.request(Op.RESERVE, reserve(put), again=not last)
-                bond, ticket = answer.bond, Ticket(put, answer.body)
-                try:
-                    if not ticket.locations and not put.durable:
-                        link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
-                        return ticket.outcomes
-                    await bond.attach_here(ticket.locations)
-                    body = await self._filled(bond, ticket, sum(value.length for value in put.values))
-                    return ticket.settle(bond.home, await link.request_on(bond, Op.COMMIT, body))
-                except BaseException:
-                    link.tell_on(bond, Op.ABANDON, frames.pack_u64([ticket.number]))
-                    raise
-            except Lost:
-                if last:
-                    raise
-        raise AssertionError("a put is tried twice at most")
+        number = link.number()
+        try:
+            answer = await link.request(
+                Op.RESERVE, reserve(put, number), again=False, late=lambda _: link.abandon(number)
+            )
+            bond, ticket = answer.bond, Ticket(put, answer.body)
+            if not ticket.locations and not put.durable:
+                link.abandon(number)
+                return self._seen(bond, ticket.outcomes)
+            await bond.attach_here(ticket.locations)
+            body = await self._filled(bond, ticket, sum(value.length for value in put.values))
+            outcomes = ticket.settle(bond.home, await link.request_on(bond, Op.COMMIT, body))
+            return outcomes if put.durable else self._seen(bond, outcomes)
+        except BaseException:
+            link.abandon(number)
+            raise
 
     async def _filled(self, bond: Bond, ticket: Ticket, size: int) -> bytes:
         def fill() -> bytes:

@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 PAUSE_S, PAUSE_S_MAX = 0.01, 0.5
 """Between attempts to reach an owner, growing from the first to the second."""
-AWAY_S = 1.0
-"""After an owner could not be had, nobody looks for one again before so long; then somebody does, and nobody waits."""
+AWAY_S, AWAY_S_MAX = 1.0, 30.0
+"""After an owner could not be had, nobody looks for one again before so long; then somebody does, and nobody waits.
+Who asks nothing looks for one too, after pauses that grow from the first to the second."""
 HOLDS_MAX = 1 << 16
 """Leases, and about as many locations, in one message."""
 
@@ -68,6 +69,8 @@ class Revive:
         self._coming: Future[Bond] | None = None
         self._until_s = 0.0
         self._failed = ""
+        self._missed = 0
+        """Searches that found nobody since there was an owner."""
         self._stop = threading.Event()
         self._why = ""
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -99,7 +102,7 @@ class Revive:
         if self.here:
             raise Lost("the cache's owner is being replaced: try again, or go on without the cache")
         try:
-            return coming.result(self._ways.deadline_s * 2)
+            return coming.result(self._ways.deadline_s)
         except TimeoutError:
             raise Lost("the cache's owner could not be reached in time: go on without the cache") from None
 
@@ -109,7 +112,7 @@ class Revive:
         if bond is not None and not bond.ended and bond.line is not None:
             return bond
         try:
-            async with asyncio.timeout(self._ways.deadline_s * 2):
+            async with asyncio.timeout(self._ways.deadline_s):
                 if bond is None or bond.ended:
                     bond = await asyncio.shield(asyncio.wrap_future(self._begin()))
                 if bond.line is None:
@@ -125,14 +128,52 @@ class Revive:
 
     # -- the end of one ------------------------------------------------------------------------------------------------
 
-    def lost(self, bond: Bond, why: str) -> None:
-        """The owner is gone, or does not answer: any thread. The next one is looked for from now on."""
+    def lost(self, bond: Bond, why: str, *, silent: bool = False) -> None:
+        """The owner is gone, or (`silent`) does not answer: then nobody waits for what is found. Any thread. The next
+        one is looked for from now on."""
+        if silent:
+            with self._lock:
+                if self._bond is bond and not bond.ended:
+                    self._failed = f"{why}: going on without the cache"
         if bond.end(why):
             log.info("the cache's owner is gone (%s): looking for the next one", why)
-            try:
-                self._begin()
-            except TierCacheError:
-                pass  # closed meanwhile
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            self._begin()
+        except TierCacheError:
+            pass  # closed meanwhile, or it was looked for just now
+
+    def tick(self) -> None:
+        """Looks for an owner though nobody asks for one: the next one gives no memory away that this process may look
+        at, until it has heard from this process. Now and then, on the loop."""
+        bond = self._bond
+        if bond is None or not bond.ended or self._coming is not None:
+            return
+        pause_s = min(AWAY_S * 2.0 ** min(self._missed - 1, 10), AWAY_S_MAX)
+        if not self._missed or _CLOCK.monotonic() > self._until_s - AWAY_S + pause_s:
+            self._look()
+
+    def doubt(self, bond: Bond, why: str) -> None:
+        """An answer took too long: the owner is asked nothing more until it has said that it lives; if it does not say
+        so in time, it is gone. Any thread."""
+        with self._lock:
+            if bond.ended or bond.silent:
+                return
+            bond.silent = why
+        try:
+            threading.Thread(target=self._ping, args=(bond, why), name="tiercache ping", daemon=True).start()
+        except RuntimeError:
+            self.lost(bond, why, silent=True)
+
+    def _ping(self, bond: Bond, why: str) -> None:
+        try:
+            bond.channels.ask(Op.QUARANTINE, wait_s=self._ways.deadline_s)
+        except (TierCacheError, OSError):
+            self.lost(bond, why, silent=True)
+        finally:
+            bond.silent = ""
 
     def close(self, why: str) -> Bond | None:
         """No bond from now on; the one that stood is the caller's to end."""
@@ -173,12 +214,25 @@ class Revive:
                 if self._failed and _CLOCK.monotonic() < self._until_s:
                     raise Lost(self._failed)
                 coming = self._coming = Future()
-                threading.Thread(target=self._search, args=(coming,), name="tiercache revive", daemon=True).start()
+                self._start(coming)
                 if not self._failed:
                     return coming
             if self._failed:
                 raise Lost(self._failed)
             return self._coming
+
+    def _start(self, coming: Future[Bond]) -> None:
+        """Starts a search; the lock is held. Raises Lost where the system has no thread for it."""
+        search = threading.Thread(target=self._search, args=(coming,), name="tiercache revive", daemon=True)
+        try:
+            search.start()
+        except BaseException as fault:
+            if search.is_alive():  # a signal raised after it had begun
+                raise
+            self._coming = None
+            if not isinstance(fault, Exception):
+                raise
+            raise Lost(f"nobody could look for the cache's owner ({fault}): going on without it") from fault
 
     def open(self) -> Bond:
         """The first bond, in the caller's thread. Raises what is in the way."""
@@ -195,8 +249,9 @@ class Revive:
                 self._failed = f"no owner of the cache could be had ({fault}): going on without it"
                 self._until_s = _CLOCK.monotonic() + AWAY_S
                 self._coming = None
-            if not self._stop.is_set():
-                log.warning("%s", self._failed)
+                self._missed += 1
+            if not self._stop.is_set():  # said once, however often it is tried
+                log.log(logging.WARNING if self._missed == 1 else logging.DEBUG, "%s", self._failed)
             coming.set_exception(Lost(self._failed))
             if not isinstance(fault, TierCacheError | OSError):
                 raise
@@ -205,12 +260,13 @@ class Revive:
             closed = bool(self._why)
             if not closed:
                 self._bond, self._failed = bond, ""
+            missed, self._missed = self._missed, 0
             self._coming = None
         if closed:
             bond.end(self._why)
             coming.set_exception(ClosedError(self._why))
             return
-        log.info("the cache has an owner again")
+        log.log(logging.WARNING if missed else logging.INFO, "the cache has an owner again")
         coming.set_result(bond)
 
     def _until(self, deadline_s: float, attempt: Callable[[], Bond]) -> Bond:

@@ -114,7 +114,8 @@ class Limits(NamedTuple):
     """How much one client may have. What goes beyond is BUSY; nothing is ever taken away from a living client."""
 
     pinned_bytes: int
-    """Of all its leases, loads and puts together; an entry that it holds twice counts twice. A batch that alone is over
+    """Of all its leases, loads and puts together, in whole blocks of ALIGN_BYTES; an entry that it holds twice counts
+    twice. A batch that alone is over
     this never gets through: ask in smaller batches."""
     leases: int = 16_384
     tickets: int = 1_024
@@ -125,6 +126,8 @@ class Limits(NamedTuple):
     """Questions that wait, in number and in bytes; a client beyond these is cut off."""
     fill_s: float = 65.0
     """A load in which nothing lands for so long is given to somebody else."""
+    silent_s: float = 10.0
+    """So is one whose loader says nothing for so long, not even that it still loads (see loading.ALIVE_S)."""
     question_s: float = 270.0
     """No question takes longer, except for those that wait for the disk."""
 

@@ -59,6 +59,41 @@ class _Question(NamedTuple):
     size: int
 
 
+class _Asked:
+    """Numbers, chosen by the client, of what it asks for. One that was given up before its question was answered, or
+    even before it was asked, is given up when it comes: connections overtake each other."""
+
+    __slots__ = ("_early", "_open")
+
+    def __init__(self) -> None:
+        self._open: dict[int, bool] = {}  # numbers of open questions -> given up already
+        self._early: dict[int, None] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._open
+
+    def begin(self, number: int) -> None:
+        """A question is open."""
+        self._open[number] = number in self._early
+
+    def end(self, number: int) -> bool:
+        """It is answered, or will not be: whether the client has given it up. Harmless when it has ended."""
+        return self._open.pop(number, False)
+
+    def give_up(self, number: int) -> None:
+        """The client does not want what it asks for, or will ask for."""
+        if number in self._open:
+            self._open[number] = True
+            return
+        self._early[number] = None
+        if len(self._early) > EARLY_MAX:
+            del self._early[next(iter(self._early))]
+
+    def clear(self) -> None:
+        """No question is open any more."""
+        self._open.clear()
+
+
 class _Lane:
     """Questions of one kind: those that wait for another client must not hold up what that client asks."""
 
@@ -78,18 +113,18 @@ class Session:
         self.line: Post | None = None
         self.watch: Watch | None = None
         self.ended = False
-        self.loads = Loads(limits.fill_s)
+        self.loads = Loads(limits.fill_s, limits.silent_s)
         self.pinned_bytes = 0
         self.unnamed: set[int] | None = None
         """Leases of before this process came again that it has not named since."""
         self.naming = False
         """Whether it is just telling what it held before."""
+        self.may_name = False
+        """Whether it may tell that: it comes from an owner before this one, or begins anew."""
         self._metrics = metrics
         self._leases: dict[int, _Held] = {}
-        self._asked: dict[int, bool] = {}  # leases of open questions -> released already
-        self._early: dict[int, None] = {}  # leases released before they were asked for: connections overtake each other
+        self._asked, self._asked_puts = _Asked(), _Asked()
         self._puts: dict[int, _Put] = {}
-        self._last_put = 0
         self._lanes: dict[str, _Lane] = {}
         self._waiting = self._waiting_bytes = 0
         self._tasks: dict[asyncio.Task[None], Post] = {}
@@ -126,15 +161,15 @@ class Session:
         """A question for a lease is open. Raises ProtocolError where that number is in use."""
         if number in self._leases or number in self._asked:
             raise ProtocolError(f"lease {number} is in use")
-        self._asked[number] = number in self._early
+        self._asked.begin(number)
 
     def unask_lease(self, number: int) -> None:
         """The question was answered otherwise. Harmless after `grant`."""
-        self._asked.pop(number, None)
+        self._asked.end(number)
 
     def grant(self, number: int, lease: Lease | None, count: int, otherwise: Outcome = Outcome.MISS) -> bytes:
         """The answer to a question for a lease on `count` items: held from now on, if anything in it is a HIT."""
-        released = self._asked.pop(number, False)
+        released = self._asked.end(number)
         if lease is None:
             return pack_grants([otherwise] * count, [-1] * count)
         locations = lease.locations
@@ -158,22 +193,21 @@ class Session:
             if held is not None:
                 self.pinned_bytes -= held.size
                 held.lease.release()
-            elif number in self._asked:
-                self._asked[number] = True
             else:
-                self._early[number] = None
-                if len(self._early) > EARLY_MAX:
-                    del self._early[next(iter(self._early))]
+                self._asked.give_up(number)
 
     def redeclare(self, number: int, locations: Sequence[int], hold: Callable[[Sequence[int]], Lease | None]) -> bool:
-        """A lease that this process has from before; True if it is held. Quotas do not matter here: it has it."""
+        """A lease that this process has from before; True if it is held. The quota of bytes does not matter here: it
+        has it. Raises ProtocolError where there is nothing from before."""
+        if not self.may_name:
+            raise ProtocolError("only a process that comes again says what it has from before")
         known = self._leases.get(number)
         if known is not None:
             same = [at for at in known.lease.locations if at >= 0] == list(locations)
             if same and self.unnamed is not None:
                 self.unnamed.discard(number)
             return same
-        lease = hold(locations)
+        lease = hold(locations) if len(self._leases) < self.limits.leases else None
         if lease is None:
             return False
         self._leases[number] = _Held(lease, lease.held_bytes)
@@ -182,7 +216,7 @@ class Session:
 
     def named(self) -> None:
         """It has told what it held: what it did not name was granted to nobody."""
-        self.naming = False
+        self.naming = self.may_name = False
         unnamed, self.unnamed = self.unnamed, None
         self.release(unnamed or ())
 
@@ -227,12 +261,22 @@ class Session:
         """Whether it may have one more ticket."""
         return len(self._puts) < self.limits.tickets
 
-    def begin_put(self, ticket: Ticket, size: int) -> int:
-        """A ticket's number; `size` bytes are its extents."""
-        self._last_put += 1
-        self._puts[self._last_put] = _Put(ticket, size)
+    def ask_put(self, number: int) -> None:
+        """A question for a ticket is open. Raises ProtocolError where that number is in use, or 0."""
+        if not number or number in self._puts or number in self._asked_puts:
+            raise ProtocolError(f"ticket {number} is in use, or none")
+        self._asked_puts.begin(number)
+
+    def unask_put(self, number: int) -> None:
+        """The question was answered otherwise. Harmless after `begin_put`."""
+        self._asked_puts.end(number)
+
+    def begin_put(self, number: int, ticket: Ticket, size: int) -> None:
+        """A ticket is the client's; `size` bytes are its extents. One that it has given up by now ends at once."""
+        self._puts[number] = _Put(ticket, size)
         self.pinned_bytes += size
-        return self._last_put
+        if self._asked_puts.end(number) or self.ended:
+            self.end_put(number)
 
     def commit_small(self, number: int, landed: Sequence[Said], flags: int) -> list[Outcome] | None:
         """COMMIT of little, at once; None where it must wait or takes long."""
@@ -265,6 +309,14 @@ class Session:
         if put is None:
             raise ConfigError(f"there is no put {number}, or it has ended")
         return put
+
+    def abandon(self, numbers: Iterable[int]) -> None:
+        """ABANDON, of tickets that it has or is yet to get."""
+        for number in numbers:
+            if number in self._puts:
+                self.end_put(number)
+            else:
+                self._asked_puts.give_up(number)
 
     def end_put(self, number: int) -> None:
         """Nobody writes to the extents of this ticket any more. Unknown numbers are ignored."""
@@ -343,7 +395,7 @@ class Session:
         for post in former:
             self.leave(post)
         self._stop("it begins anew")
-        self.unnamed = set(self._leases)
+        self.unnamed, self.may_name = set(self._leases), True
         return former
 
     def _stop(self, why: str) -> None:
@@ -367,6 +419,7 @@ class Session:
         former, self.posts, self.line = list(self.posts), set(), None
         self._stop("the process has gone")
         self._asked.clear()
+        self._asked_puts.clear()
         self.release(list(self._leases))
         return former
 
