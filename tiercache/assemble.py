@@ -9,14 +9,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tiercache.clock import SystemClock, system_random
 from tiercache.errors import ConfigError, LockedError, TierCacheError
 from tiercache.metrics import Metrics
-from tiercache.settings import RULES, Settings, load
+from tiercache.settings import RULES, Machine, Settings, format_size, load, read_machine
 from tiercache.sync import BlockingCache, io_loop, runs_here, wait
 
 if TYPE_CHECKING:
@@ -225,6 +227,8 @@ def _open_one(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Open:
     """Opens the cache that `_hold` left to this caller, held once; its background work has not begun."""
     opening = _opening[settings.directory]
     try:
+        for line in too_large(settings, read_machine()):
+            log.warning("%s", line)
         cache = _join(settings) or build(settings, SystemClock(), Metrics())
         opened = _Open(cache, settings, loop)
         opened.holders = 1
@@ -235,6 +239,26 @@ def _open_one(settings: Settings, loop: asyncio.AbstractEventLoop) -> _Open:
         with _lock:
             _opening.pop(settings.directory, None)
         opening.set()
+
+
+def too_large(settings: Settings, machine: Machine) -> list[str]:
+    """What was set beyond what this machine has, a line each."""
+    path = Path(settings.directory).absolute()
+    place = next(one for one in (path, *path.parents) if one.is_dir())
+    lines = []
+    if 0 < machine.memory_total < settings.memory_bytes:
+        has = format_size(machine.memory_total)
+        lines.append(
+            f"memory_bytes is {format_size(settings.memory_bytes)}, and this machine, or the cgroup of this process,"
+            f" has {has} in all: set less, or something will be killed when the cache has filled"
+        )
+    disk = shutil.disk_usage(place).total
+    if 0 < disk < settings.ssd_bytes:
+        lines.append(
+            f"ssd_bytes is {format_size(settings.ssd_bytes)}, and the disk of {settings.directory} has"
+            f" {format_size(disk)} in all: set less; the cache will stop where disk_free_floor_bytes are left"
+        )
+    return lines
 
 
 def release(cache: Core) -> None:
