@@ -75,11 +75,13 @@ class Link:
         """A question from any thread. Raises the owner's fault, Lost where no owner could be had (or, without `again`,
         where it went away), UnavailableError where it took too long."""
         self.say_noted()
-        until_s = _CLOCK.monotonic() + self.deadline_s
+        began_s = _CLOCK.monotonic()
         while True:
             bond = self.revive.bond()
-            # What the search for an owner took is not there for its answer.
-            left_s = max(until_s - _CLOCK.monotonic(), self.deadline_s / 4)
+            # What a search for an owner took is not there for its answer; else it is the time that channels have set.
+            left_s, took_s = self.deadline_s, _CLOCK.monotonic() - began_s
+            if took_s > left_s / 10:
+                left_s = max(left_s - took_s, left_s / 4)
             try:
                 return Answer(bond, self._ask(bond, op, body, min(wait_s or left_s, left_s)))
             except Lost as cut:
