@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.pages.facts import FileFacts
 from tiercache.pages.geometry import part_bytes_of
+from tiercache.remote.fsspec_origin import path_of
+from tiercache.settings import read_machine
 from tiercache.sync import io_loop
 
 if TYPE_CHECKING:
@@ -76,18 +77,7 @@ def split_url(url: str) -> tuple[str, str]:
     if protocol in AZURE:  # container@account.dfs.core.windows.net/path
         host, slash, rest = path.partition("/")
         return protocol, f"{host.partition('@')[0]}{slash}{rest}".rstrip("/")
-    return protocol, (path if protocol in BUCKETS else _stripped(protocol, url)).rstrip("/")
-
-
-def _stripped(protocol: str, url: str) -> str:
-    """A URL's path as the filesystem of its protocol has it: memory://a is /a there."""
-    import fsspec
-
-    try:
-        path = fsspec.get_filesystem_class(protocol)._strip_protocol(url)
-    except (ValueError, ImportError):  # nobody can open it, which is said when it is opened
-        return url.partition("://")[2]
-    return str(path)
+    return protocol, (path if protocol in BUCKETS else path_of(protocol, url)).rstrip("/")
 
 
 @contextmanager
@@ -96,8 +86,9 @@ def told_how(protocol: str, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (OriginError, UnavailableError) as fault:
+        environ = read_machine().environ
         given = {"key", "secret", "token", "anon", "profile", "session"} & options.keys()
-        if protocol not in ("s3", "s3a") or given or any(name in os.environ for name in CREDENTIALS):
+        if protocol not in ("s3", "s3a") or given or any(name in environ for name in CREDENTIALS):
             raise
         how = "-o key=... -o secret=..., or -o anon=true, or AWS_ACCESS_KEY_ID and so on in the environment"
         raise type(fault)(f"{fault}; credentials on the command line: {how}") from fault

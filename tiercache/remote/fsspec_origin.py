@@ -373,6 +373,16 @@ def _local_list(path: str) -> list[Stat] | Outcome:
     return sorted((row for row in rows if isinstance(row, Stat)), key=lambda row: row.path)
 
 
+def path_of(protocol: str, url: str) -> str:
+    """A URL's path as the filesystem of its protocol has it: memory://a is /a there."""
+    import fsspec
+
+    try:
+        return str(fsspec.get_filesystem_class(protocol)._strip_protocol(url))
+    except (ValueError, ImportError):  # nobody can open it, which is said when it is opened
+        return url.partition("://")[2]
+
+
 def seconds(value: object) -> float | None:
     """A time as filesystems tell it (number, datetime, ISO or HTTP date) in seconds since the epoch, UTC."""
     if isinstance(value, (int, float)):
