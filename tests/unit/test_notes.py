@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tiercache.errors import ProtocolError, UnavailableError
 from tiercache.testing.simloop import SimClock, SimLoop, derive, simulate
-from tiercache.wire.notes import Notes
+from tiercache.wire.notes import NAME_BYTES_MAX, Notes
 
 
 def in_loop(scene):
@@ -181,6 +181,25 @@ def test_the_oldest_go_first_and_what_is_too_large_is_told_but_not_kept():
     in_loop(scene)
 
 
+def test_names_of_open_claims_are_bounded_in_length_and_together():
+    async def scene(_):
+        notes = Notes(SimClock(asyncio.get_running_loop()), 100, 2 * NAME_BYTES_MAX)
+        long = b"x" * (NAME_BYTES_MAX + 1)
+        assert [await notes.claim(long, who) for who in (1, 1, 2)] == [None] * 3  # each finds out for itself
+        notes.settle(long, 1, b"found", 10.0)
+        assert notes.known(long) is None and notes.claims == 0
+        names = [b"%d" % i * NAME_BYTES_MAX for i in range(4)]
+        assert [await notes.claim(name, 1) for name in names] == [None] * 4
+        assert (notes.claims, notes.claimed_bytes) == (2, 2 * NAME_BYTES_MAX)
+        notes.settle(names[0], 1, b"", 10.0)
+        assert await notes.claim(names[3], 1) is None
+        assert (notes.claims, notes.claimed_bytes) == (2, 2 * NAME_BYTES_MAX)
+        notes.leave(1)
+        assert (notes.claims, notes.claimed_bytes) == (0, 0)
+
+    in_loop(scene)
+
+
 NAMES = [b"a", b"a/b", b"a/c", b"d"]
 
 
@@ -240,7 +259,7 @@ async def _world(loop, seed):
             assert notes._sorted == sorted(notes._values)
 
     await asyncio.gather(*[client(number) for number in range(5)], writer())
-    assert notes.claims == 0
+    assert notes.claims == notes.claimed_bytes == 0
     assert not notes._open
 
 

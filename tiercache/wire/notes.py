@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tiercache.clock import Clock
 
 
+NAME_BYTES_MAX = 4096
+"""A longer name (a URL may be longer) is nobody's: each finds that out for itself."""
+
+
 class _Value(NamedTuple):
     """What is believed of a name, and until when (monotonic)."""
 
@@ -40,13 +44,14 @@ class Notes:
     """The owner's notes, on its loop. `claimant` is whatever tells clients apart; it claims a name once at a time."""
 
     def __init__(self, clock: Clock, entries_max: int, bytes_max: int) -> None:
-        """At most `entries_max` values of `bytes_max` with their names are kept, and as many claims are open."""
+        """At most `entries_max` values of `bytes_max` with their names are kept, and as many claims are open, whose
+        names are of as many bytes."""
         self._clock, self._entries_max, self._bytes_max = clock, entries_max, bytes_max
         self._values: dict[bytes, _Value] = {}
         self._sorted: list[bytes] = []  # the names of values: what begins with a prefix is found without a walk
         self._claims: dict[bytes, _Claim] = {}
         self._open: dict[Hashable, set[bytes]] = {}  # by claimant: holds, or held before it was forgotten, or waits
-        self.bytes = 0
+        self.bytes = self.claimed_bytes = 0
 
     def __len__(self) -> int:
         return len(self._values)
@@ -69,8 +74,9 @@ class Notes:
             return found
         claim = self._claims.get(name)
         if claim is None:
-            if len(self._claims) < self._entries_max:  # beyond that each finds out for itself
+            if self._may_open(name):  # else each finds out for itself
                 self._claims[name] = _Claim(claimant)
+                self.claimed_bytes += len(name)
                 self._begin(name, claimant)
             return None
         future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
@@ -102,7 +108,7 @@ class Notes:
         if not ttl_s > 0.0:
             self._pass_on(name, claim)
             return
-        del self._claims[name]
+        self._close(name)
         for waiter, future in claim.waiting.items():
             self._end(name, waiter)
             if not future.done():
@@ -172,7 +178,17 @@ class Notes:
                 future.set_result(None)
                 return
             self._end(name, claimant)  # it was cancelled
+        self._close(name)
+
+    def _may_open(self, name: bytes) -> bool:
+        """Whether there is room for one more claim, of this name."""
+        if len(name) > NAME_BYTES_MAX or len(self._claims) >= self._entries_max:
+            return False
+        return self.claimed_bytes + len(name) <= self._bytes_max
+
+    def _close(self, name: bytes) -> None:
         del self._claims[name]
+        self.claimed_bytes -= len(name)
 
     def _unwait(self, name: bytes, claimant: Hashable, future: asyncio.Future[bytes | None]) -> None:
         claim = self._claims.get(name)
