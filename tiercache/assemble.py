@@ -41,9 +41,14 @@ CLOSE_S_MAX = 30.0
 """A look at whether a directory has been closed is taken at least so often."""
 
 
-def build(settings: Settings, clock: Clock, metrics: Metrics, arena_id: bytes = bytes(16)) -> Cache:
+def build(
+    settings: Settings, clock: Clock, metrics: Metrics, arena_id: bytes = bytes(16), *, ssd_again: bool = False
+) -> Cache:
     """A cache of this process that has not been started. Blocking: it opens files. Where another process holds the
-    directory, or the disk refuses, it says so in one line and goes on with memory alone."""
+    directory, or the disk refuses, it says so in one line and goes on with memory alone.
+
+    With `ssd_again` it raises UnavailableError where the disk refuses an SSD tier that lies there: whoever had it would
+    miss what is on it for as long as this cache lives, and what is deleted now would be there again afterwards."""
     from tiercache.cache import Cache  # a process that shares does without all of this
     from tiercache.cpu.tier import MemoryTier
     from tiercache.index import Index
@@ -51,13 +56,13 @@ def build(settings: Settings, clock: Clock, metrics: Metrics, arena_id: bytes = 
 
     if settings.policy not in POLICIES:
         raise ConfigError(f"policy must be one of {', '.join(sorted(POLICIES))}, not {settings.policy!r}")
-    ssd = _open_ssd(settings, clock, metrics) if settings.ssd_bytes else None
+    ssd = _open_ssd(settings, clock, ssd_again) if settings.ssd_bytes else None
     policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
     memory = MemoryTier(settings.memory_bytes, arena_id=arena_id)
     return Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
 
 
-def _open_ssd(settings: Settings, clock: Clock, metrics: Metrics) -> Tier | None:
+def _open_ssd(settings: Settings, clock: Clock, again: bool) -> Tier | None:
     from tiercache.ssd.tier import SsdTier  # brings RocksDB, which a cache in memory alone does without
 
     try:
@@ -74,6 +79,8 @@ def _open_ssd(settings: Settings, clock: Clock, metrics: Metrics) -> Tier | None
     except LockedError as error:
         log.warning("%s; this process caches in memory alone", error)
     except OSError as error:
+        if again and os.path.exists(os.path.join(settings.directory, "FORMAT")):
+            raise
         log.warning("no SSD tier in %s (%s); this process caches in memory alone", settings.directory, error)
     return None
 

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,15 @@ from tiercache import assemble
 from tiercache.buffers import Buffer, new_bytes
 from tiercache.cache import Cache
 from tiercache.clock import SystemClock
+from tiercache.errors import UnavailableError
 from tiercache.keys import object_key
 from tiercache.metrics import Metrics
 from tiercache.model import Name, Outcome
 from tiercache.owner import state
 from tiercache.owner.adoption import Adoption
-from tiercache.owner.state import Process, State
+from tiercache.owner.state import Client, Process, State
 from tiercache.settings import Settings
+from tiercache.ssd.tier import SsdTier
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 MIB = 1 << 20
@@ -82,7 +85,7 @@ class Dead:
             self.files = state.memory_files(ARENA, [owner])
             child.kill()
         self.memory = {n: mmap.mmap(fd, 0) for n, fd in self.files.items()}
-        self.state = State(ARENA, owner, (state.me(),), 0, assemble.plain(settings))
+        self.state = State(ARENA, owner, (Client(state.me(), "one"),), 0, assemble.plain(settings))
 
     def let_go(self) -> None:
         """This process is no client any more."""
@@ -164,7 +167,7 @@ def test_nothing_goes_before_everybody_is_back(settings: Settings) -> None:
     settled: list[bool] = []
 
     async def use(cache: Cache, adoption: Adoption) -> None:
-        assert adoption.awaited == {state.me()}
+        assert adoption.awaited == {Client(state.me(), "one")}
         adoption.begin(lambda: settled.append(True))
         lease = adoption.hold([dead.homes["a"]])
         assert lease is not None and adoption.hold([dead.homes["b"] + 1]) is None
@@ -173,7 +176,7 @@ def test_nothing_goes_before_everybody_is_back(settings: Settings) -> None:
         assert Outcome.FULL in cache.store(names, values)
         assert got(cache, "a", 8 * MIB) == b"a" * 8 * MIB and got(cache, "b", 8 * MIB) == b"b" * 8 * MIB
         assert not settled
-        adoption.heard(os.getpid())
+        adoption.heard(os.getpid(), "one")
         assert settled == [True]
         for name, one in zip(names, values, strict=True):
             cache.store([name], [one])
@@ -186,6 +189,95 @@ def test_nothing_goes_before_everybody_is_back(settings: Settings) -> None:
     dead.let_go()
 
 
+def test_a_process_is_waited_for_until_each_client_in_it_has_come_back(settings: Settings) -> None:
+    dead = Dead(settings, [("a", "a", 8 * MIB, False)])
+    dead.state = replace(dead.state, clients=tuple(Client(state.me(), token) for token in ("one", "two")))
+    settled: list[bool] = []
+
+    async def use(cache: Cache, adoption: Adoption) -> None:
+        adoption.begin(lambda: settled.append(True))
+        adoption.heard(os.getpid(), "one")
+        adoption.heard(os.getpid() + 1, "two")
+        adoption.heard(os.getpid(), "three")
+        assert adoption.awaited == {Client(state.me(), "two")} and not settled
+        cache.store([Name(object_key("", f"new{i}")) for i in range(8)], [Buffer.of(bytes(4 * MIB))] * 8)
+        assert got(cache, "a", 8 * MIB) == b"a" * 8 * MIB
+        lease = adoption.hold([dead.homes["a"]])  # what "two" has
+        assert lease is not None
+        adoption.heard(os.getpid(), "two")
+        assert settled == [True]
+        lease.release()
+
+    adopt(settings, dead, use)
+    dead.let_go()
+
+
+def test_a_client_that_left_just_before_the_owner_died_is_not_waited_for(settings: Settings) -> None:
+    dead = Dead(settings, [("a", "a", 1000, False)])
+    dead.state = replace(dead.state, clients=tuple(Client(state.me(), token) for token in ("one", "two", "left")))
+    settled: list[bool] = []
+
+    async def use(cache: Cache, adoption: Adoption) -> None:
+        adoption.begin(lambda: settled.append(True))
+        adoption.heard(os.getpid() + 1, "one", frozenset({"one"}))
+        adoption.heard(os.getpid(), "new", None)
+        assert len(adoption.awaited) == 3
+        adoption.heard(os.getpid(), "one", frozenset({"one", "two", "new"}))
+        assert {client.token for client in adoption.awaited} == {"two"} and not settled
+        adoption.heard(os.getpid(), "two", frozenset({"one", "two"}))
+        assert settled == [True]
+
+    adopt(settings, dead, use)
+    dead.let_go()
+
+
+def test_who_does_not_come_back_is_named_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tiercache.owner.adoption.LOOK_S", 0.01)
+    dead = Dead(replace(settings, owner_deadline_s=0.1), [("a", "a", 1000, False)])
+
+    async def use(cache: Cache, adoption: Adoption) -> None:
+        adoption.begin(lambda: None)
+        async with asyncio.timeout(30):
+            while adoption._looks < 60:
+                await asyncio.sleep(0.01)
+        assert adoption.awaited and got(cache, "a", 1000) == b"a" * 1000
+
+    adopt(settings, dead, use)
+    dead.let_go()
+    said = [record.getMessage() for record in caplog.records if "does not come back" in record.getMessage()]
+    assert len(said) == 1 and str(os.getpid()) in said[0]
+
+
+def test_a_disk_that_is_silent_is_not_waited_for(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not settings.ssd_bytes:
+        pytest.skip("for a cache with an SSD")
+    dead = Dead(replace(settings, ssd_deadline_s=0.1), [("a", "a", 1000, True)])
+    over = threading.Event()
+
+    def silent(_: SsdTier) -> Iterator[Any]:
+        over.wait(30)
+        yield from ()
+
+    monkeypatch.setattr(SsdTier, "scan", silent)
+
+    async def main() -> None:
+        adoption = Adoption.of(dead.state, settings)
+        assert adoption is not None
+        cache = assemble.build(adoption.settings, SystemClock(), Metrics(), ARENA)
+        cache.begin()
+        try:
+            with pytest.raises(UnavailableError, match="has not told what it remembers"):
+                await adoption.take(cache)
+        finally:
+            over.set()
+            await cache.close()
+
+    asyncio.run(main())
+    dead.let_go()
+
+
 def test_a_client_that_lets_the_memory_go_is_not_waited_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,9 +286,9 @@ def test_a_client_that_lets_the_memory_go_is_not_waited_for(
 
     async def use(cache: Cache, adoption: Adoption) -> None:
         settled = asyncio.Event()
-        adoption.awaited.add(Process(1 << 30, 1))
+        adoption.awaited.add(Client(Process(1 << 30, 1), "two"))
         adoption.begin(settled.set)
-        assert adoption.awaited == {state.me()}
+        assert adoption.awaited == {Client(state.me(), "one")}
         # This process maps the memory a second time now, as its owner; the file's name tells them apart no more.
         monkeypatch.setattr("tiercache.owner.adoption.maps_memory", lambda *_: False)
         await asyncio.wait_for(settled.wait(), 30)
@@ -217,7 +309,7 @@ def test_damage_is_found(settings: Settings) -> None:
         lease = adoption.hold([dead.homes["a"]])  # whoever looks at it may do so, and its space is not reused
         assert lease is not None
         adoption.begin(lambda: None)
-        adoption.heard(os.getpid())
+        adoption.heard(os.getpid(), "one")
         names = [Name(object_key("", f"new{i}")) for i in range(40)]
         cache.store(names, [Buffer.of(b"n" * MIB) for _ in names])
         assert memory[at : at + 4096] == b"!" + b"a" * 4095
@@ -242,7 +334,7 @@ def test_memory_knows_better_than_the_ssd(settings: Settings) -> None:
         assert got(cache, "kept", 50_000) == b"k" * 50_000
         assert got(cache, "other", 60_000) in (b"2" * 60_000, Outcome.MISS)
         adoption.begin(lambda: None)
-        adoption.heard(os.getpid())
+        adoption.heard(os.getpid(), "one")
         cache.tiers.index.validate()
         await cache.flush()
 
@@ -273,7 +365,7 @@ def test_what_the_disk_may_have_in_an_older_state_stays_until_it_is_written_anew
 
     async def use(cache: Cache, adoption: Adoption) -> None:
         adoption.begin(lambda: None)
-        adoption.heard(os.getpid())
+        adoption.heard(os.getpid(), "one")
         for i in range(40):  # pushes everything else out of memory
             cache.store([Name(object_key("", f"new{i}"))], [Buffer.of(b"n" * MIB)])
         await adoption.saved()

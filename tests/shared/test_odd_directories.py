@@ -134,6 +134,30 @@ def test_a_disk_that_runs_full(shared: Shared, worker: Any, mounted: Any) -> Non
     os.unlink(place / "ballast")
 
 
+def test_an_owner_that_dies_while_the_disk_is_full(shared: Shared, worker: Any, mounted: Any) -> None:
+    """The next one does not go on without what is on the disk: it comes when the disk has room, with all of it."""
+    place = mounted("size=64m")
+    shared.directory = str(place / "cache")
+    shared.settings |= {"ssd_bytes": 48 * MIB, "owner_deadline_s": 0.5}
+    one = worker()
+    assert one.put("a", "x", MIB, durable=True) == "HIT" and one.put("memory", "m", MIB) == "HIT"
+    fill(place)
+    shared.kill_owner()
+    one.get("a")  # a hit or a miss: it looks for the next owner
+    eventually(lambda: "trying again" in shared.log())
+    os.unlink(place / "ballast")
+
+    def stored() -> bool:
+        try:
+            return bool(one.put("b", "y", 1000, durable=True) == "HIT")
+        except RuntimeError:
+            return False
+
+    eventually(stored)
+    assert one.get("a") == ["x", MIB, True] and one.get("memory") == ["m", MIB, True]
+    assert one.validate()["broken"] == ""
+
+
 # -- other users and other releases
 
 

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from tiercache.owner import state
-from tiercache.owner.state import Process, State
+from tiercache.owner.state import Client, Process, State
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 ARENA = bytes(range(16))
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    wrote = State(ARENA, state.me(), (Process(7, 70), Process(8, 80)), 2, {"memory_bytes": 1 << 30})
+    wrote = State(
+        ARENA, state.me(), (Client(Process(7, 70), "a"), Client(Process(7, 70), "b")), 2, {"memory_bytes": 1 << 30}
+    )
     wrote.write(str(tmp_path))
     assert state.read(str(tmp_path)) == wrote
     file = tmp_path / state.FILE
@@ -31,7 +33,7 @@ def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "clients": [1], "owner": [1, 2]}', "null"]
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 2}', '{"format": 2, "clients": [1], "owner": [1, 2]}', "null"]
 )
 def test_what_cannot_be_understood_is_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / state.FILE).write_text(text)
@@ -45,6 +47,33 @@ def test_a_state_that_cannot_be_written_takes_the_old_one_along(tmp_path: Path) 
     with pytest.raises(OSError, match="irectory"):
         one.write(str(tmp_path))
     assert state.read(str(tmp_path)) is None
+
+
+def test_a_link_that_somebody_put_there_is_not_written_through(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / f"{state.FILE}.new").symlink_to(other)
+    one = State(ARENA, state.me())
+    one.write(str(tmp_path))
+    assert other.read_text() == "mine" and state.read(str(tmp_path)) == one
+    (tmp_path / state.FILE).rename(other)
+    (tmp_path / state.FILE).symlink_to(other)
+    assert state.read(str(tmp_path)) is None
+
+
+def test_a_pipe_is_no_state_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / state.FILE)
+    assert state.read(str(tmp_path)) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the rights to give files away")
+def test_what_another_user_wrote_is_not_believed_unless_the_directory_is_his(tmp_path: Path) -> None:
+    one = State(ARENA, state.me())
+    one.write(str(tmp_path))
+    os.chown(tmp_path / state.FILE, 65534, -1)
+    assert state.read(str(tmp_path)) is None
+    os.chown(tmp_path, 65534, -1)
+    assert state.read(str(tmp_path)) == one
 
 
 def test_processes_are_told_apart_by_when_they_began() -> None:
@@ -99,7 +128,7 @@ def test_memory_counts_for_as_long_as_it_is_mapped() -> None:
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:
-    State(ARENA, Process(1, 2), (Process(3, 4),)).write(str(tmp_path))
+    State(ARENA, Process(1, 2), (Client(Process(3, 4), "t"),)).write(str(tmp_path))
     facts = json.loads((tmp_path / state.FILE).read_text())
     assert facts.pop("arena") == ARENA.hex()
-    assert facts == {"format": 1, "owner": [1, 2], "clients": [[3, 4]], "strangers": 0, "settings": {}}
+    assert facts == {"format": 2, "owner": [1, 2], "clients": [[[3, 4], "t"]], "strangers": 0, "settings": {}}

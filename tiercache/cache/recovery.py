@@ -83,6 +83,7 @@ class Recovery:
                 facts = await loop.run_in_executor(None, next, batches, None)
                 if facts is None:
                     break
+                self._tiers.recovered_rows += len(facts.sizes)
                 await loop.run_in_executor(None, self._load, facts)
             if not self._stopped:
                 await loop.run_in_executor(None, self._load_waiting)

@@ -109,6 +109,8 @@ class Tiers:
         self.settings, self.clock, self.metrics = settings, clock, metrics
         self.recovering = False
         """Whether the SSD may hold entries that the index has not been told of: until then nothing there is garbage."""
+        self.recovered_rows = 0
+        """What the SSD has told so far of what it remembers."""
         self.expiries = False
         """Whether any entry ever had an expiry: until then no look-up checks for it."""
         self.shared = False

@@ -2,5 +2,5 @@
 
 `python -m tiercache.owner DIR` is started by the first process that opens a directory (see wire/starting.py) and goes
 some seconds after its last client. `state` is what it leaves for the next one in case it dies, `adoption` how that one
-takes over, `life` everything in between.
+takes over, `process` what it leaves behind of whoever started it, `life` everything in between.
 """

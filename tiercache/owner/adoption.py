@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from tiercache.errors import ConfigError, ProtocolError, TierCacheError
+from tiercache.errors import ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.lease import Lease
 from tiercache.model import Form, Name, Outcome, TierId
 from tiercache.owner.state import maps_memory, memory_files
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from tiercache.cpu.tier import MemoryTier
     from tiercache.index import Match
     from tiercache.model import Facts
-    from tiercache.owner.state import Process, State
+    from tiercache.owner.state import Client, Process, State
 
 log = logging.getLogger("tiercache.owner")
 
+PATIENCE = 3.0
+"""After so many times `owner_deadline_s` it is said who is waited for; a disk that is silent for so many times
+`ssd_deadline_s` is not waited for."""
 LOOK_S = 1.0
 """Clients that are waited for are looked at so often: they may have let the memory go without a word."""
 
@@ -41,8 +44,10 @@ class Adoption:
 
     def __init__(self, left: State, files: dict[int, int], settings: Settings) -> None:
         self.arena, self.settings = left.arena, settings
-        self.awaited = {each for each in left.clients if maps_memory(left.arena, each)}
-        """Living clients of the dead owner that have not come back yet."""
+        self.awaited = set(left.clients)
+        """Clients of the dead owner that have not come back yet, and whose processes live and have the memory. One
+        process may have several, and each holds what it holds: when one has come back the others have not."""
+        self._strike_off()
         self._files = files
         self._pins: list[Match] = []
         self._doubted: list[Match] = []
@@ -54,6 +59,7 @@ class Adoption:
         self._settled = False
         self._watches: dict[Process, Watch] = {}
         self._look: asyncio.TimerHandle | None = None
+        self._looks = 0
         self._on_settled: Callable[[], None] = lambda: None
         self._cache: Cache
 
@@ -70,7 +76,7 @@ class Adoption:
         except (ConfigError, TypeError) as error:
             log.warning("the dead owner's memory cannot be used by this version: %s", error)
             return None
-        files = memory_files(left.arena, [each for each in left.clients if each.alive])
+        files = memory_files(left.arena, [each for each in left.processes if each.alive])
         return cls(left, files, theirs) if files else None
 
     async def take(self, cache: Cache) -> bool:
@@ -85,7 +91,7 @@ class Adoption:
             return False
         finally:
             close_all(self._files.values())
-        await cache.call("status", {})  # which waits until all that the SSD remembers is in the index
+        await self._all_known(cache)
         batches = self._adopted.facts()
         taken = 0
         while (facts := await loop.run_in_executor(None, next, batches, None)) is not None:
@@ -93,6 +99,24 @@ class Adoption:
         self._orphans.update(dict.fromkeys(self._adopted.orphans(), 0))
         log.info("took over %d entries of the owner that died; %d clients are to come back", taken, len(self.awaited))
         return True
+
+    async def _all_known(self, cache: Cache) -> None:
+        """Waits until all that the SSD remembers is in the index: only then can be told what of it is of the past.
+        Raises UnavailableError where the disk is silent: nobody could be served without it."""
+        known = asyncio.ensure_future(cache.call("status", {}))
+        patience_s = PATIENCE * self.settings.ssd_deadline_s
+        loop = asyncio.get_running_loop()
+        before, since_s = -1, loop.time()
+        try:
+            while not (await asyncio.wait([known], timeout=min(LOOK_S, patience_s)))[0]:
+                told = cache.tiers.recovered_rows
+                if told != before:
+                    before, since_s = told, loop.time()
+                elif loop.time() - since_s > patience_s:
+                    raise UnavailableError(f"the SSD has not told what it remembers for {patience_s:g} s")
+            known.result()
+        finally:
+            known.cancel()
 
     def _load(self, facts: Facts) -> int:
         """Rows whose bytes are right come into the index, pinned. What finds no place there stays as an orphan."""
@@ -154,32 +178,44 @@ class Adoption:
         """Waits for the living clients of the dead owner; `on_settled` is called when there are none, now perhaps."""
         self._on_settled = on_settled
         loop = asyncio.get_running_loop()
-        for each in sorted(self.awaited):
+        for each in sorted({client.process for client in self.awaited}):
             pidfd = pidfd_of(each.pid)
             if pidfd is not None:
-                self._watches[each] = Watch(pidfd, loop, lambda gone=each: self._gone(gone))  # type: ignore[misc]
+                self._watches[each] = Watch(pidfd, loop, lambda gone=each: self._died(gone))  # type: ignore[misc]
         self._look_around()
 
-    def heard(self, pid: int) -> None:
-        """This client has said what it holds."""
-        for each in [each for each in self.awaited if each.pid == pid]:
-            self._gone(each)
+    def heard(self, pid: int, token: str, tokens: frozenset[str] | None = None) -> None:
+        """This client has said what it holds. `tokens`: of all clients in its process; another one has left, which the
+        dead owner did not come to note."""
+        ours = [each for each in self.awaited if each.process.pid == pid]
+        self._gone([each for each in ours if each.token == token or (tokens is not None and each.token not in tokens)])
 
-    def _gone(self, each: Process) -> None:
-        self.awaited.discard(each)
-        watch = self._watches.pop(each, None)
-        if watch is not None:
-            watch.close()
+    def _died(self, process: Process) -> None:
+        self._gone([each for each in self.awaited if each.process == process])
+
+    def _gone(self, some: Sequence[Client]) -> None:
+        self.awaited.difference_update(some)
+        left = {client.process for client in self.awaited}
+        for process in [process for process in self._watches if process not in left]:
+            self._watches.pop(process).close()
         if not self.awaited:
             self._settle()
 
+    def _strike_off(self) -> None:
+        """Nobody waits for who has died, or has let the memory go without coming back."""
+        there = {each: maps_memory(self.arena, each) for each in {client.process for client in self.awaited}}
+        self.awaited = {client for client in self.awaited if there[client.process]}
+
     def _look_around(self) -> None:
-        """Strikes off who has died, or has let the memory go without coming back."""
-        self.awaited = {each for each in self.awaited if maps_memory(self.arena, each)}
-        if self.awaited:
-            self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_around)
-        else:
+        self._strike_off()
+        if not self.awaited:
             self._settle()
+            return
+        self._looks += 1
+        if self._looks == max(1, round(PATIENCE * self.settings.owner_deadline_s / LOOK_S)):
+            who = ", ".join(sorted({str(client.process.pid) for client in self.awaited}))
+            log.warning("process %s lives, but does not come back: what was taken over makes no room until then", who)
+        self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_around)
 
     def _settle(self) -> None:
         """Everybody who holds something has said so: the rest may go."""

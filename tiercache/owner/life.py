@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import logging
 import os
-import resource
-import select
 import signal
 import threading
 from typing import TYPE_CHECKING
@@ -26,7 +23,8 @@ from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.owner import state
 from tiercache.owner.adoption import Adoption
-from tiercache.owner.state import State
+from tiercache.owner.process import Log, stand_alone
+from tiercache.owner.state import Client, State
 from tiercache.settings import Settings, load
 from tiercache.wire import sockets, starting
 from tiercache.wire.door import Door
@@ -43,11 +41,14 @@ log = logging.getLogger("tiercache.owner")
 LOCK_NAME = "owner.lock"
 LEFT_S = 0.5
 """Clients that left are struck from the state so much later: many leave together."""
+LAST_WRITES_S = 60.0
+"""An owner that ends may take so long to write its last entries, before the next one gives up."""
+REFUSED_S, REFUSED_AGAIN_S = 60.0, 1.0
+"""How long an owner that takes over tries to open the SSD, and how often: then it is for its clients to start one."""
 AGAIN_S = 0.2
 """When a client may just be connecting, the end is thought over so much later."""
 GOOD, TAKEN, FAILED = 0, 3, 1
 """Exit codes: served and went; somebody else has the directory; it could not be served at all."""
-_PR_SET_NAME = 15
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,17 +58,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--listen", type=int, metavar="FD", help="a listening socket that is the directory's already")
     parser.add_argument("--settings", type=int, metavar="FD", help="where the settings are read from")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
-    _become_a_process_of_its_own()
+    logging.basicConfig(level=logging.INFO, handlers=[said := Log()])
+    stand_alone()
     directory = os.path.realpath(given.directory)
     try:
         settings = _settings(directory, given.settings)
         listener = sockets.inherited(given.listen) if given.listen is not None else None
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        lock = _lock(directory, settings.owner_deadline_s if listener is not None else 0.0)
+        lock = _lock(directory, LAST_WRITES_S if listener is not None else 0.0)
         if lock is None:
             log.error("%s has an owner already", directory)
             return TAKEN
+        said.directory = directory
         starting.trim_log(directory)
         if listener is None:
             listener = _listen(directory, group=settings.share_group)
@@ -88,28 +90,9 @@ def _settings(directory: str, descriptor: int | None) -> Settings:
         raise ConfigError(f"these are not the settings of this version: {error}") from None
 
 
-def _become_a_process_of_its_own() -> None:
-    """Whatever ends the terminal, or the process that started it, does not end the owner; all file descriptors that
-    there may be are there for its clients."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError) as error:
-            log.warning("open files stay limited to %d (%s)", soft, error)
-    os.umask(0o077)
-    os.chdir("/")
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"tiercache-owner", 0, 0, 0)
-    except (AttributeError, OSError):
-        pass  # only a name for `ps` and `top`
-
-
 def _lock(directory: str, wait_s: float) -> int | None:
     """The directory's lock, held until this process is gone; None when somebody else still has it after `wait_s`."""
-    fd = os.open(os.path.join(directory, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(os.path.join(directory, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return fd
@@ -149,6 +132,7 @@ class Owner:
         self._told_to_go = False
         self._idle: asyncio.TimerHandle | None = None
         self._leaving: asyncio.TimerHandle | None = None
+        self._going: set[asyncio.Task[None]] = set()
         self._arena = b""
         self._written: State | None = None
         self._adoption: Adoption | None = None
@@ -165,12 +149,19 @@ class Owner:
         self._mark = self._mark_of(sockets.SOCKET_NAME)
         # Open, so that its inode is nobody else's for as long as this process lives.
         self._folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        await self._open()
+        try:
+            await self._open()
+        except (TierCacheError, OSError) as fault:
+            log.error("cannot serve %s: %s", self._directory, fault)
+            logging.shutdown()
+            os._exit(FAILED)  # a thread may be waiting for the disk, for ever
         log.info("serving %s with %d bytes of memory", self._directory, self._settings.memory_bytes)
         self._count()
         await self._over.wait()
-        if self._told_to_go and self._door.clients:
-            await self._leave_to_the_next()
+        if self._told_to_go:
+            await self._save()
+            if self._door.clients:
+                self._leave_to_the_next()
         await self._close()
         return GOOD
 
@@ -181,7 +172,7 @@ class Owner:
         if adoption is not None:
             # The caps go with the memory: it was cut for them.
             self._settings = adoption.settings
-            cache = self._begin(adoption.arena)
+            cache = await self._begin_again(adoption.arena)
             if not await adoption.take(cache):
                 await cache.close()
                 adoption = None
@@ -207,27 +198,45 @@ class Owner:
             adoption.begin(self._settled)
         self._door.serve(self._listener)
 
-    def _begin(self, arena: bytes) -> Cache:
+    async def _begin_again(self, arena: bytes) -> Cache:
+        """As `_begin`, with the SSD tier that the dead owner had. Clients go around the cache while the disk refuses
+        it, because it is full, say."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + REFUSED_S
+        said = False
+        while True:
+            try:
+                return self._begin(arena, ssd_again=True)
+            except UnavailableError as fault:
+                if loop.time() > until_s or self._over.is_set():
+                    raise
+                if not said:
+                    log.warning("%s: trying again for %g s", fault, REFUSED_S)
+                said = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), REFUSED_AGAIN_S)
+
+    def _begin(self, arena: bytes, *, ssd_again: bool = False) -> Cache:
         self._arena = arena
-        cache = assemble.build(self._settings, self._clock, self._metrics, arena)
+        cache = assemble.build(self._settings, self._clock, self._metrics, arena, ssd_again=ssd_again)
         cache.tiers.shared = True
         cache.begin()
         return cache
 
     # -- clients -------------------------------------------------------------------------------------------------------
 
-    def _joined(self, pid: int) -> None:
+    def _joined(self, pid: int, token: str) -> None:
         """A client is about to be let in: should this process die, the next one must know of it, so it is written down
         before the client can hold anything."""
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
-        self._note_clients(pid)
+        self._note_clients((pid, token))
         log.info("client %s came: %d", pid or "of another PID namespace", self._door.clients)
         if not pid:
             log.info("its death will be seen by the end of its connection only")
 
-    def _left(self, pid: int) -> None:
+    def _left(self, pid: int, _: str) -> None:
         log.info("client %s left: %d", pid, self._door.clients)
         if self._leaving is None:
             self._leaving = asyncio.get_running_loop().call_later(LEFT_S, self._strike)
@@ -238,9 +247,9 @@ class Owner:
         self._note_clients()
         starting.trim_log(self._directory)
 
-    def _redeclared(self, pid: int) -> None:
+    def _redeclared(self, pid: int, token: str, tokens: frozenset[str] | None) -> None:
         if self._adoption is not None:
-            self._adoption.heard(pid)
+            self._adoption.heard(pid, token, tokens)
 
     def _settled(self) -> None:
         """Every former client has come back or died."""
@@ -252,13 +261,14 @@ class Owner:
         """A lease on what a client held before this owner was there."""
         return self._taken.hold(locations) if self._taken is not None else self._cache.serving.hold(locations)
 
-    def _note_clients(self, *coming: int) -> None:
+    def _note_clients(self, *coming: tuple[int, str]) -> None:
         """Writes down who may hold a piece of the memory, if that has changed."""
-        pids = self._door.pids.union(coming)
-        holders = {found for pid in pids if (found := state.process(pid)) is not None}
+        there = self._door.present.union(coming)
+        known = {pid: state.process(pid) for pid in {pid for pid, _ in there}}
+        holders = {Client(found, token) for pid, token in there if (found := known[pid]) is not None}
+        strangers = len(there) - len(holders)
         if self._adoption is not None:
             holders |= self._adoption.awaited
-        strangers = len(pids) - len({each.pid for each in holders} & pids)
         now = State(self._arena, state.me(), tuple(sorted(holders)), strangers, assemble.plain(self._settings))
         if now == self._written or not self._in_place:
             return
@@ -275,10 +285,31 @@ class Owner:
         """Begins to count down when nobody is there."""
         if not self._door.clients and self._idle is None:
             loop = asyncio.get_running_loop()
-            self._idle = loop.call_later(self._settings.linger_s, self._consider)
+            self._idle = loop.call_later(self._settings.linger_s, self._begin_to_go)
+
+    def _begin_to_go(self) -> None:
+        """Nobody has come for a while."""
+        self._idle = None
+        if not self._going:
+            self._going.add(task := asyncio.get_running_loop().create_task(self._save()))
+            task.add_done_callback(self._saved)
+
+    def _saved(self, task: asyncio.Task[None]) -> None:
+        self._going.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("the last entries could not be written", exc_info=fault)
+        if self._idle is None:  # else somebody came meanwhile, and went
+            self._consider()
+
+    async def _save(self) -> None:
+        """Makes durable what is in memory, while whoever comes is still let in: after that the end is quick."""
+        try:
+            await self._cache.flush()
+        except (TierCacheError, OSError) as error:
+            log.warning("not everything is on the SSD: %s", error)
 
     def _consider(self) -> None:
-        """Nobody has come for a while: goes, unless somebody is just coming."""
+        """Goes, unless somebody is there or just coming."""
         self._idle = None
         if self._door.clients or self._over.is_set():
             return
@@ -298,7 +329,7 @@ class Owner:
         """Takes the socket away, so that whoever comes from now on starts the next owner. False, and nothing has
         happened, where somebody is just starting one or waits to be let in."""
         with starting.spawn_lock(self._directory, group=self._settings.share_group) as held:
-            if not whoever_waits and (not held or select.select([self._listener], [], [], 0)[0]):
+            if not whoever_waits and (not held or sockets.readable(self._listener)):
                 return False
             if self._mark is not None and self._mark_of(sockets.SOCKET_NAME) == self._mark:
                 os.unlink(os.path.join(self._directory, sockets.SOCKET_NAME))
@@ -325,13 +356,9 @@ class Owner:
         self._told_to_go = True
         self._over.set()
 
-    async def _leave_to_the_next(self) -> None:
-        """Goes while clients are there: what is in memory is made durable, and then all is left as it lies, state and
-        memory, for the owner that they start next. Nothing of theirs is ended here, for they still look at it."""
-        try:
-            await self._cache.flush()
-        except (TierCacheError, OSError) as error:
-            log.warning("not everything is on the SSD: %s", error)
+    def _leave_to_the_next(self) -> None:
+        """Goes while clients are there: all is left as it lies, state and memory, for the owner that they start next.
+        Nothing of theirs is ended here, for they still look at it."""
         self._stop_listening(whoever_waits=True)
         log.info("left %d clients to the next owner", self._door.clients)
         logging.shutdown()
@@ -345,6 +372,8 @@ class Owner:
         for timer in (self._idle, self._leaving):
             if timer is not None:
                 timer.cancel()
+        for task in self._going:
+            task.cancel()
         await self._door.close()
         if self._taken is not None:
             self._taken.close()

@@ -1,8 +1,8 @@
 """State: what an owner writes down for whoever comes after it, and what can be told of other processes of this host.
 
 The file is there while an owner lives, and after its death: one that ends cleanly takes it away. It names the memory
-(arena id) and every process that may hold a piece of it, each with the moment it was started, so that a number that was
-given to another process since is told apart.
+(arena id) and everybody who may hold a piece of it: each client, of which a process may have several, with its process
+and the moment that was started, so that a number that was given to another process since is told apart.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-FORMAT = 1
+FORMAT = 2
 FILE = "owner.state"
 _MEMORY = re.compile(r"/memfd:tiercache-([0-9a-f]{32})-(\d{1,5})(?: \(deleted\))?")
 
@@ -34,16 +35,28 @@ class Process(NamedTuple):
         return process(self.pid) == self
 
 
+class Client(NamedTuple):
+    """One who may hold a piece of the memory: a process that opened the directory twice is two of them."""
+
+    process: Process
+    token: str
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """See the module."""
 
     arena: bytes
     owner: Process
-    clients: tuple[Process, ...] = ()
+    clients: tuple[Client, ...] = ()
     strangers: int = 0
     """Clients that cannot be seen from the owner's PID namespace: nobody can tell when they have gone."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> set[Process]:
+        """Those of the clients."""
+        return {client.process for client in self.clients}
 
     def write(self, directory: str) -> None:
         """Puts the file in place of the one before. Where that fails the old one goes: one that names too few clients
@@ -52,7 +65,9 @@ class State:
         fresh = f"{path}.new"
         facts = asdict(self) | {"format": FORMAT, "arena": self.arena.hex()}
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            if os.path.lexists(fresh):
+                os.unlink(fresh)
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with open(fd, "w", encoding="utf-8") as file:
                 json.dump(facts, file)
             os.rename(fresh, path)
@@ -62,18 +77,33 @@ class State:
 
 
 def read(directory: str) -> State | None:
-    """What the last owner left; None where it left nothing, or nothing that can be understood."""
+    """What the last owner left; None where it left nothing, or nothing that can be understood or trusted: it says which
+    memory is believed and which is given away, so it must be this user's or the directory's owner's."""
     try:
-        facts = json.loads(Path(directory, FILE).read_text(encoding="utf-8"))
+        facts = json.loads(_read_trusted(directory))
         if facts["format"] != FORMAT:
             return None
-        clients = tuple(Process(int(pid), int(started)) for pid, started in facts["clients"])
-        pid, started = facts["owner"]
+        clients = tuple(Client(_process(each), str(token)) for each, token in facts["clients"])
         arena = bytes.fromhex(facts["arena"])
-        owner = Process(int(pid), int(started))
+        owner = _process(facts["owner"])
         return State(arena, owner, clients, int(facts["strangers"]), dict(facts["settings"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _read_trusted(directory: str) -> bytes:
+    # Not blocking: somebody may have put a pipe there.
+    fd = os.open(os.path.join(directory, FILE), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid not in (os.geteuid(), os.stat(directory).st_uid):
+            raise PermissionError(f"{FILE} is somebody else's")
+        return file.read()
+
+
+def _process(said: Any) -> Process:
+    pid, started = said
+    return Process(int(pid), int(started))
 
 
 def remove(directory: str) -> None:

@@ -79,8 +79,8 @@ class House:
             clock=SystemClock(),
             limits=limits,
             watch=watch,
-            on_left=self.left.append,
-            on_redeclared=self.redeclared.append,
+            on_left=lambda pid, *_: self.left.append(pid),
+            on_redeclared=lambda pid, *_: self.redeclared.append(pid),
         )
 
     async def __aenter__(self) -> House:

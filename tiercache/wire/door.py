@@ -42,15 +42,17 @@ NOTES_MAX = 1 << 16
 NOTE_BYTES_MAX = 64 << 20
 
 
-def _nobody(_: int) -> None:
+def _nobody(pid: int, token: str, tokens: frozenset[str] | None = None) -> None:
     """Nobody wants to know."""
 
 
 class Door:
-    """Takes connections and makes sessions of them, one a process.
+    """Takes connections and makes sessions of them, one for each client: a process may be several, and its token tells
+    them apart.
 
-    `on_join(pid)` is called before a process is let in, `on_left(pid)` when everything of it has ended,
-    `on_redeclared(pid)` when it has said what it holds from an owner before this one.
+    `on_join(pid, token)` is called before a client is let in, `on_left(pid, token)` when everything of it has ended,
+    `on_redeclared(pid, token, tokens)` when it has said what it holds from an owner before this one; `tokens` are those
+    of all clients of its process, as it said, or None.
     """
 
     def __init__(
@@ -65,9 +67,9 @@ class Door:
         admit: Callable[[Peer], bool] | None = None,
         hold: Callable[[Sequence[int]], Lease | None] | None = None,
         watch: Callable[[socket.socket, asyncio.AbstractEventLoop, Callable[[], None]], Watch | None] = sockets.watch,
-        on_join: Callable[[int], None] = _nobody,
-        on_left: Callable[[int], None] = _nobody,
-        on_redeclared: Callable[[int], None] = _nobody,
+        on_join: Callable[[int, str], None] = _nobody,
+        on_left: Callable[[int, str], None] = _nobody,
+        on_redeclared: Callable[[int, str, frozenset[str] | None], None] = _nobody,
     ) -> None:
         """`hold` takes leases from before this owner's time (cache.serving.hold without); `admit` says who comes in."""
         self._metrics, self._clock = metrics, clock
@@ -97,6 +99,7 @@ class Door:
         self._strangers: dict[Post, None] = {}
         self._guests: dict[Post, Session] = {}
         self._sessions: dict[str, Session] = {}
+        self._beside: dict[Session, frozenset[str] | None] = {}  # as each said last of its process
         self._ending: list[Session] = []  # gone, and a thread of ours still looks at their memory
         self._closed = False
 
@@ -108,8 +111,13 @@ class Door:
         return len(self._sessions)
 
     @property
+    def present(self) -> set[tuple[int, str]]:
+        """Who is there: number of the process (0: of another PID namespace) and token."""
+        return {(session.peer.pid, session.token) for session in self._sessions.values()}
+
+    @property
     def pids(self) -> set[int]:
-        """Their numbers; 0 for those of other PID namespaces."""
+        """The numbers of their processes; 0 for those of other PID namespaces."""
         return {session.peer.pid for session in self._sessions.values()}
 
     def facts(self) -> list[dict[str, Any]]:
@@ -180,7 +188,7 @@ class Door:
                 return
             if session.naming and (frame.op != Op.REDECLARE or not len(frame.body)):
                 session.named()
-                self._on_redeclared(session.peer.pid)
+                self._on_redeclared(session.peer.pid, session.token, self._beside[session])
             self._answers.take(session, post, frame)
         except (ProtocolError, UnavailableError) as fault:
             post.fault(frame.number, fault)
@@ -203,6 +211,7 @@ class Door:
             if session.line is not None:
                 raise ProtocolError("a process has one line")
             session.line = post
+        self._beside[session] = hello.clients
         post.answer(frame.number, pack_welcome({**self._welcome, "now_s": self._clock.wall()}))
 
     def _session(self, post: Post, hello: Hello) -> Session:
@@ -220,7 +229,7 @@ class Door:
         session = Session(hello.token, post.peer, self._limits, self._metrics, self._clock.wall())
         session.may_name = hello.again
         session.watch = self._watch(post.sock, self._loop, lambda: self._end(session))
-        self._on_join(post.peer.pid)
+        self._on_join(post.peer.pid, hello.token)
         self._sessions[hello.token] = session
         return session
 
@@ -251,16 +260,15 @@ class Door:
         """Everything of a process ends."""
         if session.ended:
             return
-        naming, session.naming = session.naming, False
         self._dismiss(session.end())
         self._notes.leave(session)
         del self._sessions[session.token]
+        self._beside.pop(session, None)
         if session.busy:
             self._ending = [one for one in self._ending if one.busy]
             self._ending.append(session)
-        if naming:
-            self._on_redeclared(session.peer.pid)
-        self._on_left(session.peer.pid)
+        # Where it was just telling what it held, it has not told all: it comes again, or is dead.
+        self._on_left(session.peer.pid, session.token)
 
     async def close(self) -> None:
         """Lets everybody go and takes nobody in. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,23 +16,42 @@ LINE, CHANNEL = "line", "channel"
 """Roles: the connection that may READ, and is told of loads and of what to forget; those that only ask."""
 _TOKEN = re.compile("[0-9a-f]{32}")
 
+_living: set[str] = set()
+"""Tokens of the clients in this process that may look at an owner's memory."""
+os.register_at_fork(after_in_child=_living.clear)
+
+
+def lives(token: str) -> None:
+    """This client may look at an owner's memory from now on."""
+    _living.add(token)
+
+
+def left(token: str) -> None:
+    """It looks at none any more, nor writes there."""
+    _living.discard(token)
+
 
 class Hello(NamedTuple):
     """Who connects. `token` (32 hexadecimal digits) tells processes apart: all connections of one have the same.
 
     `again`: this process had connections before, to this owner or to the one before it, and by now writes nothing any
     more that it began then.
+
+    `clients`: tokens of all clients in this process, so that an owner need not wait for others that it had; None where
+    it does not say. `pack_hello` knows them.
     """
 
     token: str
     role: str
     pid: int = 0
     again: bool = False
+    clients: frozenset[str] | None = None
 
 
 def pack_hello(hello: Hello) -> bytes:
     """Body of HELLO."""
-    return pack_json({"magic": MAGIC.decode().strip(), "version": VERSION, **hello._asdict()})
+    said = {**hello._asdict(), "clients": sorted(_living | {hello.token})}
+    return pack_json({"magic": MAGIC.decode().strip(), "version": VERSION, **said})
 
 
 def unpack_hello(body: memoryview) -> Hello:
@@ -49,7 +69,9 @@ def unpack_hello(body: memoryview) -> Hello:
         raise ProtocolError("a greeting without a token, or of no role")
     # Whoever brings the memory that a dead owner left has been here before.
     again = bool(said.get("again") or said.get("brings") is not None)
-    return Hello(token, role, pid if isinstance(pid, int) else 0, again)
+    clients = said.get("clients")
+    named = frozenset(str(each) for each in clients) if isinstance(clients, list) else None
+    return Hello(token, role, pid if isinstance(pid, int) else 0, again, named)
 
 
 def pack_welcome(facts: dict[str, Any]) -> bytes:

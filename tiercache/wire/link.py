@@ -15,7 +15,7 @@ from tiercache.clock import SystemClock
 from tiercache.errors import TierCacheError, UnavailableError
 from tiercache.lease import Lease
 from tiercache.model import Outcome
-from tiercache.wire import frames
+from tiercache.wire import frames, hello
 from tiercache.wire.bond import Holds
 from tiercache.wire.frames import Op
 from tiercache.wire.memo import TOUCHES_MAX
@@ -53,6 +53,7 @@ class Link:
         self.holds = Holds()
         self.revive = Revive(ways, self.holds, self._met)
         self.deadline_s = ways.deadline_s
+        self._token = ways.token
         self._numbers = itertools.count(1)
         self._ended: deque[int] = deque()  # leases that ended where nothing could be said, or nobody was there
         self._abandoned: dict[int, None] = {}  # tickets, likewise
@@ -332,6 +333,8 @@ class Link:
 
     def _met(self, bond: Bond) -> None:
         """A new bond. The memory of the owner before stays as long as leases look at it."""
+        if not self.left:
+            hello.lives(self._token)
         home = self.home
         if home is not bond.home:
             self.home = bond.home
@@ -365,6 +368,7 @@ class Link:
         for home in (self.home, *self._homes):
             if home is not None:
                 home.view.close()
+        hello.left(self._token)
 
     def tick(self) -> Coroutine[Any, Any, None] | None:
         """Says what is only noted, now and then; what is to be done to leave."""

@@ -14,7 +14,7 @@ import select
 import socket
 import stat
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from tiercache.errors import UnavailableError
 
@@ -299,6 +299,14 @@ def ended(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def readable(file: int | socket.socket | IO[Any], wait_s: float = 0.0) -> bool:
+    """Whether there is something to read, someone to accept, or an end, within `wait_s`; of any descriptor, while
+    select() knows none over 1023."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(wait_s * 1000))
 
 
 class Watch:

@@ -5,7 +5,6 @@ Processes of their own, because a server that shares the interpreter with the re
 
 from __future__ import annotations
 
-import select
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import ConfigError, UnavailableError
+from tiercache.wire.sockets import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -82,8 +82,7 @@ def _first_line(process: subprocess.Popen[str], arguments: Sequence[str]) -> str
     assert process.stdout is not None and process.stderr is not None
     deadline = time.monotonic() + START_S_MAX
     while time.monotonic() < deadline:
-        ready, _, _ = select.select([process.stdout], [], [], 0.2)
-        if ready:
+        if readable(process.stdout, 0.2):
             line = process.stdout.readline().strip()
             if line:
                 return line

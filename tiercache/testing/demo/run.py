@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from tiercache.owner import state
 from tiercache.testing.demo import origins, tpch, workload
 from tiercache.testing.demo.report import DIRECT, Pass, Report
 from tiercache.testing.demo.worker import Phase
+from tiercache.wire.sockets import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -196,7 +196,7 @@ def end_owner(directory: str) -> None:
         return
     try:
         os.kill(left.owner.pid, signal.SIGTERM)
-        if not select.select([waiter], [], [], OWNER_ENDS_S)[0]:
+        if not readable(waiter, OWNER_ENDS_S):
             raise UnavailableError(f"the owner of {directory} did not end within {OWNER_ENDS_S:g} s")
     finally:
         os.close(waiter)
