@@ -121,7 +121,7 @@ def test_memory_counts_for_as_long_as_it_is_mapped() -> None:
     assert not state.maps_memory(ARENA, mine)
     memory = mmap.mmap(fd, 4096)
     os.close(fd)
-    assert state.maps_memory(ARENA, mine) and not state.maps_memory(bytes(16), mine)
+    assert state.maps_memory(ARENA, mine) and not state.maps_memory(b"\xff" * 16, mine)
     assert not state.maps_memory(ARENA, Process(mine.pid, mine.started + 1))
     memory.close()
     assert not state.maps_memory(ARENA, mine)
