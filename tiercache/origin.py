@@ -36,8 +36,8 @@ class Origin(Protocol):
     """Where objects are re-read from. Paths are the origin's own, without protocol.
 
     Faults: UnavailableError (transient, retries inside the deadline are spent), OriginError (refused, malformed,
-    lying), ChangedError (the pinned version is gone). Absence is a value: GONE. Every call ends within the origin's
-    deadline.
+    lying), ChangedError (the pinned version is gone). Absence is a value: GONE. Every call ends
+    when nothing has come for the origin's deadline.
     """
 
     identity: str
