@@ -156,7 +156,7 @@ RULES: dict[str, Rule] = {
     "high_mark": Rule(Kind.FRACTION, "Background eviction starts when a tier is this full.", low=0.01, high=1),
     "low_mark": Rule(Kind.FRACTION, "Background eviction stops when a tier is this full.", low=0, high=1),
     "verify_copies": Rule(Kind.FLAG, "Whether bytes copied out of memory are checked against their digests."),
-    "origin_deadline_s": Rule(Kind.TIME, "An origin call ends, tries included, after such a silence.", low=0.01, high=86400),
+    "origin_deadline_s": Rule(Kind.TIME, "Silence that ends an origin call, retries included.", low=0.01, high=86400),
     "origin_attempts": Rule(Kind.COUNT, "Tries of one origin request within the deadline.", low=1, high=100),
     "origin_concurrency": Rule(Kind.COUNT, "Origin requests under way at once.", low=1, high=1024),
     "request_bytes_max": Rule(Kind.SIZE, "Longest span asked of an origin in one request.", low=PART_BYTES),
