@@ -27,10 +27,16 @@ if TYPE_CHECKING:
 
 
 def reserve_blocks(entries: Entries, query: Query, above: int, shape: Shape) -> tuple[I64, Mask]:
-    """Blocks of a chain below slot `above` (0: from its start)."""
+    """Blocks of a chain below slot `above` (0: from its start); none from where a lone entry has a block's name: it has
+    no place in a chain, and is not to be lost."""
     slots, names = entries.slots, entries.names
     out = np.full(query.count, -1, np.int64)
     found = names.walk(query, above)
+    alone = slots.form.take(found) & 3 != Form.BLOCK
+    if alone.any() or (above and slots.forms[above] & 3 != Form.BLOCK):
+        found = found[: int(alone.argmax()) if not above or alone.any() else 0]
+        out[: len(found)] = found
+        return out, _refill(entries, out, shape)
     known = len(found)
     out[:known] = found
     fresh = _refill(entries, out, shape)
@@ -49,7 +55,7 @@ def reserve_blocks(entries: Entries, query: Query, above: int, shape: Shape) -> 
 
 def _clear_way(entries: Entries, query: Query, known: int, found: I64, above: int) -> int:
     """Removes blocks that hang in another place from where this chain wants them. Answers how many blocks of the rest
-    may be new: all, unless the digests repeat, which no chain does."""
+    may be new: all, unless the digests repeat, which no chain does, or a lone entry has one of the names."""
     words = query.words[known:]
     if not len(words):
         return 0
@@ -57,6 +63,7 @@ def _clear_way(entries: Entries, query: Query, known: int, found: I64, above: in
     strangers = rows[rows > 0]
     if len(strangers):
         mine = np.isin(strangers, found) | (strangers == above)
+        mine |= entries.slots.form.take(strangers) & 3 != Form.BLOCK
         if mine.any():
             first = int(np.flatnonzero(rows > 0)[int(mine.argmax())])
             words, rows = words[:first], rows[:first]
