@@ -110,7 +110,8 @@ def test_a_full_disk(shared: Shared, worker: Any, mounted: Any) -> None:
     assert one.put("a", "x", 5 * MIB) == "HIT" and one.get("a") == ["x", 5 * MIB, True]
     assert two.get("a") == ["x", 5 * MIB, True] if two.kind() == "SharedCache" else two.get("a") == ["MISS"]
     for each in (one, two):
-        assert len(each.warnings()) == 1 or (each.kind() == "Cache" and len(each.warnings()) == 2), each.warnings()
+        said = [line for line in each.warnings() if not line.startswith("ssd_bytes is")]  # more than the disk has
+        assert len(said) == 1 or (each.kind() == "Cache" and len(said) == 2), said
         print(each.kind(), each.warnings())
     with pytest.raises(RuntimeError, match="durable=True needs an SSD"):
         one.put("b", "y", 1000, durable=True)
