@@ -450,14 +450,18 @@ def test_fences_elsewhere_than_on_x86(monkeypatch: pytest.MonkeyPatch, pair: tup
 
 
 def test_no_core_dump_shows_what_is_cached() -> None:
-    tier = MemoryTier(4 * MIB, arena_id=ID)
+    tier = MemoryTier(4 * MIB, arena_id=(own := os.urandom(16)))
     asyncio.run(store(tier, [item(1, 1000, PART_BYTES)]))
     (segment,) = tier.arena.segments
     assert segment.fd is not None
-    view = ArenaView(ID)
+    view = ArenaView(own)
     view.attach(0, os.dup(segment.fd))
     maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
-    flags = [after.splitlines()[0].split() for before, after in itertools.pairwise(maps) if "tiercache-" in before]
+    flags = [
+        after.splitlines()[0].split()
+        for before, after in itertools.pairwise(maps)
+        if f"tiercache-{own.hex()}" in before
+    ]
     assert len(flags) >= 2
     assert all("dd" in each for each in flags)
     view.close()

@@ -142,3 +142,13 @@ def test_what_a_batch_fills_the_disk_with_is_not_garbage(tmp_path: Path) -> None
         got = dict(zip(names, cache.get(names), strict=True))
         assert [name for name in kept if not isinstance(got[name], bytes)] == []
         assert all(got[name] == value for name, value in zip(names, values, strict=True) if name in kept)
+
+
+def test_a_chain_is_matched_whole_while_the_cache_still_recovers(tmp_path: Path) -> None:
+    digests = keys.chain(keys.namespace("model"), [bytes([i]) for i in range(20)])
+    with tiercache.open(tmp_path, **OPTIONS) as cache:
+        cache.put_chain(digests, [b"k" * 1000] * 20)
+        cache.flush()
+    for _ in range(10):  # which of the two comes first, the scan or the question, is not in our hands
+        with tiercache.open(tmp_path, **OPTIONS) as cache, cache.match(digests) as lease:
+            assert len(lease) == 20

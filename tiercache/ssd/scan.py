@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.model import Form
 from tiercache.ssd import rows as codec
 from tiercache.ssd.meta import RowsError
 from tiercache.ssd.records import location_of
@@ -156,7 +157,9 @@ class Recovery:
             heads = np.ascontiguousarray(table.keys).view("<u8")[:, 0]
             rows: list[int] = []
             for row in np.flatnonzero(np.isin(heads, firsts))[::-1].tolist():
-                name = bytes(table.keys[row, : int(table.columns["widths"][row])]), int(table.columns["ordinals"][row])
+                # A block's ordinal is its depth, which is no part of its name.
+                ordinal = 0 if table.columns["forms"][row] == Form.BLOCK else int(table.columns["ordinals"][row])
+                name = bytes(table.keys[row, : int(table.columns["widths"][row])]), ordinal
                 if name in wanted and self._lives(segment, int(table.columns["blocks"][row])):
                     wanted.discard(name)
                     rows.append(row)
