@@ -145,6 +145,7 @@ class Recovery:
     def find(self, names: Sequence[Name]) -> Facts:
         """Facts of those of `names` that are there, the newest record of each, while a scan may still be under way."""
         wanted = {(name.key, name.ordinal) for name in names}
+        blocks = {name.key: (name.key, name.ordinal) for name in names}
         firsts = np.array([int.from_bytes(key[:8].ljust(8, b"\0"), "little") for key, _ in wanted], np.uint64)
         tables: list[codec.Table] = []
         locations: list[npt.NDArray[np.int64]] = []
@@ -157,9 +158,10 @@ class Recovery:
             heads = np.ascontiguousarray(table.keys).view("<u8")[:, 0]
             rows: list[int] = []
             for row in np.flatnonzero(np.isin(heads, firsts))[::-1].tolist():
-                # A block's ordinal is its depth, which is no part of its name.
-                ordinal = 0 if table.columns["forms"][row] == Form.BLOCK else int(table.columns["ordinals"][row])
-                name = bytes(table.keys[row, : int(table.columns["widths"][row])]), ordinal
+                key = bytes(table.keys[row, : int(table.columns["widths"][row])])
+                name = key, int(table.columns["ordinals"][row])
+                if table.columns["forms"][row] == Form.BLOCK:  # its ordinal is its depth, which is no part of a name
+                    name = blocks.get(key, name)
                 if name in wanted and self._lives(segment, int(table.columns["blocks"][row])):
                     wanted.discard(name)
                     rows.append(row)
