@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableSequence, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
     from typing import Any
 
@@ -124,12 +124,6 @@ class Core(Protocol):
 
     def quarantine(self, names: Sequence[Name]) -> None:
         """The memory copies of these were found damaged: they are counted and never looked at again."""
-        ...
-
-    def look_again(
-        self, names: Sequence[Name], found: MutableSequence[Any], rest: Sequence[int], damaged: set[int]
-    ) -> list[int]:
-        """Which of the items `rest` of a batch are worth another look; see Cache.look_again."""
         ...
 
     def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:

@@ -7,9 +7,9 @@ made by `copy_into` are verified.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from tiercache.model import ALIGN_BYTES, Outcome
 
 if TYPE_CHECKING:
     from tiercache.buffers import Buffer
+    from tiercache.model import Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,29 @@ class Pieces:
             half = len(piece) // 2
             self._left += [piece[half:], piece[:half]]
         return self._helps
+
+
+def look_again(
+    names: Sequence[Name],
+    found: MutableSequence[Any],
+    rest: Sequence[int],
+    damaged: set[int],
+    quarantine: Callable[[Sequence[Name]], None],
+) -> list[int]:
+    """Which of the items `rest` of a batch are worth another look, now that the lease on them has ended.
+
+    What memory had no room for, as long as some of the batch found room; and what was damaged, once (`damaged`: before
+    now). Damage is quarantined here, and what is damaged twice becomes a miss, which is always allowed.
+    """
+    bad = [i for i in rest if found[i] is Outcome.CORRUPT]
+    if bad:
+        quarantine([names[i] for i in bad])
+    for i in bad:
+        if i in damaged:
+            found[i] = Outcome.MISS
+    damaged.update(bad)
+    again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
+    return again if bad or len(again) < len(rest) else []
 
 
 class Lease:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tiercache.buffers import Buffer, new_bytes
 from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.keys import check_key, object_key
-from tiercache.lease import Pieces
+from tiercache.lease import Pieces, look_again
 from tiercache.model import Kind, Name, Outcome, Terms
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class BlockingCache:
                         found[i] = self._copied(lease, at, self._verify(verify))
                 if pieces.refused(rest, found):
                     break
-                rest = self.core.look_again(where, found, rest, damaged)
+                rest = look_again(where, found, rest, damaged, self.core.quarantine)
         return found
 
     @staticmethod

@@ -26,11 +26,11 @@ from tiercache.cache.survey import Survey
 from tiercache.cache.tasks import Tasks
 from tiercache.cache.tiers import Tiers, check_room, whole
 from tiercache.errors import ClosedError, ConfigError, UnavailableError
-from tiercache.lease import Lease
+from tiercache.lease import Lease, look_again
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableSequence, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     import numpy.typing as npt
@@ -203,24 +203,6 @@ class Cache:
         tiers.release(match)
         tiers.metrics.add("tiercache_corruptions_total", len(names), tier="memory")
 
-    def look_again(
-        self, names: Sequence[Name], found: MutableSequence[Any], rest: Sequence[int], damaged: set[int]
-    ) -> list[int]:
-        """Which of the items `rest` of a batch are worth another look, now that the lease on them has ended.
-
-        What memory had no room for, as long as some of the batch found room; and what was damaged, once (`damaged`:
-        before now). Damage is quarantined here, and what is damaged twice becomes a miss, which is always allowed.
-        """
-        bad = [i for i in rest if found[i] is Outcome.CORRUPT]
-        if bad:
-            self.quarantine([names[i] for i in bad])
-        for i in bad:
-            if i in damaged:
-                found[i] = Outcome.MISS
-        damaged.update(bad)
-        again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
-        return again if bad or len(again) < len(rest) else []
-
     def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:
         """Puts whole lone entries into memory from any thread (visible, not durable): HIT where the entry is there now,
         BUSY where another thread is storing it, FULL where there was no room."""
@@ -324,7 +306,7 @@ class Cache:
                         size = lease.buffer(at).length
                         check_room(i, size, targets[i].length)
                         outcomes[i] = lease.copy_into(at, 0, size, targets[i].slice(0, size), verify=verify)
-            rest = self.look_again(names, outcomes, rest, damaged)
+            rest = look_again(names, outcomes, rest, damaged, self.quarantine)
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.buffers import Buffer
 from tiercache.errors import ClosedError, ConfigError, ProtocolError, TierCacheError, UnavailableError
-from tiercache.lease import Pieces
+from tiercache.lease import Pieces, look_again
 from tiercache.model import Form, Kind, Name, Outcome, Terms
 from tiercache.wire import frames
 from tiercache.wire.frames import Op, Patience, ReadAsk
@@ -30,7 +30,7 @@ from tiercache.wire.puts import Put, Puts
 from tiercache.wire.sockets import Lost
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableSequence, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from tiercache.clock import Clock
@@ -205,20 +205,6 @@ class SharedCache:
         except UnavailableError as fault:
             log.warning("damaged entries could not be reported to the cache's owner: %s", fault)
 
-    def look_again(
-        self, names: Sequence[Name], found: MutableSequence[Any], rest: Sequence[int], damaged: set[int]
-    ) -> list[int]:
-        """See Cache.look_again."""
-        bad = [i for i in rest if found[i] is Outcome.CORRUPT]
-        if bad:
-            self.quarantine([names[i] for i in bad])
-        for i in bad:
-            if i in damaged:
-                found[i] = Outcome.MISS
-        damaged.update(bad)
-        again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
-        return again if bad or len(again) < len(rest) else []
-
     def store(self, names: Sequence[Name], values: Sequence[Buffer], terms: Terms | None = None) -> list[Outcome]:
         """Puts whole lone entries into memory (visible, not durable): HIT where the entry is there now, BUSY where
         somebody else is storing it or this process holds too much, FULL where there was no room."""
@@ -342,7 +328,7 @@ class SharedCache:
                     _copy_leased(lease, outcomes, rest, targets, verify)
                 if pieces.refused(rest, outcomes):
                     break
-                rest = self.look_again(names, outcomes, rest, damaged)
+                rest = look_again(names, outcomes, rest, damaged, self.quarantine)
         return outcomes
 
     async def read_pages(self, run: PageRun, ordinals: Sequence[int], parts: Sequence[int], load: Load) -> Lease:
