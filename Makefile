@@ -28,7 +28,7 @@ peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for be
 # For a DataLoader's processes in tests/shared/test_jobs.py and bench.jobs; large, so only for whoever wants those.
 .PHONY: torch
 torch:  ## .venv-torch: PyTorch beside the package, for bench.jobs and its test
-	@tools/venv.sh .venv-torch -e '.[s3]' torch==2.13.0 pyarrow
+	@tools/venv.sh .venv-torch -e '.[s3,transformers]' torch==2.13.0 pyarrow hypothesis==6.170.15 pytest==9.2.0 pytest-timeout==2.4.0
 
 .PHONY: system
 system:  ## fio, zstd and Ceph from Debian, where this may be done; else says what is skipped
