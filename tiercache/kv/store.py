@@ -1,0 +1,196 @@
+"""KvStore: the KV cache of one engine rank, saved by blocks into a cache and loaded from it, at any parallelism.
+
+A block of the layout is one entry; its parts are what ranks write and read. A rank's store knows which parts are its
+own (its Shard); nothing of that is in a key. Engine memory is copied by the store's own threads with the GIL released,
+never on the I/O loop, and everything that a caller waits for ends: at its deadline at the latest.
+
+    store = cache.kv(layout, Shard.of(layout, rank, 8))
+    keys = store.keys(tokens)
+    found = store.match(keys)
+    loading = store.load(keys[:found.length], planes, table)
+    ...
+    saving = store.save(keys, planes, table, start=found.length)
+    saving.pages_free(5)    # only then may the engine use those pages for something else
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tiercache.errors import ClosedError, ConfigError
+from tiercache.kv.chain import engine_keys, tokens_keys
+from tiercache.kv.loading import Loading, Prefetch
+from tiercache.kv.reading import read_slice
+from tiercache.kv.saving import Saving
+from tiercache.kv.variants import Variants
+from tiercache.kv.workers import Workers
+from tiercache.model import Outcome
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from tiercache.core import Core
+    from tiercache.kv.layout import Layout
+    from tiercache.kv.moving import Table
+    from tiercache.kv.planes import Planes
+    from tiercache.kv.shard import Shard
+
+CLOSE_S_MAX = 10.0
+"""`close` waits so long for copies under way; what has not ended then never touches engine memory again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """How much of a sequence is stored: its first `length` blocks, and for each of them the slowest tier that one of
+    its parts must come from (1 memory, 2 SSD, 3 remote)."""
+
+    length: int
+    tiers: bytes
+
+    @property
+    def in_memory(self) -> int:
+        """Leading blocks that are in memory."""
+        return len(self.tiers) - len(self.tiers.lstrip(b"\x01"))
+
+
+class KvStore:
+    """See the module. Any thread may call it; calls never wait for copies unless they say so."""
+
+    def __init__(
+        self,
+        core: Core,
+        loop: asyncio.AbstractEventLoop,
+        layout: Layout,
+        shard: Shard | None = None,
+        *,
+        threads: int = 1,
+        verify: bool = True,
+    ) -> None:
+        """`loop`: the I/O loop that `core` lives on. `shard`: what this rank holds; None for whoever holds everything
+        (an engine of one rank), or only asks (a scheduler). `threads` copy, loads before saves. `verify`: loads hash
+        what they copy; without it a byte that changed in memory after its digest was taken is not seen.
+
+        Raises ConfigError where the layout can never fit into the cache's memory.
+        """
+        self.core, self.loop, self.layout, self.verify = core, loop, layout, verify
+        self.shard = shard
+        self.workers = Workers(threads, core.clock, core.metrics)
+        self.variants = Variants(core, loop, layout, shard)
+
+    # -- keys and matching: any thread, no copies ----------------------------------------------------------------------
+
+    def keys(
+        self, tokens: Sequence[int] | npt.NDArray[np.integer], *, parent: bytes = b"", extra: Sequence[bytes] | None = None
+    ) -> list[bytes]:
+        """Keys of the whole blocks of a sequence of token ids, in order; see chain.tokens_keys. `parent` is the key of
+        the block before `tokens[0]`; `extra[i]` is what else decides the bytes of block i (images, say)."""
+        return tokens_keys(self.layout, tokens, parent=parent, extra=extra)
+
+    def engine_keys(self, hashes: Sequence[bytes]) -> list[bytes]:
+        """Keys of blocks that the engine has hashed itself, one for each `block_tokens`; see chain.engine_keys."""
+        return engine_keys(self.layout, hashes)
+
+    def match(self, keys: Sequence[bytes], shard: Shard | None = None) -> Matched:
+        """The longest prefix of `keys` that is stored, in any tier that this host can reach. Pins nothing: what was
+        matched may be gone when it is loaded. What was matched counts as used, children before their parents.
+
+        A block counts when every part that `shard` needs is there; without one every part, so that all ranks of an
+        engine, and engines of any shape, find the same.
+        """
+        ...
+
+    def prefetch(self, keys: Sequence[bytes], deadline_s: float, shard: Shard | None = None) -> Prefetch:
+        """Starts to bring the blocks (the parts that `shard` needs; this store's without one) to memory, first blocks
+        first, and gives up after `deadline_s`. Wait for it, cancel it, or forget about it."""
+        ...
+
+    # -- engine memory -------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        planes: Planes,
+        table: Table,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        cost_s: float = 0.0,
+        durable: bool = False,
+        inline: bool = False,
+    ) -> Saving:
+        """Copies blocks [start, stop) of a sequence out of engine memory into the cache.
+
+        Args:
+            keys: of the sequence from its first block on, at least up to `stop` (the end of `keys` without one).
+            planes: where this rank's KV lies. table: which page holds which of the sequence's tokens.
+            cost_s: seconds of prefill that a block stands for. durable: `wait` answers HIT only for what survives power
+                loss.
+            inline: everything is copied before this returns, in the calling thread.
+
+        A rank writes its own share; ranks that hold the same bytes (`shard.replicas` > 1) digest all that they hold and
+        compare: what differs is kept as a variant of that rank (see variants.py) and counted. Blocks that are there
+        already are not copied. A block whose predecessor is not stored cannot be: MISS.
+        The engine must neither write to nor reuse the pages of these blocks before `Saving.pages_free` has said so.
+        """
+        ...
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        planes: Planes,
+        table: Table,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        layerwise: bool = True,
+        deadline_s: float | None = None,
+        inline: bool = False,
+    ) -> Loading:
+        """Copies blocks [start, stop) of a sequence into engine memory, what this rank holds of them.
+
+        Layer groups come in order (`layerwise`): layer 0 of all blocks is usable before the last one has landed; else
+        block by block. A block that is not complete in the end is reported, and its engine memory is undefined then:
+        recompute it. `deadline_s` (default 60 s): what has not landed by then is a MISS. The engine must leave the
+        pages alone until `Loading.wait`, or `cancel`, has returned.
+        """
+        ...
+
+    def read(
+        self,
+        keys: Sequence[bytes],
+        layers: range,
+        heads: range,
+        tokens: range,
+        out: npt.NDArray[np.generic] | Sequence[npt.NDArray[np.generic] | None],
+        *,
+        timeout_s: float = 60.0,
+    ) -> Outcome:
+        """Copies any slice of a stored sequence, from whatever tiers its blocks are in, into `out`.
+
+        `keys` are those of the sequence from its first block on; `layers` and `heads` count within the layout, `tokens`
+        within the sequence. `out[layer, kv, head, token, dim]` (an array of five axes, strided as it likes but for
+        contiguous dims, with items as wide as the layout's), or a list [K, V] of arrays of four axes where their dims
+        differ; None, or a list of one, where there is no V. HIT, or why not: `out` is undefined then.
+        """
+        ...
+
+    # -- its end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends copies under way (their outcomes say so) and the threads. When it returns nothing touches engine memory
+        any more. Idempotent; the cache stays open."""
+        self.workers.close(CLOSE_S_MAX)
+
+    def __enter__(self) -> KvStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
