@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
+    from contextlib import AbstractContextManager
     from typing import Any
 
     from tiercache.buffers import Buffer
@@ -65,6 +66,80 @@ class Seeing(Protocol):
 
     def sees(self, key: bytes, ordinals: Sequence[int], parts: Sequence[int]) -> bool:
         """Whether these parts of these pages are in memory, as far as that is known without asking; any thread."""
+        ...
+
+
+class BlockTicket(Protocol):
+    """Blocks that several writers fill together, each its own parts; item i belongs to digest i of the join.
+
+    One thread at a time, but `commit_soon` may be under way meanwhile. All calls may raise UnavailableError where the
+    owner of a shared directory has gone: what was committed stays, the rest is lost with the ticket; join anew.
+    """
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """HIT where something may be written (`claims`, `pieces`) or all that was asked for is there already (both
+        empty); BUSY where the rest of it is being written by somebody else, or this process holds too much; FULL where
+        there was no room, or the parent is not stored."""
+        ...
+
+    @property
+    def claims(self) -> list[int]:
+        """Parts (a map an item) that this ticket alone may write."""
+        ...
+
+    @property
+    def pieces(self) -> list[list[tuple[int, int]]]:
+        """Pieces, (start, stop) in bytes of the block, that this ticket alone may write: those of the join that are
+        neither there nor somebody else's."""
+        ...
+
+    @property
+    def present(self) -> list[int]:
+        """Parts (a map an item) that memory or the SSD had at the time of the join."""
+        ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Whoever writes to `buffers` does it inside this, in short turns (some 100 ms): a new owner of the memory
+        waits for it. Raises UnavailableError on entering where the owner has gone. Any thread, also several."""
+        ...
+
+    def buffers(self, item: int) -> Buffer:
+        """The whole block in place, where it has claims or pieces; only those may be written, and only `writing`.
+        Valid until `end`."""
+        ...
+
+    def commit(
+        self, landed: Sequence[tuple[int, int, bytes]], pieces: Sequence[tuple[int, int, int, int]] = ()
+    ) -> list[Outcome]:
+        """Takes (item, parts, digests) of claimed parts that lie there, `digests` in the Payload layout as far as the
+        highest of these parts; and (item, start, stop, xxh3-64) of claimed pieces. The owner hashes what lies there.
+        One outcome for each of `landed`, then one for each of `pieces`: HIT: those parts can be read at once, those
+        pieces as soon as their part is covered; CORRUPT: the bytes had other digests, nothing of the row is shown, and
+        its claim is gone; MISS: the ticket has no claim to all of it (any more). Claims that have landed are gone from
+        `claims` and `pieces`."""
+        ...
+
+    def commit_soon(
+        self, landed: Sequence[tuple[int, int, bytes]], pieces: Sequence[tuple[int, int, int, int]] = ()
+    ) -> Future[list[Outcome]]:
+        """As `commit`, without waiting: the caller goes on gathering while the owner hashes. Any number may be under
+        way; they are taken in order. `end` comes after all of them."""
+        ...
+
+    def compare(self, rows: Sequence[tuple[int, int, bytes]]) -> list[int]:
+        """For each (item, parts, digests): the map of those parts that are stored in memory with other digests. Parts
+        that memory lacks are not compared."""
+        ...
+
+    async def saved(self) -> list[Outcome]:
+        """Waits until what this ticket committed is durable, before `end`: for each item HIT, also where nothing was
+        committed, or FULL where the SSD has not got all of it. Raises ConfigError where there is no SSD."""
+        ...
+
+    def end(self) -> None:
+        """Gives up what was not committed: nobody writes to `buffers` any more, and others may claim it. A block of
+        which nothing landed vanishes. Idempotent. Also when the process dies."""
         ...
 
 
@@ -136,6 +211,40 @@ class Core(Protocol):
         """As `store`, for blocks of one chain in order."""
         ...
 
+    def probe_chain(self, digests: Sequence[bytes], parts: int) -> bytes:
+        """One byte a block for the longest prefix of a chain whose blocks have all these parts (a map; those beyond a
+        block do not count): 1 where memory has them, 2 where some are on the SSD alone, 3 where some are in the remote
+        tier alone. Pins, touches and loads nothing; what it saw may be gone by the next call."""
+        ...
+
+    def touch_chain(self, digests: Sequence[bytes]) -> None:
+        """The stored prefix of this chain was used: its first block last, so that it is evicted last. Never raises,
+        never waits."""
+        ...
+
+    def lease_blocks_resident(self, digests: Sequence[bytes], parts: int) -> Lease | None:
+        """A lease on blocks (from anywhere in their chain) that are all in memory with these parts, else
+        None. Only these parts may be looked at: `copy_into`, `digests(i)`, `buffer(i)`."""
+        ...
+
+    def join_blocks(
+        self,
+        digests: Sequence[bytes],
+        size: int,
+        part_bytes: int,
+        claim: int,
+        pieces: Sequence[tuple[int, int]] = (),
+        terms: Terms | None = None,
+        *,
+        parent: bytes = b"",
+    ) -> BlockTicket:
+        """Begins to fill blocks of one chain in order after the stored block `parent`, each of `size` bytes in parts of
+        `part_bytes`: whichever of the parts `claim` and of the byte ranges `pieces` (each inside of one part) are
+        neither there nor claimed by another living ticket are this ticket's to write. Pages and blocks of other shapes
+        under such a name are refused (BUSY). The ticket must be ended. Raises CapacityError or ConfigError on shapes
+        that can never fit. On the loop of a shared cache it raises UnavailableError: ask from a thread."""
+        ...
+
     def expiry(self, ttl_s: float | None) -> int:
         """Expiry of an entry put now, in whole seconds since the epoch; 0 for never."""
         ...
@@ -189,6 +298,11 @@ class Core(Protocol):
 
     async def match(self, digests: Sequence[bytes]) -> Lease:
         """A lease on the longest stored prefix of a chain."""
+        ...
+
+    async def lease_blocks(self, digests: Sequence[bytes], parts: int) -> Lease:
+        """A lease on blocks with these parts, brought to memory from the SSD or the remote tier where needed; look at
+        its `outcomes`, one a block. Only these parts may be looked at."""
         ...
 
     async def get_into(self, names: Sequence[Name], targets: Sequence[Buffer], *, verify: bool = True) -> list[Outcome]:

@@ -78,6 +78,10 @@ class Extents(Protocol):
         """See tier.Addressable."""
         ...
 
+    def digests(self, locations: Sequence[int]) -> list[bytes]:
+        """Digests of extents in the Payload layout, undefined for parts that are absent."""
+        ...
+
 
 Locations = Sequence[int] | npt.NDArray[np.int64]
 End = Callable[[bool], None]
@@ -176,6 +180,11 @@ class Lease:
     def buffer(self, index: int) -> Buffer:
         """The extent of item `index` in place: valid only until the release, unlike views."""
         return self._extents.buffers([self._location(index)])[0]
+
+    def digests(self, index: int) -> bytes:
+        """Digests of item `index`, one for each part as far as that is there (Payload layout): for whoever moves the
+        bytes himself, out of `buffer`, and verifies what arrived."""
+        return self._extents.digests([self._location(index)])[0]
 
     def array(self, index: int) -> npt.NDArray[np.uint8]:
         """A read-only uint8 array over item `index`; its bytes stay for as long as it or a view of it lives."""

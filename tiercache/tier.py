@@ -126,6 +126,10 @@ class Addressable(Protocol):
         taken. The caller guarantees that those bytes will not change again."""
         ...
 
+    def digests(self, locations: Sequence[int]) -> list[bytes]:
+        """Digests of extents in the Payload layout, undefined for absent parts."""
+        ...
+
     def payloads(self, locations: Sequence[int]) -> list[Payload]:
         """Names, shapes, parts and digests of extents, as the extent table has them."""
         ...

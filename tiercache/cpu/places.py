@@ -131,6 +131,10 @@ class Places:
         """The extents in place. Raises LookupError where one was freed: the caller holds what it asks for."""
         return [self.need(location).span for location in locations]
 
+    def digests(self, locations: Sequence[int]) -> list[bytes]:
+        """Digests of extents, undefined where a part is absent. Raises LookupError as `buffers`."""
+        return [self.need(location).digests for location in locations]
+
     def close(self) -> None:
         """Gives the memory back as soon as no Buffer shows it. Idempotent."""
         with self._lock:

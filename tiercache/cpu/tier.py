@@ -80,6 +80,10 @@ class MemoryTier:
         places = [self.arena.need(location) for location in locations]
         return [place.segment.payload(place.at) for place in places]
 
+    def digests(self, locations: Sequence[int]) -> list[bytes]:
+        """Digests of extents in the Payload layout, undefined for absent parts; raises as `buffers`."""
+        return self.arena.digests(locations)
+
     def read_now(self, wants: Sequence[Want], targets: Sequence[Buffer], *, verify: bool = True) -> list[Outcome]:
         """`read` in the calling thread, without a loop; any thread. The GIL is released while bytes move.
 
