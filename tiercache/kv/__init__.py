@@ -1,0 +1,5 @@
+"""KV caches of language models: what a stored block is, who holds which part of it, and how it is moved.
+
+layout (what is stored), shard (who holds what), chain (keys), planes (where elements lie in an engine's memory), moving
+(copies between the two), proof (that planes tell the truth).
+"""
