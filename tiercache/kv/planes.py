@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tiercache.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,18 +36,168 @@ class Plane:
     """Addresses [start, stop) that belong to the owner."""
     owner: object
     """Keeps the memory alive."""
+    writable: bool = True
+
+    @property
+    def axes(self) -> list[tuple[int, int]]:
+        """(stride, count) of pages, slots and heads, those of length one left out."""
+        counts = (self.pages, self.page_tokens, len(self.heads))
+        strides = (self.page_stride, self.token_stride, self.head_stride)
+        return [(stride, count) for stride, count in zip(strides, counts) if count > 1]
+
+    @property
+    def reach(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        return sum(stride * (count - 1) for stride, count in self.axes) + len(self.dims) * self.itemsize
+
+
+class Grid(NamedTuple):
+    """Planes with a constant step from layer to layer, and from K to V where both are there: one strided array."""
+
+    layers: range
+    heads: range
+    kvs: range
+    dims: range
+    address: int
+    layer_step: int
+    kv_step: int
+    head_stride: int
+    token_stride: int
+    page_stride: int
 
 
 class Planes:
-    """Planes that cover a shard of a layout exactly once, within their memory. Raises ConfigError where they do not."""
+    """Planes that cover a shard of a layout exactly once, within their memory. Raises ConfigError where they do not.
+
+    `pages` and `page_tokens` are the same for all of them (one page table); `grids` are the planes as few arrays.
+    """
 
     def __init__(self, layout: Layout, shard: Shard, planes: Sequence[Plane]) -> None:
         self.layout = layout
         self.shard = shard
         self.planes = tuple(planes)
-        self.pages = 0
-        self.page_tokens = 0
-        raise NotImplementedError("soon")
+        if not self.planes:
+            raise ConfigError("no planes: pass those of every layer, see paged()")
+        for plane in self.planes:
+            _check_plane(plane, layout, shard)
+        shapes = {(plane.pages, plane.page_tokens) for plane in self.planes}
+        if len(shapes) > 1:
+            raise ConfigError(f"planes of different (pages, tokens a page) {sorted(shapes)}: make one Planes for each")
+        ((self.pages, self.page_tokens),) = shapes
+        if layout.rows == 1 and self.page_tokens != 1:
+            raise ConfigError(
+                f"pages of {self.page_tokens} slots, where a block is one row: a page is a block, axes 'pd'"
+            )
+        _check_coverage(self.planes, layout, shard)
+        self.writable = all(plane.writable for plane in self.planes)
+        self.grids = tuple(_grids(self.planes, layout))
+        self.moves: dict[object, Any] = {}
+        """What moving.py has worked out for boxes of layers and heads."""
+
+
+def _check_plane(plane: Plane, layout: Layout, shard: Shard) -> None:
+    what = f"plane of layer {plane.layer}, {'KV'[plane.kv & 1]}"
+    dim = layout.v_dim if plane.kv else layout.k_dim
+    if plane.kv not in (0, 1) or not _inside(plane.dims, range(dim)):
+        raise ConfigError(f"{what}: dims {plane.dims} of {dim}")
+    if plane.layer not in shard.layers or not _inside(plane.heads, shard.heads):
+        raise ConfigError(f"{what}: heads {plane.heads}; this shard holds layers {shard.layers}, heads {shard.heads}")
+    if plane.itemsize != layout.itemsize:
+        raise ConfigError(f"{what}: elements of {plane.itemsize} bytes, where {layout.dtype} has {layout.itemsize}")
+    if min(plane.pages, plane.page_tokens) < 1:
+        raise ConfigError(f"{what}: {plane.pages} pages of {plane.page_tokens} tokens")
+    start, stop = plane.memory
+    inner = len(plane.dims) * plane.itemsize
+    for stride, count in sorted(plane.axes):
+        if stride < inner:
+            raise ConfigError(f"{what}: elements overlap (stride {stride} where {inner} bytes lie): was it expanded?")
+        inner = max(inner, stride * (count - 1) + inner)
+    if not (start <= plane.address and plane.address + plane.reach <= stop):
+        raise ConfigError(
+            f"{what}: {plane.reach} bytes from {plane.address:#x} leave its memory [{start:#x}, {stop:#x})"
+        )
+
+
+def _check_coverage(planes: Sequence[Plane], layout: Layout, shard: Shard) -> None:
+    """Every (layer, head, K or V, dim) of the shard lies in one plane and no other."""
+    boxes: dict[tuple[int, int], list[Plane]] = {}
+    for plane in planes:
+        boxes.setdefault((plane.layer, plane.kv), []).append(plane)
+    for layer in shard.layers:
+        for kv, dim in enumerate((layout.k_dim, layout.v_dim) if layout.v_dim else (layout.k_dim,)):
+            found = boxes.get((layer, kv), [])
+            held = sum(len(plane.heads) * len(plane.dims) for plane in found)
+            if held < len(shard.heads) * dim:
+                raise ConfigError(f"layer {layer}, {'KV'[kv]}: planes hold {held} of {len(shard.heads) * dim} dims")
+            if any(
+                _meet(one.heads, other.heads) and _meet(one.dims, other.dims) for one, other in combinations(found, 2)
+            ):
+                raise ConfigError(f"layer {layer}, {'KV'[kv]}: two planes hold the same heads and dims")
+
+
+def _grids(planes: Sequence[Plane], layout: Layout) -> list[Grid]:
+    """As few strided arrays as there can be, in the order of their first planes."""
+    alike: dict[tuple[object, ...], list[Plane]] = {}
+    for plane in planes:
+        strides = (plane.page_stride, plane.token_stride, plane.head_stride)
+        alike.setdefault((plane.kv, plane.dims, plane.heads, strides), []).append(plane)
+    grids: list[Grid] = []
+    for group in alike.values():
+        group.sort(key=lambda plane: plane.layer)
+        for run in _runs(group):
+            first = run[0]
+            step = run[1].address - first.address if len(run) > 1 else 0
+            strides = (first.head_stride, first.token_stride, first.page_stride)
+            layers, kvs = range(first.layer, first.layer + len(run)), range(first.kv, first.kv + 1)
+            grids.append(Grid(layers, first.heads, kvs, first.dims, first.address, step, 0, *strides))
+    return _joined(grids) if layout.k_dim == layout.v_dim else grids
+
+
+def _runs(planes: list[Plane]) -> list[list[Plane]]:
+    """Consecutive layers a constant number of bytes apart."""
+    runs: list[list[Plane]] = []
+    for plane in planes:
+        run = runs[-1] if runs else []
+        follows = bool(run) and plane.layer == run[-1].layer + 1
+        if follows and (len(run) == 1 or plane.address - run[-1].address == run[1].address - run[0].address):
+            run.append(plane)
+        else:
+            runs.append([plane])
+    return runs
+
+
+def _joined(grids: list[Grid]) -> list[Grid]:
+    """K and V of the same layers, heads and strides as one array each."""
+    keys = {grid._replace(address=0): grid for grid in grids if grid.kvs.start == 0}
+    joined = []
+    for grid in grids:
+        if grid.kvs.start == 1:
+            twin = keys.pop(grid._replace(address=0, kvs=range(1)), None)
+            if twin is not None:
+                grid = twin._replace(kvs=range(2), kv_step=grid.address - twin.address)
+            joined.append(grid)
+    return [*keys.values(), *joined]
+
+
+def _inside(inner: range, outer: range) -> bool:
+    return inner.step == 1 and len(inner) > 0 and outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def _meet(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
+
+
+# ------------------------------------------------------------------------------------------------ from tensors
+
+
+class _Memory(NamedTuple):
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Bytes."""
+    itemsize: int
+    bounds: tuple[int, int]
+    writable: bool
 
 
 def paged(
@@ -68,4 +221,94 @@ def paged(
     `layers` and `heads` are those of the layout that lie in the tensor; `kv` and `dims` say what it holds where no axis
     does (K; all dims from 0). Rule STATE and opaque pages: one slot a page, "pd". Raises ConfigError.
     """
-    raise NotImplementedError("soon")
+    memory = _memory(tensor)
+    shape, stride = _axes(memory, axes)
+    last = "C" if "C" in axes else "d"
+    if shape[last] > 1 and stride[last] != memory.itemsize:
+        raise ConfigError(
+            f"dims lie {stride[last]} bytes apart, not {memory.itemsize}: only contiguous dims can be moved"
+        )
+    if (shape["l"], shape["h"]) != (len(layers), len(heads)):
+        raise ConfigError(
+            f"the tensor has {shape['l']} layers and {shape['h']} heads, not {len(layers)} and {len(heads)}"
+        )
+    if shape["k"] not in (1, 2) or ("k" in axes and (shape["k"] == 1 or last == "C")):
+        raise ConfigError(f"axis k has {shape['k']} items: it is K and V, and then dims are 'd'")
+    if ("k" in axes or last == "C") and (kv is not None or dims is not None):
+        raise ConfigError("kv and dims are for tensors without an axis 'k' or 'C', which say both")
+    whole = Plane(
+        layer=layers.start,
+        kv=kv or 0,
+        dims=dims or range(shape[last]),
+        heads=heads,
+        address=memory.address,
+        page_stride=stride["p"],
+        token_stride=stride["t"],
+        head_stride=stride["h"],
+        pages=shape["p"],
+        page_tokens=shape["t"],
+        itemsize=memory.itemsize,
+        memory=memory.bounds,
+        owner=tensor,
+        writable=memory.writable,
+    )
+    if len(whole.dims) != shape[last]:
+        raise ConfigError(f"the tensor has {shape[last]} dims, not {len(whole.dims)}")
+    kinds = [whole]
+    if last == "C":
+        split = shape["C"] // 2 if k_dim is None else k_dim
+        v_start = whole.address + split * memory.itemsize
+        kinds = [
+            replace(whole, dims=range(split)),
+            replace(whole, kv=1, dims=range(shape["C"] - split), address=v_start),
+        ]
+    elif "k" in axes:
+        kinds.append(replace(whole, kv=1, address=whole.address + stride["k"]))
+    return [
+        replace(each, layer=layer, address=each.address + stride["l"] * i)
+        for i, layer in enumerate(layers)
+        for each in kinds
+    ]
+
+
+def _axes(memory: _Memory, axes: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Length and stride of every axis by its letter; those left out have length one."""
+    if len(set(axes)) != len(axes) or not set(axes) <= set("pthdlkC") or ("d" in axes) == ("C" in axes):
+        raise ConfigError(f"axes {axes!r}: each of p, t, h, l, k at most once, and one of d and C")
+    if len(axes) != len(memory.shape):
+        raise ConfigError(f"axes {axes!r} for a tensor of shape {memory.shape}: one letter an axis")
+    if min(memory.shape) < 1 or any(s < 0 for s, n in zip(memory.strides, memory.shape) if n > 1):
+        raise ConfigError(
+            f"a tensor of shape {memory.shape} and strides {memory.strides}: none may be empty or negative"
+        )
+    shape, stride = dict.fromkeys("pthdlkC", 1), dict.fromkeys("pthdlkC", 0)
+    shape.update(zip(axes, memory.shape))
+    stride.update(zip(axes, memory.strides))
+    return shape, stride
+
+
+def _memory(tensor: Any) -> _Memory:
+    """Address and strides of a tensor, and the memory that it may reach."""
+    if hasattr(tensor, "data_ptr") and hasattr(tensor, "untyped_storage"):
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"the tensor is on {tensor.device}: only memory of the host can be copied here")
+        itemsize, storage = tensor.element_size(), tensor.untyped_storage()
+        bounds = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        strides = tuple(stride * itemsize for stride in tensor.stride())
+        return _Memory(tensor.data_ptr(), tuple(tensor.shape), strides, itemsize, bounds, writable=True)
+    facts = getattr(tensor, "__array_interface__", None)
+    if not facts:
+        raise ConfigError(f"{type(tensor).__name__} is no tensor: pass one of torch or NumPy")
+    shape, itemsize = tuple(facts["shape"]), int(facts["typestr"][2:])
+    strides = facts.get("strides") or _dense(shape, itemsize)
+    address, read_only = facts["data"]
+    reach = sum((count - 1) * stride for count, stride in zip(shape, strides) if stride > 0) + itemsize
+    return _Memory(address, shape, strides, itemsize, (address, address + reach), writable=not read_only)
+
+
+def _dense(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = []
+    for count in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= count
+    return tuple(reversed(strides))
