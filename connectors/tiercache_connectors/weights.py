@@ -1,0 +1,90 @@
+"""Which weights an engine has loaded, from what it was told to load: the `model` and `revision` of a Layout.
+
+Keys must tell any two models apart whose KV could differ, and a path says nothing of what lies there. A snapshot of a hub
+is its name and commit. Any other directory is a digest of its configuration and of every byte of its weights, so that
+all engines and hosts that load the same files find each other's blocks, wherever the files lie. Reading them once is
+what that costs (the engine has just done so: they are in the page cache); who says `model` and `revision` avoids it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from tiercache.errors import ConfigError
+
+THREADS = 4
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""Patterns of files with weights: the first that matches anything counts, for directories may have copies in others."""
+
+_SNAPSHOT = re.compile(r"/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
+
+
+class Weights(NamedTuple):
+    """Fields of a Layout."""
+
+    model: str
+    revision: str = ""
+
+
+def identify(model: str, revision: str = "") -> Weights:
+    """Identity of a model by the name or directory that an engine was given, and the revision if one was.
+
+    Raises ConfigError where it cannot be found out without asking a hub: then the user has to say it.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return _snapshot(path) or Weights(f"weights:{digest(path)}")
+    if path.is_file():
+        return Weights(f"weights:{_file_digest(path)}")
+    if commit := _commit(model, revision):
+        return Weights(model, commit)
+    raise ConfigError(f"no snapshot of {model!r} is in the hub's cache: say model= and revision= of the weights")
+
+
+def _snapshot(path: Path) -> Weights | None:
+    found = _SNAPSHOT.search(os.fspath(path.absolute()))
+    return Weights(found["name"].replace("--", "/"), found["commit"]) if found else None
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit that a branch or tag of a hub's repository means here, from the hub's cache; empty if unknown."""
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    # The places that huggingface_hub itself looks at; it is asked for nothing, for it might go to the network.
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    reference = Path(cache).expanduser() / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
+    try:
+        return reference.read_text().strip()
+    except OSError:
+        return ""
+
+
+def digest(directory: Path) -> str:
+    """xxh3-128, in hex, over a directory's config.json and the names, sizes and contents of its files with weights."""
+    files = next((found for pattern in WEIGHTS if (found := sorted(directory.glob(pattern)))), [])
+    if not files:
+        raise ConfigError(f"{directory} holds no weights ({', '.join(WEIGHTS)}): say model= and revision= instead")
+    config = directory / "config.json"
+    hashed = xxhash.xxh3_128(config.read_bytes() if config.exists() else b"")
+    with ThreadPoolExecutor(THREADS) as threads:
+        for file, each in zip(files, threads.map(_file_digest, files)):
+            hashed.update(f"\n{file.name} {each}".encode())
+    told: str = hashed.hexdigest()
+    return told
+
+
+def _file_digest(file: Path) -> str:
+    size = file.stat().st_size
+    if not size:
+        return "empty"
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        told: str = xxhash.xxh3_128_hexdigest(mapped)
+    return f"{size}:{told}"
