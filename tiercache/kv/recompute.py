@@ -1,0 +1,282 @@
+"""Load or recompute: how many blocks of a stored prefix are worth loading, so that a cache is never slower than none.
+
+Only prefixes are of use, so a plan is a split: load the first blocks, compute the rest. Loading n blocks takes, tier by
+tier, `latency + (queued + bytes) / bandwidth` (rates.py), and saves what computing their tokens would have taken
+(Prefill). Both are known up to a stated error. The plan is the n of least expected time to first token among those that
+save time at the worst of both errors, n = 0 being one of them. So:
+
+1. While rates and prefill stay within their stated errors, no request takes longer than without a cache.
+2. A tier that turns slower than that costs a request at most `Plan.deadline_s`, after which the load is given up and
+   the rest computed; the deadline is never longer than what the load was sure to save. Rates then distrust that tier.
+3. Whether a distrusted tier has recovered is found out by probes: loads with a deadline that is paid out of a purse,
+   filled with a small share of the time that requests take anyway. All failed probes together cost no more than that.
+
+Pure: nothing here does I/O or reads a clock. Loading and computing are taken to follow one another; layer-wise loads
+overlap them and are faster than planned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.kv.rates import FADE, REMOTE, SECONDS_MIN, Doubt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
+
+    from tiercache.kv.rates import Rate
+
+    F64 = npt.NDArray[np.float64]
+
+MARGIN = 1.05
+"""A load must save so many times its worst duration."""
+PREFILLS = 64
+"""Prefills that a curve is fitted to."""
+PURSE_SHARE = 0.005
+"""Of the time that requests take without a tier, what may be lost on probing it."""
+PURSE_S_MAX = 10.0
+GRAIN_S = 1e-3
+"""The first probe costs at most this; each that fails doubles the next."""
+
+
+class Prefill:
+    """The model's prefill cost curve, learnt from prefills: a + b * tokens + c * (tokens before each, summed) seconds.
+
+    The three terms are a fixed cost, work a token (projections, experts) and attention; none is negative. `spread` is
+    the stated relative error of the time that some tokens add: a factor that may be another for each of them.
+    """
+
+    def __init__(self, fixed_s: float = 0.0, token_s: float = 0.0, pair_s: float = 0.0) -> None:
+        """What is believed before the first prefill; nothing, as it stands."""
+        self._lock = threading.Lock()
+        self._terms = (fixed_s, token_s, pair_s)
+        self._samples: deque[tuple[int, int, float]] = deque(maxlen=PREFILLS)
+        self._doubt = Doubt()
+        self._reach = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to go by."""
+        return any(self._terms)
+
+    @property
+    def terms(self) -> tuple[float, float, float]:
+        """(a, b, c) in seconds; see the class."""
+        return self._terms
+
+    def learn(self, start: int, count: int, seconds: float) -> None:
+        """Takes one prefill of tokens [start, start + count). Any thread."""
+        if count <= 0:
+            return
+        seconds = max(seconds, SECONDS_MIN)
+        with self._lock:
+            guess = self.seconds(start, count)
+            if self.known and self._doubt.hear(guess, guess, seconds):
+                # The machine or its load has changed: what was seen before tells no more than the curve's shape.
+                change = seconds / guess
+                self._samples = deque([(a, b, s * change) for a, b, s in list(self._samples)[-8:]], PREFILLS)
+            self._samples.append((start, count, seconds))
+            self._reach = max(start + count for start, count, _ in self._samples)
+            self._terms = _fit(list(self._samples))
+
+    def seconds(self, start: int, count: int) -> float:
+        """Expected time of a prefill of tokens [start, start + count)."""
+        return self._terms[0] + float(self.added(start, np.array([start + count]))[0])
+
+    def added(self, start: int, stops: npt.NDArray[np.integer]) -> F64:
+        """Expected time that tokens [start, stops[i]) add to the prefill that they are part of."""
+        ends = stops.astype(np.float64)
+        _, token_s, pair_s = self._terms
+        return token_s * (ends - start) + pair_s * (ends * ends - float(start) * start) / 2
+
+    def spread(self, stop: int = 0) -> float:
+        """The stated relative error of `added` up to token `stop`; larger beyond all that was seen."""
+        spread = self._doubt.spread()
+        return spread if stop <= 2 * self._reach or not self._reach else (1 + spread) * stop / (2 * self._reach) - 1
+
+
+def _fit(samples: list[tuple[int, int, float]]) -> tuple[float, float, float]:
+    """Non-negative least squares of relative errors: the best of the fits by each subset of terms whose coefficients
+    all come out positive. With few samples only the plainer ones are tried."""
+    rows = np.array(samples)
+    start, count, seconds = rows.T
+    terms = np.stack([np.ones_like(count), count, count * (start + count / 2)], axis=1) / seconds[:, None]
+    weights = FADE ** (np.arange(len(rows))[::-1] / 4)
+    norms = np.sqrt(weights @ terms**2)
+    terms /= norms
+    gram, right, whole = terms.T @ (terms * weights[:, None]), terms.T @ weights, float(weights.sum())
+    best, found = np.inf, np.array([0.0, float(seconds[-1] / count[-1]), 0.0])
+    for size in range(1, min(3, len({(a, b) for a, b, _ in samples})) + 1):
+        for chosen in combinations((1, 2, 0), size):
+            at = list(chosen)
+            try:
+                solved = np.linalg.solve(gram[np.ix_(at, at)], right[at])
+            except np.linalg.LinAlgError:
+                continue  # terms that these samples cannot tell apart
+            error = max(0.0, whole - float(solved @ right[at]))
+            # A term more must earn its place, or noise would decide between costs a token and costs a prefill.
+            if (solved > 0).all() and error < 0.9 * best:
+                best, found = error, np.zeros(3)
+                found[at] = solved / norms[at]
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+class Purse:
+    """What may be lost on probing tiers. Thread-safe."""
+
+    def __init__(self, share: float = PURSE_SHARE) -> None:
+        self._lock = threading.Lock()
+        self._share = share
+        self._held_s: dict[int, float] = {}
+        self._grain_s: dict[int, float] = {}
+
+    def earn(self, tier: int, without_s: float) -> None:
+        """A request that takes `without_s` without a cache did not use this tier (Plan.refused)."""
+        with self._lock:
+            self._held_s[tier] = min(PURSE_S_MAX, self._held_s.get(tier, 0.0) + self._share * without_s)
+
+    def allowance(self, tier: int) -> float:
+        """Seconds that a probe of this tier may cost now; 0 while the next probe is being saved for."""
+        with self._lock:
+            held = self._held_s.get(tier, 0.0)
+            return held if held >= self._grain_s.get(tier, GRAIN_S) else 0.0
+
+    def spend(self, tier: int, lost_s: float, *, failed: bool) -> None:
+        """A probe is over: it lost so much, and failed if it was given up."""
+        with self._lock:
+            self._held_s[tier] = self._held_s.get(tier, 0.0) - max(0.0, lost_s)
+            grain = self._grain_s.get(tier, GRAIN_S)
+            self._grain_s[tier] = min(2 * grain, PURSE_S_MAX / 2) if failed else GRAIN_S
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Load blocks [first, stop), then as a probe [stop, probe_stop), and compute what follows the last that came."""
+
+    first: int
+    """Blocks whose tokens the engine has already."""
+    stop: int
+    load_s: float
+    """Expected time of the load."""
+    saved_s: float
+    """Expected prefill time that it saves."""
+    deadline_s: float
+    """Give the load up after this; what has landed by then, as far as it is a prefix, is of use."""
+    without_s: float
+    """Expected prefill time without a cache."""
+    refused: int = 0
+    """Tier of the first block that is stored but not worth loading; 0 where there is none. Purse.earn wants it."""
+    probe_stop: int = 0
+    probe_s: float = 0.0
+    """Deadline of the probe alone: what its blocks take to compute."""
+
+    @property
+    def blocks(self) -> int:
+        """Leading blocks that the engine should have after the load, a probe not counted."""
+        return self.stop
+
+    @property
+    def probes(self) -> bool:
+        """Whether there is a probe."""
+        return self.probe_stop > self.stop
+
+
+def plan_load(
+    tiers: bytes,
+    rates: Mapping[int, Rate],
+    prefill: Prefill,
+    *,
+    block_bytes: int,
+    block_tokens: int,
+    total_tokens: int,
+    computed_tokens: int = 0,
+    allowance_s: Mapping[int, float] | None = None,
+) -> Plan:
+    """How much of a stored prefix to load for one request.
+
+    Args:
+        tiers: the matched prefix, one byte a block: its tier (KvStore.match). A tier that `rates` lacks, and 0, end it.
+        block_bytes: what this reader loads of a block. block_tokens: tokens of a block.
+        total_tokens: of the prompt. computed_tokens: leading ones whose KV the engine has; those blocks are not loaded.
+        allowance_s: what may be lost on a probe of a tier (Purse.allowance); none without it.
+
+    A load is taken to be one transfer a tier, one after the other. While nothing is known of the prefill, all of it is
+    loaded that is on this host: there is nothing to compare with.
+    """
+    first = computed_tokens // block_tokens
+    tier_of = np.frombuffer(tiers, np.uint8)[first:]
+    known = np.zeros(256, np.bool_)
+    known[[tier for tier in rates if tier > 0]] = True
+    tier_of = tier_of[: _leading(known[tier_of])]
+    load, load_max = _load_seconds(tier_of, rates, block_bytes)
+    without_s = prefill.seconds(computed_tokens, max(1, total_tokens - computed_tokens))
+    if not prefill.known:
+        count = _leading(tier_of < REMOTE)
+        refused = int(tier_of[count]) if count < len(tier_of) else 0
+        return Plan(
+            first,
+            first + count,
+            float(load[count]),
+            0.0,
+            float(load_max[count]),
+            0.0,
+            refused,
+            probe_stop=first + count,
+        )
+    # The engine computes at least the last token, also of a prompt that is stored to its end.
+    stops = np.minimum((first + np.arange(len(tier_of) + 1)) * block_tokens, max(computed_tokens, total_tokens - 1))
+    saved = np.maximum(0.0, prefill.added(computed_tokens, stops))
+    sure = saved / (1 + prefill.spread(total_tokens))
+    safe = load_max * MARGIN <= sure
+    safe[0] = True
+    count = int(np.argmin(np.where(safe, load - saved, np.inf)))
+    refused = int(tier_of[count]) if count < len(tier_of) else 0
+    probe, probe_s = 0, 0.0
+    if refused and allowance_s and (allowed := allowance_s.get(refused, 0.0)) > 0:
+        probe, probe_s = _probe(tier_of, count, sure, allowed)
+    return Plan(
+        first, first + count, float(load[count]), float(saved[count]), float(load_max[count]), without_s, refused,
+        first + count + probe, probe_s,
+    )  # fmt: skip
+
+
+def _leading(true: npt.NDArray[np.bool_]) -> int:
+    """How many leading items are true."""
+    return len(true) if true.all() else int(np.argmin(true))
+
+
+def _load_seconds(tier_of: npt.NDArray[np.uint8], rates: Mapping[int, Rate], block_bytes: int) -> tuple[F64, F64]:
+    """Expected and longest time to load the first 0, 1, 2... blocks: tiers one after the other."""
+    expected, longest = np.zeros(len(tier_of) + 1), np.zeros(len(tier_of) + 1)
+    for tier in np.flatnonzero(np.bincount(tier_of)).tolist():
+        rate = rates[tier]
+        counts = np.cumsum(tier_of == tier)
+        some = counts > 0
+        sizes = rate.queued_bytes + counts * float(block_bytes)
+        expected[1:] += some * (rate.latency_s + sizes / rate.bytes_per_s)
+        # Rate.bounds, for all sizes at once.
+        known = np.clip(sizes, *rate.seen_bytes)
+        longest[1:] += (
+            some
+            * (rate.latency_s + known / rate.bytes_per_s)
+            * (1 + rate.spread)
+            * np.maximum(1.0, sizes / np.maximum(known, 1.0))
+        )
+    return expected, longest
+
+
+def _probe(tier_of: npt.NDArray[np.uint8], count: int, sure: F64, allowed_s: float) -> tuple[int, float]:
+    """Blocks after the first `count`, of the tier that the next one is in, whose computing takes no longer than what a
+    probe may cost, and that time. A load of them that takes longer is not worth it, so that is its deadline."""
+    run = _leading(tier_of[count:] == tier_of[count])
+    gains = sure[count + 1 : count + 1 + run] - sure[count]
+    blocks = int(np.searchsorted(gains, allowed_s, side="right"))
+    return (blocks, float(gains[blocks - 1])) if blocks and gains[blocks - 1] > 0 else (0, 0.0)
