@@ -171,6 +171,17 @@ def part_digests(payload: Buffer, part_bytes: int, parts: int | None = None) -> 
     return digest_rows(len(values)).pack(*values)
 
 
+def same_digests(found: bytes, meant: bytes, parts: int) -> bool:
+    """Whether two digests in the Payload layout agree on these parts; the one that was meant may end after them."""
+    if len(meant) < 8 * parts.bit_length():
+        return False
+    if parts == (1 << parts.bit_length()) - 1:
+        return found[: 8 * parts.bit_length()] == meant[: 8 * parts.bit_length()]
+    return all(
+        found[8 * i : 8 * i + 8] == meant[8 * i : 8 * i + 8] for i in range(parts.bit_length()) if parts >> i & 1
+    )
+
+
 def verify_parts(payload: Buffer, part_bytes: int, parts: int, digests: bytes) -> bool:
     """Whether each part of `payload` in the map `parts` has its digest; `digests` is in the Payload layout."""
     _check_parts(payload.length, payload.length, part_bytes, parts)

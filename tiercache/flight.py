@@ -54,6 +54,13 @@ class Flights:
         """Every load of `slot` under way."""
         return [future for _, future in self._under_way.get(slot, ())]
 
+    def loading(self, slot: int) -> int:
+        """Parts of `slot` that are being loaded; any thread, with the lock held."""
+        parts = 0
+        for share, _ in tuple(self._under_way.get(slot, ())):
+            parts |= share
+        return parts
+
     def claim(self, slots: Sequence[int]) -> Claim | None:
         """Keeps the loop from loading anything of these slots until `unclaim`; None where somebody loads already. Any
         thread."""

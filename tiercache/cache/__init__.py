@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.buffers import Buffer
+from tiercache.cache.blocks import Blocks
+from tiercache.cache.chained import Chained
 from tiercache.cache.demotion import Demotion
 from tiercache.cache.filling import Filling
 from tiercache.cache.here import Here
@@ -25,7 +27,7 @@ from tiercache.cache.storing import Storing
 from tiercache.cache.survey import Survey
 from tiercache.cache.tasks import Tasks
 from tiercache.cache.tiers import Tiers, check_room, whole
-from tiercache.errors import ClosedError, ConfigError, UnavailableError
+from tiercache.errors import ConfigError, UnavailableError
 from tiercache.lease import Lease, look_again
 from tiercache.model import Kind, Name, Outcome, Terms, TierId
 
@@ -57,7 +59,7 @@ INLINE_BYTES_MAX = 4 << 20
 """A put of more than this copies in a worker thread, so that the loop is never held for longer than some 0.5 ms."""
 
 
-class Cache:
+class Cache(Chained):
     """See the module. Made by assemble.py; `start()` before anything else, `close()` at the end, both on the loop."""
 
     notes: Notes | None = None
@@ -83,11 +85,21 @@ class Cache:
         self.tiers.nudge = self._nudge
         self._recovery = Recovery(self.tiers)
         self._storing = Storing(self.tiers, self._recovery, self._dirtied, self._demotion.saved)
+        self.blocks = Blocks(
+            self.tiers,
+            self._recovery,
+            self._storing,
+            self._filling.flights,
+            stored=self._dirtied,
+            flush=self._demotion.flush,
+            lease=self._lease,
+        )
+        self._filling.taken = self.blocks.taken
         self._survey = Survey(self.tiers, self._recovery)
         self.serving = Serving(self.tiers, self._recovery, self._storing, lease=self._lease)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forever: list[asyncio.Task[None]] = []
-        self._closed = self._nudged = False
+        self._nudged = False
 
     async def start(self) -> None:
         """As `begin`, for callers elsewhere."""
@@ -391,6 +403,7 @@ class Cache:
         for task in self._forever:
             task.cancel()
         self._recovery.stop()
+        self.blocks.close()
         await self._tasks.close(CLOSE_PATIENCE_S)
         self.tiers.drain()
         ssd = self.tiers.ssd
@@ -427,13 +440,6 @@ class Cache:
         return metrics.snapshot()
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _open(self) -> Tiers:
-        if self._closed:
-            raise ClosedError("this cache was closed: open it again with tiercache.open(...)")
-        if self.tiers.noted:
-            self.tiers.drain()
-        return self.tiers
 
     @property
     def clock(self) -> Clock:

@@ -68,6 +68,8 @@ class Filling:
         """`landed` hears of slots that got new parts from elsewhere than the SSD."""
         self._tiers, self._tasks, self._landed = tiers, tasks, landed
         self.flights = Flights()
+        self.taken: Callable[[int, int], int] = lambda slot, location: 0
+        """Parts of a slot, in its extent, that others write (blocks.py): nothing is loaded there."""
         self._ssd_loads: set[asyncio.Future[None]] = set()
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
         self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent that nobody may use -> what may write to it
@@ -155,6 +157,7 @@ class Filling:
                 else lack._replace(ssd=0, origin=lack.ssd | lack.origin)
                 for lack in lacks
             ]
+        lacks = [self._untaken(lack) for lack in lacks]
         if load is None:
             # What another task is loading may still come; what nobody loads and no tier has is a miss.
             lacks = [lack for lack in lacks if not (lack.origin and self.flights.join(lack.slot, lack.origin).mine)]
@@ -186,6 +189,11 @@ class Filling:
             self._finish(from_ssd + from_origin, fault)
             raise
         return waits + [share.future for share in from_ssd + from_origin]
+
+    def _untaken(self, lack: Lack) -> Lack:
+        """A lack without those parts on the SSD that somebody else is writing."""
+        taken = lack.ssd & self.taken(lack.slot, lack.look.memory_location)
+        return lack._replace(ssd=lack.ssd & ~taken, origin=lack.origin | taken) if taken else lack
 
     def _places(self, lacks: list[Lack], names: Sequence[Name]) -> list[int]:
         """The extent in memory of each; FULL for those that find no room."""

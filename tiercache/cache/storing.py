@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.buffers import copy, part_digests
+from tiercache.buffers import copy, part_digests, same_digests
+from tiercache.cache.tiers import whole
 from tiercache.errors import CapacityError, ConfigError
 from tiercache.model import Name, Outcome, State, TierId, all_parts, part_bytes_for
 
@@ -54,11 +55,14 @@ class Ticket:
     def place(self, names: Sequence[Name], sizes: Sequence[int], steps: Sequence[int]) -> None:
         """Finds extents for what the reservation made PENDING. The caller ends the ticket if this raises."""
         fresh = np.flatnonzero(self._reservation.fresh).tolist()
-        state = self._tiers.index.facts(self.slots).state
+        facts = self._tiers.index.facts(self.slots)
+        # Blocks that are filled part by part (blocks.py) are readable, and yet not there as a whole.
+        there = (facts.memory_parts | facts.ssd_parts) == whole(facts.size, facts.part_bytes)
+        there &= facts.state >= State.RESIDENT
         for i in range(len(self.slots)):
             if self.slots[i] < 0:
                 self.outcomes[i] = Outcome.FULL
-            elif not self._reservation.fresh[i] and state[i] < State.RESIDENT:
+            elif not self._reservation.fresh[i] and not there[i]:
                 self.outcomes[i] = Outcome.BUSY
         shapes = [(int(sizes[i]), int(steps[i])) for i in fresh]
         places = self._tiers.reserve([names[i] for i in fresh], [one[0] for one in shapes], [one[1] for one in shapes])
@@ -98,7 +102,7 @@ class Ticket:
                 found = part_digests(
                     self._tiers.memory.buffers([self.locations[item]])[0], self._shapes[item][1], parts
                 )
-                if _same(found, digests, parts):
+                if same_digests(found, digests, parts):
                     self._land(item, parts, found)
                 else:
                     self._spoil(item)
@@ -177,7 +181,7 @@ class Storing:
 
     def reserve(self, names: Sequence[Name], sizes: Sequence[int], terms: Terms) -> Ticket:
         """Extents for lone entries; any thread."""
-        steps = self._prepare(names, sizes, terms)
+        steps = self.prepare(names, sizes, terms)
         reservation = self._tiers.index.reserve(
             names,
             np.array(sizes, np.uint32),
@@ -193,7 +197,7 @@ class Storing:
         """Extents for blocks of one chain, in order; any thread."""
         if not names:
             return self.reserve(names, sizes, terms)
-        steps = self._prepare(names, sizes, terms)
+        steps = self.prepare(names, sizes, terms)
         reservation = self._tiers.index.reserve_chain(
             [name.key for name in names],
             np.array(sizes, np.uint32),
@@ -218,8 +222,8 @@ class Storing:
             raise
         return ticket
 
-    def _prepare(self, names: Sequence[Name], sizes: Sequence[int], terms: Terms) -> list[int]:
-        """Part sizes; expired entries of these names make way."""
+    def prepare(self, names: Sequence[Name], sizes: Sequence[int], terms: Terms) -> list[int]:
+        """Part sizes; expired entries of these names make way. Raises where such entries can never be put."""
         most = self._tiers.memory.entry_bytes_max
         if sizes and max(sizes) > most:
             raise CapacityError(
@@ -235,14 +239,3 @@ class Storing:
         self._tiers.make_slots(len(names))
         self._recovery.revive(names)
         return [part_bytes_for(size) for size in sizes]
-
-
-def _same(found: bytes, meant: bytes, parts: int) -> bool:
-    """Whether two digests in the Payload layout agree on these parts; the one that was meant may end after them."""
-    if len(meant) < 8 * parts.bit_length():
-        return False
-    if parts == (1 << parts.bit_length()) - 1:
-        return found[: 8 * parts.bit_length()] == meant[: 8 * parts.bit_length()]
-    return all(
-        found[8 * i : 8 * i + 8] == meant[8 * i : 8 * i + 8] for i in range(parts.bit_length()) if parts >> i & 1
-    )

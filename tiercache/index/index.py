@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.index import few
+from tiercache.index.chains import Chains
 from tiercache.index.check import check
 from tiercache.index.entries import Entries
 from tiercache.index.load import Loaded, load_chunks
@@ -44,6 +45,7 @@ class Index:
         self._entries = entries = Entries(slots_max, policies)
         self._slots, self._names = entries.slots, entries.names
         self._pins = 0
+        self.chains = Chains(entries, self.lock, self._hold, lambda: self._pins < PINS_MAX)
         self.state, self.pin = self._slots.state, self._slots.pin
         self.depth, self.payload = self._slots.depth, self._slots.payload
 
@@ -130,10 +132,9 @@ class Index:
         """The one-entry path: a pinned slot or -1, without any object. Undo with `release_slot`."""
         with self.lock:
             row = self._names.find(key, ordinal)
-            slots = self._slots
-            if slots.states[row] < RESIDENT or self._pins >= PINS_MAX:
+            if self._slots.states[row] < RESIDENT or self._pins >= PINS_MAX:
                 return -1
-            slots.pins[row] += 1
+            self._slots.pins[row] += 1
             self._pins += 1
             self._entries.touch(row)
             return row
@@ -309,8 +310,7 @@ class Index:
 
     def _reserved(self, out: I64, fresh: Mask) -> Reservation:
         """Pins what was reserved, once each, and touches what was there before."""
-        held = out[out > 0]
-        if not len(held):
+        if not len(held := out[out > 0]):
             return Reservation(out, fresh, None)
         old = held[~fresh[out > 0]]
         if len(set(held.tolist())) < len(held):

@@ -201,6 +201,14 @@ class NameTable:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
+    def find_blocks(self, query: Query) -> I64:
+        """The slots of blocks, from anywhere in their chains; 0 = none. Those that lie in consecutive slots as a chain
+        are found by the first of them."""
+        first = self.find_key(query.raw[: query.width]) if query.count else 0
+        length = self._stretch(query, 0, first) if first else 0
+        stretch = np.arange(first, first + length)
+        return np.concatenate((stretch, self.find_keys(query.words[length:]))) if length < query.count else stretch
+
     def _stretch(self, query: Query, at: int, first: int) -> int:
         """How many blocks from `at` on lie in consecutive slots from `first` on, each the parent of the next."""
         slots, size = self.slots, 32

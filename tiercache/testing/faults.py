@@ -256,6 +256,9 @@ class FaultyMemory(FaultyTier):
     def buffers(self, locations: Sequence[int]) -> list[Buffer]:
         return self._extents.buffers(locations)
 
+    def digests(self, locations: Sequence[int]) -> list[bytes]:
+        return self._extents.digests(locations)
+
     def commit(self, locations: Sequence[int], parts: Sequence[int], digests: Sequence[bytes]) -> None:
         self._extents.commit(locations, parts, digests)
 

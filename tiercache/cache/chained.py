@@ -1,0 +1,65 @@
+"""Chained: what a cache answers about blocks and their parts, beside whole entries; the work is done in blocks.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiercache.errors import ClosedError
+from tiercache.model import Kind, Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.cache.blocks import Blocks
+    from tiercache.cache.joint import BlockTicket
+    from tiercache.cache.tiers import Tiers
+    from tiercache.lease import Lease
+
+
+class Chained:
+    """See the module. Part of Cache."""
+
+    tiers: Tiers
+    blocks: Blocks
+    _closed = False
+
+    def _open(self) -> Tiers:
+        if self._closed:
+            raise ClosedError("this cache was closed: open it again with tiercache.open(...)")
+        if self.tiers.noted:
+            self.tiers.drain()
+        return self.tiers
+
+    def probe_chain(self, digests: Sequence[bytes], parts: int) -> bytes:
+        """What of a chain has these parts, and in which tier; see Core.probe_chain."""
+        self._open()
+        return self.blocks.probe(digests, parts)
+
+    def touch_chain(self, digests: Sequence[bytes]) -> None:
+        """The stored prefix of this chain was used."""
+        self._open().index.chains.touch(digests)
+
+    def lease_blocks_resident(self, digests: Sequence[bytes], parts: int) -> Lease | None:
+        """A lease on blocks that are all in memory with these parts, else None."""
+        self._open()
+        return self.blocks.resident(digests, parts)
+
+    def join_blocks(
+        self,
+        digests: Sequence[bytes],
+        size: int,
+        part_bytes: int,
+        claim: int,
+        pieces: Sequence[tuple[int, int]] = (),
+        terms: Terms | None = None,
+        *,
+        parent: bytes = b"",
+    ) -> BlockTicket:
+        """Begins to fill blocks together with others; see Core.join_blocks."""
+        self._open()
+        return self.blocks.join(digests, size, part_bytes, claim, pieces, terms or Terms(Kind.KV), parent=parent)
+
+    async def lease_blocks(self, digests: Sequence[bytes], parts: int) -> Lease:
+        """A lease on blocks with these parts, brought to memory where needed; look at its `outcomes`."""
+        self._open()
+        return await self.blocks.lease(digests, parts)
