@@ -83,6 +83,15 @@ METRICS: tuple[Metric, ...] = (
         ("stat_hits_total", "calls", "Facts or listings answered without asking the origin."),
         ("stat_misses_total", "calls", "Facts or listings that the origin was asked for."),
         ("changed_objects_total", "objects", "Objects found changed at the origin while a version was pinned."),
+        ("kv_matched_blocks_total", "blocks", "KV blocks found by a match, by the tier they must come from.", "tier"),
+        ("kv_missed_blocks_total", "blocks", "KV blocks asked for by a match and not found."),
+        ("kv_saved_blocks_total", "blocks", "KV blocks of which a rank's share was stored, or was there."),
+        ("kv_saved_bytes_total", "bytes", "Bytes copied out of engine memory."),
+        ("kv_loaded_blocks_total", "blocks", "KV blocks copied into engine memory as a whole."),
+        ("kv_loaded_bytes_total", "bytes", "Bytes copied into engine memory."),
+        ("kv_failed_blocks_total", "blocks", "KV blocks that a save or a load gave up.", "operation"),
+        ("kv_compared_bytes_total", "bytes", "Bytes that replicas digested to compare them with what is stored."),
+        ("kv_divergent_parts_total", "parts", "Parts in which a rank's bytes differ from those of its replicas."),
         ("internal_errors_total", "errors", "Unexpected exceptions that were caught, logged and answered as a miss."),
     ),
     *_rows(
@@ -101,6 +110,7 @@ METRICS: tuple[Metric, ...] = (
     *_rows(
         MetricKind.HISTOGRAM,
         ("read_seconds", "seconds", "Time of one batch of reads from a tier.", "tier"),
+        ("kv_seconds", "seconds", "Time from the call of a save or load to its end.", "operation"),
         ("origin_seconds", "seconds", "Time of one origin request, its retries included.", "operation"),
     ),
 )

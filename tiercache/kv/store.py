@@ -18,14 +18,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiercache.errors import ClosedError, ConfigError
+from tiercache.errors import ConfigError
 from tiercache.kv.chain import engine_keys, tokens_keys
-from tiercache.kv.loading import Loading, Prefetch
-from tiercache.kv.reading import read_slice
+from tiercache.kv.loading import LEASE_BYTES, Loading, Prefetch
+from tiercache.kv.reading import Slice, read_slice
 from tiercache.kv.saving import Saving
+from tiercache.kv.shard import Shard
+from tiercache.kv.stretch import Stretch
 from tiercache.kv.variants import Variants
 from tiercache.kv.workers import Workers
-from tiercache.model import Outcome
+from tiercache.model import Kind, Terms
 
 if TYPE_CHECKING:
     import asyncio
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from tiercache.kv.layout import Layout
     from tiercache.kv.moving import Table
     from tiercache.kv.planes import Planes
-    from tiercache.kv.shard import Shard
+    from tiercache.model import Outcome
 
 CLOSE_S_MAX = 10.0
 """`close` waits so long for copies under way; what has not ended then never touches engine memory again."""
@@ -79,14 +81,18 @@ class KvStore:
         Raises ConfigError where the layout can never fit into the cache's memory.
         """
         self.core, self.loop, self.layout, self.verify = core, loop, layout, verify
-        self.shard = shard
+        self.holder = shard if shard is not None else Shard.whole(layout)
         self.workers = Workers(threads, core.clock, core.metrics)
-        self.variants = Variants(core, loop, layout, shard)
+        self.variants = Variants(core, loop, layout, self.holder)
 
     # -- keys and matching: any thread, no copies ----------------------------------------------------------------------
 
     def keys(
-        self, tokens: Sequence[int] | npt.NDArray[np.integer], *, parent: bytes = b"", extra: Sequence[bytes] | None = None
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        *,
+        parent: bytes = b"",
+        extra: Sequence[bytes] | None = None,
     ) -> list[bytes]:
         """Keys of the whole blocks of a sequence of token ids, in order; see chain.tokens_keys. `parent` is the key of
         the block before `tokens[0]`; `extra[i]` is what else decides the bytes of block i (images, say)."""
@@ -103,12 +109,24 @@ class KvStore:
         A block counts when every part that `shard` needs is there; without one every part, so that all ranks of an
         engine, and engines of any shape, find the same.
         """
-        ...
+        parts = self.layout.all_parts if shard is None else shard.needed(self.layout)
+        tiers = self.core.probe_chain(keys, parts)
+        metrics = self.core.metrics
+        counts = [("tiercache_kv_missed_blocks_total", len(keys) - len(tiers), "", "")]
+        for code, name in enumerate(("memory", "ssd", "remote"), start=1):
+            if count := tiers.count(code):
+                counts.append(("tiercache_kv_matched_blocks_total", count, name, ""))
+        metrics.add_all(counts)
+        if tiers:
+            self.core.touch_chain(keys[: len(tiers)])
+        return Matched(len(tiers), tiers)
 
     def prefetch(self, keys: Sequence[bytes], deadline_s: float, shard: Shard | None = None) -> Prefetch:
         """Starts to bring the blocks (the parts that `shard` needs; this store's without one) to memory, first blocks
         first, and gives up after `deadline_s`. Wait for it, cancel it, or forget about it."""
-        ...
+        parts = (shard if shard is not None else self.holder).needed(self.layout)
+        batch = max(1, LEASE_BYTES // self.layout.block_bytes)
+        return Prefetch(self.core, self.loop, keys, parts, batch).begin(deadline_s)
 
     # -- engine memory -------------------------------------------------------------------------------------------------
 
@@ -138,7 +156,11 @@ class KvStore:
         already are not copied. A block whose predecessor is not stored cannot be: MISS.
         The engine must neither write to nor reuse the pages of these blocks before `Saving.pages_free` has said so.
         """
-        ...
+        stretch = Stretch.of(self.layout, keys, planes, table, start=start, stop=stop)
+        if planes.shard != self.holder:
+            raise ConfigError(f"these planes hold {planes.shard}, and the store was made for {self.holder}")
+        terms = Terms(Kind.KV, cost_s=cost_s)
+        return Saving(self, stretch, terms, durable=durable).begin(inline=inline)
 
     def load(
         self,
@@ -155,11 +177,12 @@ class KvStore:
         """Copies blocks [start, stop) of a sequence into engine memory, what this rank holds of them.
 
         Layer groups come in order (`layerwise`): layer 0 of all blocks is usable before the last one has landed; else
-        block by block. A block that is not complete in the end is reported, and its engine memory is undefined then:
+        block after block. A block that is not complete in the end is reported, and its engine memory is undefined then:
         recompute it. `deadline_s` (default 60 s): what has not landed by then is a MISS. The engine must leave the
         pages alone until `Loading.wait`, or `cancel`, has returned.
         """
-        ...
+        stretch = Stretch.of(self.layout, keys, planes, table, start=start, stop=stop)
+        return Loading(self, stretch, layerwise=layerwise, deadline_s=deadline_s).begin(inline=inline)
 
     def read(
         self,
@@ -178,7 +201,7 @@ class KvStore:
         contiguous dims, with items as wide as the layout's), or a list [K, V] of arrays of four axes where their dims
         differ; None, or a list of one, where there is no V. HIT, or why not: `out` is undefined then.
         """
-        ...
+        return read_slice(self, keys, Slice(layers, heads, tokens), out, timeout_s)
 
     # -- its end -------------------------------------------------------------------------------------------------------
 
