@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tiercache.core import Core
+    from tiercache.kv.layout import Layout
+    from tiercache.kv.shard import Shard
+    from tiercache.kv.store import KvStore
     from tiercache.lease import Lease
 
     Called = Name | bytes | str
@@ -224,6 +227,15 @@ class BlockingCache:
     def match(self, digests: Sequence[bytes]) -> Lease:
         """A lease on the longest prefix of a chain that is stored; its length is the number of blocks."""
         return wait(self.core.match(digests), self.loop)
+
+    def kv(
+        self, layout: Layout, shard: Shard | None = None, *, threads: int = 1, verify: bool | None = None
+    ) -> KvStore:
+        """The KV cache of one rank of an engine (see kv/store.py): `layout` says what is stored, `shard` what this rank
+        holds of it; None for whoever holds everything, or only asks. Close it before the cache."""
+        from tiercache.kv.store import KvStore  # nobody else needs it
+
+        return KvStore(self.core, self.loop, layout, shard, threads=threads, verify=self._verify(verify))
 
     def delete(self, names: Sequence[Called]) -> list[Outcome]:
         """Forgets values in every tier: HIT for each that was there, GONE where there was none.

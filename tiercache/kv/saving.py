@@ -72,7 +72,7 @@ class Saving:
         self.moved_bytes = 0
         """Bytes copied out of engine memory so far."""
         self.differs: dict[int, int] = {}
-        """Block -> map of the parts in which this rank's bytes differ from what another rank of the same heads stored."""
+        """Block -> map of the parts in which this rank's bytes differ from what another rank of these heads stored."""
         self._store, self._stretch, self._terms, self._durable = store, stretch, terms, durable
         self._share = store.holder.share(stretch.layout)
         self._comparing = Comparing(store, stretch, self.differs) if store.holder.replicas > 1 else None

@@ -67,7 +67,7 @@ class Sequence:
         free or overwrite them (preemption, end of the request)."""
         clock = self.store.core.clock
         until = clock.monotonic() + timeout_s
-        return all([saving.pages_free(max(0.0, until - clock.monotonic())) for _, saving in self._savings])
+        return all(saving.pages_free(max(0.0, until - clock.monotonic())) for _, saving in self._savings)
 
     def cancel(self) -> None:
         """Gives up saves under way. When it returns nothing reads the sequence's pages any more."""

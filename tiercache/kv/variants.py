@@ -65,10 +65,9 @@ class Variants:
         parts, pieces = differs
         self.report(parts.bit_count() + len(pieces))
         whole = bytearray(self._layout.block_bytes)
+        target = Buffer.of(whole, writable=True)
         with work.fence:
-            moving.gather(
-                stretch.planes, stretch.table, [block], [Buffer.of(whole, writable=True)], parts=parts, pieces=pieces
-            )
+            moving.gather(stretch.planes, stretch.table, [block], [target], parts=parts, pieces=pieces)
         spans = [self._layout.part_span(part) for part in range(self._layout.parts) if parts >> part & 1] + list(pieces)
         head = HEAD.pack(MAGIC, len(spans)) + b"".join(SPAN.pack(*one) for one in spans)
         value = head + b"".join(whole[start:stop] for start, stop in spans)
