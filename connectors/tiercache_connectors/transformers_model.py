@@ -202,6 +202,7 @@ def layouts(
             block_tokens=block_tokens,
             lora=identity.lora,
             salt=salt,
+            element_order="neox",
             collision_resistant=collision_resistant,
         )
         said = [_own_order(layout) for layout in said]
@@ -213,9 +214,9 @@ def layouts(
 
 
 def _own_order(layout: Layout) -> Layout:
-    """transformers takes the pairs of an MLA's rotated key apart (halves), other engines keep them together: these
-    blocks do not meet, by design."""
-    return replace(layout, element_order="neox") if layout.attention is Attention.MLA else layout
+    """transformers takes the pairs of an MLA's rotated key apart ("neox"), other engines keep them together: such
+    blocks do not meet, by design. Other attention is rotated in one order everywhere."""
+    return layout if layout.attention is Attention.MLA else replace(layout, element_order="")
 
 
 def _agree(said: list[Layout], found: list[LayerShape]) -> bool:

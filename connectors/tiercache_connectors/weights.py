@@ -1,9 +1,9 @@
 """Which weights an engine has loaded, from what it was told to load: the `model` and `revision` of a Layout.
 
-Keys must tell any two models apart whose KV could differ, and a path says nothing of what lies there. A snapshot of a hub
-is its name and commit. Any other directory is a digest of its configuration and of every byte of its weights, so that
-all engines and hosts that load the same files find each other's blocks, wherever the files lie. Reading them once is
-what that costs (the engine has just done so: they are in the page cache); who says `model` and `revision` avoids it.
+Keys must tell any two models apart whose KV could differ, and a path says nothing of what lies there. A snapshot of a
+hub is its name and commit. Any other directory is a digest of its configuration and of every byte of its weights, so
+that all engines and hosts that load the same files find each other's blocks, wherever the files lie. Reading them once
+is what that costs (the engine has just done so: they are in the page cache); who says `model` and `revision` avoids it.
 """
 
 from __future__ import annotations

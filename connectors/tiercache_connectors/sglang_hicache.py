@@ -1,0 +1,340 @@
+"""TierCacheHiCache: tiercache as the storage behind SGLang's hierarchical cache (the "dynamic" backend of HiCache).
+
+    --enable-hierarchical-cache --hicache-storage-backend dynamic --hicache-storage-backend-extra-config '{
+        "backend_name": "tiercache", "module_path": "tiercache_connectors.sglang_hicache",
+        "class_name": "TierCacheHiCache", "interface_v1": 1, "hicache_storage_pass_prefix_keys": true,
+        "directory": "/nvme/tiercache"}'
+
+With `interface_v1` pages are copied straight between SGLang's host pool and the cache's memory, in the canonical form
+where the pool is understood (sglang_pools): engines of any parallelism and page layout share them. Without it SGLang
+hands over flat copies of pages, which ranks of the same set-up find again. SGLang's own hashes of pages (they cover
+tokens, LoRA and salt) become keys inside a namespace of weights, dtype and layout, which they do not cover.
+
+Further settings in the extra configuration: `model` and `revision` (what the weights are, instead of a digest of them),
+`salt` (a tenant's), `settings` (of the cache, see tiercache.settings).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, PoolName, PoolTransferResult
+
+import tiercache
+from tiercache.clock import system_random
+from tiercache.errors import TierCacheError
+from tiercache.kv.moving import Table
+from tiercache.kv.planes import Planes, paged
+from tiercache.kv.shard import Shard
+from tiercache.model import Outcome
+from tiercache_connectors.sglang_pools import Canonical, canonical, opaque
+from tiercache_connectors.weights import Weights, identify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
+
+    import numpy.typing as npt
+
+    from tiercache.kv.store import KvStore
+
+    Rows = npt.NDArray[np.uint8]
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 30.0
+"""Longest wait for a batch of pages; SGLang computes what has not come by then."""
+
+
+class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
+    """See the module. SGLang asks from its prefetch and backup threads; what fails is a miss, said once in the log."""
+
+    def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
+        """As SGLang's factory calls it. Raises ConfigError where the weights cannot be identified: say `model` then."""
+        extra = dict(storage_config.extra_config or {})
+        self._config, self._salt = storage_config, str(extra.get("salt", ""))
+        self._canonical_wanted = bool(extra.get("interface_v1", 0))
+        self._weights = (
+            Weights(extra["model"], extra.get("revision", ""))
+            if extra.get("model")
+            else identify(storage_config.model_name or "", extra.get("revision", ""))
+        )
+        self._cache = tiercache.open(extra.get("directory"), **extra.get("settings", {}))
+        self._stores: dict[tuple[str, int], KvStore] = {}
+        self._pools: dict[str, Any] = {}
+        self._planes: dict[str, tuple[KvStore, Planes]] = {}
+        self._said: dict[str, None] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends copies under way and leaves the cache. SGLang calls it when the backend is detached."""
+        for store in [*self._stores.values(), *(store for store, _ in self._planes.values())]:
+            store.close()
+        self._stores, self._planes = {}, {}
+        self._cache.close()
+
+    # -- pools ---------------------------------------------------------------------------------------------------------
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        """The pool of keys and values, which `batch_get_v1` and `batch_set_v1` are about."""
+        super().register_mem_pool_host(mem_pool_host)
+        self._register(PoolName.KV.value, mem_pool_host)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """A pool of a hybrid model, which `batch_get_v2` and `batch_set_v2` call by name."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        self._register(str(host_pool_name), host_pool)
+
+    def _register(self, name: str, pool: Any) -> None:
+        if self._pools.get(name) is pool:
+            return
+        self._pools[name] = pool
+        if name != PoolName.KV.value or not self._canonical_wanted:
+            return
+        try:
+            found = canonical(pool, self._config, self._weights, self._salt)
+            if isinstance(found, Canonical):
+                store = self._cache.kv(found.layout, found.shard)
+                self._planes[name] = (store, Planes(found.layout, found.shard, found.planes))
+                return
+            reason = found
+        except TierCacheError as fault:
+            reason = str(fault)
+        self._say(f"pages of the pool {name} are stored as they are, for engines of this very set-up: {reason}")
+
+    # -- the copying interface -----------------------------------------------------------------------------------------
+
+    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
+        """One page into the flat tensor `target_location`, which is returned; None where it is not stored."""
+        return self.batch_get([key], [target_location])[0]
+
+    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[Any]:
+        """Pages into flat tensors of one size; None for each that is not stored."""
+        targets = list(target_locations or [])
+        if not keys or len(targets) != len(keys) or any(each is None for each in targets):
+            return [None] * len(keys)
+        rows = np.empty((len(keys), _nbytes(targets[0])), np.uint8)
+        found = self._load_rows(PoolName.KV.value, keys, rows)
+        for i, hit in enumerate(found):
+            if hit:
+                _bytes_of(targets[i]).copy_(torch.from_numpy(rows[i]))
+        return [target if hit else None for target, hit in zip(targets, found)]
+
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
+        """Stores one page, a flat tensor."""
+        return self.batch_set([key], [value])
+
+    def batch_set(
+        self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
+    ) -> bool:
+        """Stores pages, flat tensors of one size. Whether all of them are stored now."""
+        values = list(values or [])
+        if len(values) != len(keys) or any(each is None for each in values):
+            return False
+        if not keys:
+            return True
+        rows = np.stack([_bytes_of(each).numpy() for each in values])
+        return all(self._save_rows(PoolName.KV.value, keys, rows))
+
+    def exists(self, key: str) -> bool:
+        """Whether a page is stored in any tier."""
+        return self.batch_exists([key]) == 1
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        """How many pages from the first on are stored."""
+        return self._stored(PoolName.KV.value, keys)
+
+    # -- without copies of SGLang's own --------------------------------------------------------------------------------
+
+    def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
+        """Pages into the host pool, at the slots `host_indices` (`page_size` of them a page); whether each arrived."""
+        return self._get_pages(PoolName.KV.value, keys, host_indices)
+
+    def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
+        """Stores pages from the host pool; whether each is stored now."""
+        prefix = getattr(extra_info, "prefix_keys", None) or ()
+        return self._set_pages(PoolName.KV.value, keys, host_indices, prefix)
+
+    def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        """As `batch_get_v1`, of several pools."""
+        return {each.name: self._get_pages(str(each.name), each.keys or [], each.host_indices) for each in transfers}
+
+    def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        """As `batch_set_v1`, of several pools."""
+        return {
+            each.name: self._set_pages(str(each.name), each.keys or [], each.host_indices, ()) for each in transfers
+        }
+
+    def batch_exists_v2(self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
+        """The longest prefix that every pool can restore by its policy, and all prefixes that can be."""
+        pages = self._stored(PoolName.KV.value, keys)
+        hits: dict[str, int] = {PoolName.KV.value: pages} if pages else {}
+        restorable = list(range(1, pages + 1))
+        for transfer in pool_transfers or []:
+            if not restorable:
+                break
+            able, verdict = self._restorable(transfer, keys, pages)
+            if verdict:
+                hits[transfer.name] = verdict
+            restorable = [each for each in restorable if each in able]
+        return PoolTransferResult(restorable[-1] if restorable else 0, hits, restorable)
+
+    def _restorable(self, transfer: Any, keys: list[str], pages: int) -> tuple[AbstractSet[int], int]:
+        """Prefixes (in pages) that a pool of a hybrid model allows, and what to report of it."""
+        name, anything = str(transfer.name), range(1, pages + 1)
+        if transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
+            stored = self._stored(name, keys[:pages])
+            return set(range(1, stored + 1)), stored
+        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+            there = [self._stored(name, [key]) == 1 for key in keys[:pages]]
+            window = max(1, len(transfer.keys or ()))
+            able = {n for n in anything if all(there[max(0, n - window) : n])}
+            return able, max(able, default=0)
+        # Another form of pages that are there anyway (BLOCK_GROUPS): it gates nothing, and we report none.
+        return set(anything), 0
+
+    def clear(self) -> None:
+        """Nothing that was stored before is found by this process again. The entries age; others may still use them."""
+        self._salt = f"{self._salt}/cleared-{system_random().getrandbits(128):x}"
+        for store in [*self._stores.values(), *(store for store, _ in self._planes.values())]:
+            store.close()
+        pools, self._pools, self._stores, self._planes = self._pools, {}, {}, {}
+        for name, pool in pools.items():
+            self._register(name, pool)
+
+    # -- pages ---------------------------------------------------------------------------------------------------------
+
+    def _get_pages(self, name: str, keys: Sequence[str], host_indices: Any) -> list[bool]:
+        pool = self._pool(name, keys, host_indices)
+        if pool is None:
+            return [False] * len(keys)
+        size = pool.page_size or 1
+        if name in self._planes:
+            store, planes = self._planes[name]
+            table = Table(_page_ids(host_indices, size), size)
+            return self._tried(len(keys), lambda: _landed(store, keys, planes, table))
+        pattern = pool.get_dummy_flat_data_page()
+        rows = np.empty((len(keys), _nbytes(pattern)), np.uint8)
+        found = self._load_rows(name, keys, rows)
+        for i, hit in enumerate(found):
+            if hit:
+                pool.set_from_flat_data_page(int(host_indices[i * size]), torch.from_numpy(rows[i]).view(pattern.dtype))
+        return found
+
+    def _set_pages(self, name: str, keys: Sequence[str], host_indices: Any, prefix: Sequence[str] = ()) -> list[bool]:
+        pool = self._pool(name, keys, host_indices)
+        if pool is None:
+            return [False] * len(keys)
+        size = pool.page_size or 1
+        if name in self._planes:
+            store, planes = self._planes[name]
+            # The table begins with the first page of this batch; those before it are stored, and not looked at.
+            table = Table(_page_ids(host_indices, size), size, len(prefix) * size)
+            return self._tried(len(keys), lambda: _taken(store, [*prefix, *keys], planes, table, len(prefix)))
+        pages = [_bytes_of(pool.get_data_page(int(host_indices[i * size]), flat=True)) for i in range(len(keys))]
+        return self._save_rows(name, keys, np.stack([page.numpy() for page in pages]))
+
+    def _pool(self, name: str, keys: Sequence[str], host_indices: Any) -> Any:
+        """The pool, where it is known and each key has its slots; else None."""
+        pool = self._pools.get(name)
+        if pool is None or host_indices is None or host_indices.numel() != len(keys) * (pool.page_size or 1):
+            self._say(f"pages of the pool {name} came with the wrong number of slots, or before the pool")
+            return None
+        return pool if keys else None
+
+    def _stored(self, name: str, keys: Sequence[str]) -> int:
+        """How many of these pages from the first on are stored."""
+        nbytes = 0 if name in self._planes else self._page_bytes(name)
+        if not keys or nbytes is None:
+            return 0
+        try:
+            if name in self._planes:
+                store, shard = self._planes[name][0], self._planes[name][1].shard
+            else:
+                store, shard = self._rows_store(name, nbytes), None
+            return store.match(store.engine_keys(_hashes(keys)), shard).length
+        except TierCacheError as fault:
+            self._say(str(fault))
+            return 0
+
+    def _page_bytes(self, name: str) -> int | None:
+        """Bytes of a flat page; None for a pool that nobody has registered."""
+        pool = self._pools.get(name)
+        return None if pool is None else _nbytes(pool.get_dummy_flat_data_page())
+
+    def _rows_store(self, name: str, nbytes: int) -> KvStore:
+        """The store of pages that are kept as they are."""
+        with self._lock:
+            if (name, nbytes) not in self._stores:
+                layout = opaque(name, nbytes, self._pools.get(name), self._config, self._weights, self._salt)
+                self._stores[name, nbytes] = self._cache.kv(layout)
+            return self._stores[name, nbytes]
+
+    def _load_rows(self, name: str, keys: Sequence[str], rows: Rows) -> list[bool]:
+        store = self._rows_store(name, rows.shape[1])
+        return self._tried(len(keys), lambda: _landed(store, keys, *_rows_planes(store, rows)))
+
+    def _save_rows(self, name: str, keys: Sequence[str], rows: Rows) -> list[bool]:
+        store = self._rows_store(name, rows.shape[1])
+        return self._tried(len(keys), lambda: _taken(store, keys, *_rows_planes(store, rows)))
+
+    def _tried(self, count: int, work: Callable[[], list[bool]]) -> list[bool]:
+        try:
+            return work()
+        except TierCacheError as fault:
+            self._say(str(fault))
+            return [False] * count
+
+    def _say(self, line: str) -> None:
+        """One line of its kind, ever."""
+        if line not in self._said:
+            self._said[line] = None
+            logger.warning("tiercache: %s", line)
+
+
+def _hashes(keys: Sequence[str]) -> list[bytes]:
+    """SGLang's hashes of pages as bytes: 64 hex digits, or whatever a later version sends."""
+    try:
+        return [bytes.fromhex(key) for key in keys]
+    except ValueError:
+        return [key.encode() for key in keys]
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _bytes_of(tensor: Any) -> Any:
+    """A tensor's bytes as a flat tensor of them; the same memory where that is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _page_ids(host_indices: Any, page_size: int) -> npt.NDArray[np.int64]:
+    """Pages of the pool from slots: the first slot of each page tells."""
+    slots: npt.NDArray[np.int64] = host_indices[::page_size].to("cpu", torch.int64).numpy()
+    return slots // page_size
+
+
+def _rows_planes(store: KvStore, rows: Rows) -> tuple[Planes, Table]:
+    planes = paged(rows, "pd", layers=range(1), heads=range(1), kv=0)
+    return Planes(store.layout, Shard.whole(store.layout), planes), Table(np.arange(len(rows)), 1)
+
+
+def _landed(store: KvStore, keys: Sequence[str], planes: Planes, table: Table) -> list[bool]:
+    """Loads pages; whether each landed."""
+    chain = store.engine_keys(_hashes(keys))
+    loading = store.load(chain, planes, table, layerwise=False, deadline_s=WAIT_S)
+    return [outcome is Outcome.HIT for outcome in loading.wait(WAIT_S)]
+
+
+def _taken(store: KvStore, keys: Sequence[str], planes: Planes, table: Table, start: int = 0) -> list[bool]:
+    """Saves pages [start, ...) of a chain; whether each is stored. The pool's slots are free when this returns."""
+    saving = store.save(store.engine_keys(_hashes(keys)), planes, table, start=start)
+    outcomes = saving.wait(WAIT_S)
+    if not saving.pages_free(WAIT_S):
+        saving.cancel()
+    return [outcome is Outcome.HIT for outcome in outcomes]
