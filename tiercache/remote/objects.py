@@ -79,7 +79,7 @@ class ObjectOrigin:
         self._piece_bytes = PIECE_BYTES
         self._stores: OrderedDict[tuple[str, bool], Any] = OrderedDict()
         self._lock = threading.Lock()
-        _Fork.remember()
+        remember_use()
 
     async def stat(self, paths: Sequence[str]) -> list[Stat | Outcome]:
         """See Origin. A path that is no object but has some below it is a directory."""
@@ -172,7 +172,7 @@ class ObjectOrigin:
             try:
                 piece = next(stream, None)
             except (BaseError, OSError) as error:
-                _translate(error, path)
+                translate(error, path)
             if piece is None:
                 return
             self._metrics.add("tiercache_origin_bytes_total", len(piece))
@@ -245,12 +245,12 @@ class ObjectOrigin:
         except FileNotFoundError as error:
             # 405 says that the method is not allowed; obstore takes it for absence.
             if _status(error) == 405:
-                _translate(error, path)
+                translate(error, path)
             return None
         except (BaseError, OSError, ValueError) as error:
             if operation == "list" and _status(error) == 404:
                 return None
-            _translate(error, path)
+            translate(error, path)
 
     def _fact(self, path: str, meta: Any) -> Stat:
         mtime = meta.get("last_modified")
@@ -287,28 +287,7 @@ class ObjectOrigin:
         return store
 
     def _connect(self, name: str, limit_s: float) -> Any:
-        from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
-
-        options = self._options
-        client = {
-            "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_S, self._attempt_s)),
-            "timeout": timedelta(seconds=limit_s),
-            "read_timeout": timedelta(seconds=self._attempt_s * READ_TIMEOUT_SHARE),
-            "pool_max_idle_per_host": str(self._idle_max),
-        } | options.client
-        # Its own retries know neither our deadline nor our counters.
-        common: dict[str, Any] = {"client_options": client}
-        common["retry_config"] = {"max_retries": 0, "retry_timeout": timedelta(seconds=self._attempt_s)}
-        if options.credentials is not None:
-            common["credential_provider"] = options.credentials
-        if options.scheme == "http":
-            return HTTPStore.from_url(name, **common)
-        if options.scheme == "gs":
-            return GCSStore(name, **options.config, **common)
-        if options.scheme == "az":
-            return AzureStore(name, **options.config, **common)
-        config = options.config | ({"region": bucket_region(name)} if options.needs_region else {})
-        return S3Store(name, **config, **common)
+        return connect(self._options, name, attempt_s=self._attempt_s, limit_s=limit_s, idle_max=self._idle_max)
 
     def _list(self, path: str) -> list[Stat] | Outcome:
         if self._options.scheme == "http":
@@ -330,6 +309,31 @@ class ObjectOrigin:
         return await self._threads.run(partial(self._list, path.strip("/")))
 
 
+def connect(options: StoreOptions, name: str, *, attempt_s: float, limit_s: float, idle_max: int) -> Any:
+    """A store of obstore's for a bucket, container or host: `attempt_s` bounds silence, `limit_s` a whole request."""
+    from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+    client = {
+        "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_S, attempt_s)),
+        "timeout": timedelta(seconds=limit_s),
+        "read_timeout": timedelta(seconds=attempt_s * READ_TIMEOUT_SHARE),
+        "pool_max_idle_per_host": str(idle_max),
+    } | options.client
+    # Its own retries know neither our deadline nor our counters.
+    common: dict[str, Any] = {"client_options": client}
+    common["retry_config"] = {"max_retries": 0, "retry_timeout": timedelta(seconds=attempt_s)}
+    if options.credentials is not None:
+        common["credential_provider"] = options.credentials
+    if options.scheme == "http":
+        return HTTPStore.from_url(name, **common)
+    if options.scheme == "gs":
+        return GCSStore(name, **options.config, **common)
+    if options.scheme == "az":
+        return AzureStore(name, **options.config, **common)
+    config = options.config | ({"region": bucket_region(name)} if options.needs_region else {})
+    return S3Store(name, **config, **common)
+
+
 class _Fork:
     """Whether this process is a child forked after obstore was used: its threads are not here, and calls would hang."""
 
@@ -338,6 +342,11 @@ class _Fork:
     @classmethod
     def remember(cls) -> None:
         cls.user = cls.user or os.getpid()
+
+
+def remember_use() -> None:
+    """Obstore is about to be used in this process."""
+    _Fork.remember()
 
 
 def used_before_fork() -> bool:
@@ -355,7 +364,7 @@ def _status(error: BaseException) -> int:
     return int(found[1]) if found else 0
 
 
-def _translate(error: BaseException, path: str) -> NoReturn:
+def translate(error: BaseException, path: str) -> NoReturn:
     """Raises what a caller can do something about, for an exception of obstore's."""
     from obstore import exceptions
 

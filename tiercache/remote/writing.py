@@ -1,0 +1,334 @@
+"""Writing: packs and snapshots into a bucket, never over this writer's share; and what is given up for room.
+
+Bytes are counted from before their PUT until after their deletion. What failed so that nobody knows whether it happened
+is deleted, and counts until a grace period later a listing does not have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tiercache.errors import OriginError, UnavailableError
+from tiercache.model import Outcome
+from tiercache.remote import packs, snapshots
+from tiercache.remote.bucket import PART_MARK
+from tiercache.remote.catalog import INDEX, LIST_S, PACKS, writer_of
+from tiercache.remote.snapshots import Listed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.buffers import Buffer
+    from tiercache.clock import Clock
+    from tiercache.metrics import Metrics
+    from tiercache.model import Payload
+    from tiercache.remote.asking import Asking
+    from tiercache.remote.bucket import Bucket
+    from tiercache.remote.budget import Budget
+    from tiercache.remote.catalog import Catalog, Pack
+
+log = logging.getLogger(__name__)
+
+FORMAT_KEY, FORMAT = "FORMAT", b"tiercache blocks 1\n"
+SNAPSHOT_PACKS, SNAPSHOT_SHARE = 8, 1 / 8
+"""A snapshot is written after so many new packs, or after this share of those that it lists, whichever is more."""
+ROOM_ROUNDS_MAX = 32
+"""Changes of the share, and packs given up, for one pack that needs room."""
+
+
+class Writing:
+    """The writer of one cache; on the loop. One thing at a time: whoever writes has the lock."""
+
+    def __init__(
+        self,
+        asking: Asking,
+        catalog: Catalog,
+        budget: Budget,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        lifetime_s: float,
+        rate_bytes_s: float,
+    ) -> None:
+        self._asking, self._catalog, self._budget = asking, catalog, budget
+        self._clock, self._metrics = clock, metrics
+        self._lifetime_s, self._rate_bytes_s = lifetime_s, rate_bytes_s
+        self._lock = asyncio.Lock()
+        self._number = 0
+        self._checked = False
+        self.refused = False
+        """Whether this bucket cannot be written to at all."""
+        self._doubts: dict[str, float] = {}
+        """Objects that may be in the bucket, or come there yet, and since when: they count, and are deleted."""
+        self._index: set[str] = set()  # own snapshots, and those of who was taken over
+        self._untold = 0  # packs that came or went since the last snapshot
+        self._free_at_s = clock.monotonic()
+        self._closed = False
+
+    async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[Outcome]:
+        """See RemoteBlocks.write."""
+        known = self._catalog.find([one.name.key for one in payloads])
+        new = [i for i, one in enumerate(known) if one is None]
+        outcomes = [Outcome.HIT] * len(payloads)
+        if new:
+            await self._pace(sum(payloads[i].size for i in new))
+            async with self._lock:
+                answers = await self._write([self._terms(payloads[i]) for i in new], [sources[i] for i in new])
+            for i, outcome in zip(new, answers, strict=True):
+                outcomes[i] = outcome
+        return outcomes
+
+    def _terms(self, payload: Payload) -> Payload:
+        """With the end that the lifetime sets, where that is sooner."""
+        if not self._lifetime_s:
+            return payload
+        end_s = int(self._clock.wall() + self._lifetime_s) + 1
+        return replace(payload, expiry_s=min(payload.expiry_s or end_s, end_s))
+
+    async def _pace(self, size: int) -> None:
+        """Waits until the rate allows to send so much more."""
+        if self._rate_bytes_s:
+            now_s = self._clock.monotonic()
+            wait_s = self._free_at_s - now_s
+            self._free_at_s = max(now_s, self._free_at_s) + size / self._rate_bytes_s
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+
+    async def _write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[Outcome]:
+        """One pack; the lock is held."""
+        try:
+            if self._closed or not await self._usable() or not await self._room(packs.pack_bytes(payloads)):
+                return [Outcome.FULL] * len(payloads)
+            key = self._name(PACKS)
+            pack, rows = await self._asking.work(lambda: packs.encode(key, payloads, sources))
+            if not len(rows):
+                return [Outcome.CORRUPT] * len(payloads)
+            made = await self._put(key, pack)
+        except (UnavailableError, OriginError) as error:
+            log.debug("a pack was not written: %s", error)
+            return [Outcome.BUSY] * len(payloads)
+        if not made:
+            return [Outcome.FULL] * len(payloads)
+        self._catalog.add(Listed(key, len(pack), rows))
+        self._catalog.used_bytes += len(pack)
+        self._untold += 1
+        self._metrics.add("tiercache_written_bytes_total", int(rows["size"].sum(dtype="i8")), tier="remote")
+        kept = set(packs.keys_of(rows))
+        return [Outcome.HIT if one.name.key in kept else Outcome.CORRUPT for one in payloads]
+
+    def _name(self, folder: str) -> str:
+        self._number += 1
+        return f"{folder}{self._budget.writer}/{self._number:010d}"
+
+    async def _put(self, key: str, data: bytes | bytearray) -> bool:
+        """Creates an object within the share, if that is still what it was; the budget counts it from here on."""
+        budget, size = self._budget, len(data)
+        if writer_of(key) != budget.writer or not budget.take(key, size):
+            return False
+        try:
+            made = await self._asking.ask(
+                "write", lambda bucket: bucket.put(key, data, create=True), within_s=budget.put_s
+            )
+        except OriginError:
+            budget.give(key)
+            raise
+        except BaseException:
+            self._doubts[key] = self._clock.monotonic()
+            raise
+        if not made:
+            budget.give(key)
+            log.warning("%s has %s already: nobody else should write there", self._asking.bucket.place, key)
+        return made
+
+    async def _usable(self) -> bool:
+        """Whether the bucket keeps what all of this is built on: of two who create one name, one succeeds."""
+        if not self._checked:
+            await self._asking.ask("write", _create_format)
+            twice = await self._asking.ask("write", _create_format)
+            found = await self._asking.ask("write", lambda bucket: bucket.get(FORMAT_KEY))
+            self._checked = True
+            self.refused = twice or found is None or bytes(found) != FORMAT
+            if self.refused:
+                why = "it lets two writers create one name" if twice else "what lies there is of another version"
+                log.warning("nothing is written to %s: %s", self._asking.bucket.place, why)
+        return not self.refused
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    async def _room(self, size: int) -> bool:
+        """Whether the share has room for so much more, after it has grown, and packs were given up, as far as they may
+        be."""
+        budget = self._budget
+        if budget.held and not budget.share_bytes:
+            await budget.renew()
+            if budget.allotted_bytes and not budget.share_bytes:
+                return False
+        for _ in range(ROOM_ROUNDS_MAX):
+            if budget.used_bytes + size <= budget.share_bytes:
+                return True
+            grown = await budget.grow(size)
+            await self._settle_heritage()
+            if grown or budget.used_bytes + size <= budget.share_bytes:
+                continue
+            if not await self._evict():
+                return False
+        return False
+
+    async def _settle_heritage(self) -> None:
+        """Finds out what those had who were taken over; what they left half written is deleted."""
+        heirs = self._budget.unlisted
+        if not heirs:
+            return
+        found: dict[str, int] = {}
+        for writer in heirs:
+            for folder in (PACKS, INDEX):
+                found |= await self._left_by(writer, folder)
+        self._budget.listed(found.items())
+        self._index |= {key for key in found if key.startswith(INDEX)}
+        log.info("took over %d bytes of writers that are gone", sum(found.values()))
+        await self._catalog.refresh()
+
+    async def _left_by(self, writer: str, folder: str) -> dict[str, int]:
+        """What lies in a folder of a writer that is gone, by size, without what is torn: that is deleted first."""
+        found = await self._list(f"{folder}{writer}/")
+        await self._remove([key for key, _ in found if PART_MARK in key])
+        return {key: size for key, size in found if PART_MARK not in key}
+
+    async def _list(self, prefix: str) -> Sequence[tuple[str, int]]:
+        return await self._asking.ask("list", lambda bucket: bucket.list(prefix), within_s=LIST_S)
+
+    async def _remove(self, keys: Sequence[str]) -> None:
+        if keys:
+            await self._asking.ask("delete", lambda bucket: bucket.delete(keys))
+
+    @property
+    def _mine(self) -> set[str]:
+        """Writers whose objects this one counts, and may delete."""
+        return {self._budget.writer, *self._budget.adopted}
+
+    def _own(self) -> list[Pack]:
+        """Packs that are this writer's to give up."""
+        mine = self._mine
+        return [pack for pack in list(self._catalog.packs.values()) if pack.writer in mine]
+
+    async def _evict(self) -> bool:
+        """Gives up the pack that is worth least; False where there is none, or it cannot be deleted now."""
+        if self._budget.unlisted:
+            return False
+        for key in self._catalog.bad:  # nobody can read them
+            if writer_of(key) in self._mine:
+                await self._remove([key])
+                del self._catalog.bad[key]
+                self._budget.give(key)
+                return True
+        own = self._own()
+        if not own:
+            return False
+        now_s = self._clock.wall()
+        over = [pack for pack in own if 0 < pack.until_s <= now_s]
+        victim = over[0] if over else min(own, key=lambda pack: (pack.priority, pack.tick))
+        if not over:
+            self._catalog.inflation = max(self._catalog.inflation, victim.priority)
+            self._metrics.add("tiercache_evictions_total", len(victim.rows), tier="remote")
+            self._metrics.add("tiercache_evicted_bytes_total", victim.size, tier="remote")
+        await self._delete(victim)
+        return True
+
+    async def _delete(self, pack: Pack) -> None:
+        """Deletes a pack; readers do not find it from before that on."""
+        self._catalog.drop(pack.key)
+        try:
+            await self._remove([pack.key])
+        except BaseException:
+            self._doubts.setdefault(pack.key, 0.0)
+            raise
+        self._catalog.used_bytes -= pack.size
+        self._budget.give(pack.key)
+        self._untold += 1
+
+    # -- housekeeping --------------------------------------------------------------------------------------------------
+
+    async def tend(self) -> None:
+        """Renews the lease, and does what has become due: what others want is given back, what is over is deleted."""
+        budget = self._budget
+        if not budget.held:
+            return
+        await budget.renew()
+        async with self._lock:
+            if self._closed:
+                return
+            await self._settle_heritage()
+            await self._settle_doubts()
+            now_s = self._clock.wall()
+            for pack in self._own():
+                if 0 < pack.until_s <= now_s:
+                    self._metrics.add("tiercache_expirations_total", len(pack.rows))
+                    await self._delete(pack)
+            target = budget.allotted_bytes - budget.excess_bytes
+            while budget.excess_bytes and budget.used_bytes > target and await self._evict():
+                pass
+            if self._untold >= max(SNAPSHOT_PACKS, int(len(self._own()) * SNAPSHOT_SHARE)):
+                await self._snapshot()
+        if budget.excess_bytes:
+            await budget.renew()
+
+    async def _settle_doubts(self) -> None:
+        """Deletes what may have been written though nobody said so; it counts until it surely is not there."""
+        if not self._doubts:
+            return
+        await self._remove(list(self._doubts))
+        old = [key for key, since_s in self._doubts.items() if self._clock.monotonic() - since_s > self._budget.grace_s]
+        for folder in sorted({key.rpartition("/")[0] + "/" for key in old}):
+            there = {key.partition(PART_MARK)[0] for key, _ in await self._list(folder)}
+            for key in [key for key in old if key.startswith(folder) and key not in there]:
+                del self._doubts[key]
+                self._budget.give(key)
+
+    async def _snapshot(self) -> None:
+        """Writes down what is in this writer's packs; older snapshots of it, and of the dead, go."""
+        own = sorted(self._own(), key=lambda pack: pack.key)
+        size = snapshots.size_of(len(own), sum(len(pack.rows) for pack in own))
+        if not await self._room(size):
+            return
+        key, listed = self._name(INDEX), [Listed(pack.key, pack.size, pack.rows) for pack in self._own()]
+        data = await self._asking.work(lambda: snapshots.encode(key, listed))
+        if not await self._put(key, data):
+            return
+        self._untold = 0
+        old, self._index = self._index, {key}
+        try:
+            await self._remove(list(old))
+        except BaseException:
+            self._doubts |= dict.fromkeys(old, 0.0)
+            raise
+        for one in old:
+            self._budget.give(one)
+        await self._forget_the_empty()
+
+    async def _forget_the_empty(self) -> None:
+        """Who was taken over, and has nothing in the bucket any more, need not be remembered."""
+        left = {pack.writer for pack in self._own()}
+        for writer in self._budget.adopted:
+            if writer in left or await self._list(f"{PACKS}{writer}/") or await self._list(f"{INDEX}{writer}/"):
+                continue
+            await self._budget.renew(done=(writer,))
+
+    async def close(self) -> None:
+        """The last snapshot; then the holding is left to others. Idempotent."""
+        async with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._budget.held:
+                return
+            if self._untold:
+                await self._snapshot()
+            if not self._doubts and not self._budget.unlisted:  # else nobody may take it over before its lease is over
+                await self._budget.close()
+
+
+def _create_format(bucket: Bucket) -> bool:
+    return bucket.put(FORMAT_KEY, FORMAT, create=True)
