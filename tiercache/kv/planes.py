@@ -52,15 +52,15 @@ class Plane:
 
 
 class Grid(NamedTuple):
-    """Planes with a constant step from layer to layer, and from K to V where both are there: one strided array."""
+    """Planes with a constant step from layer to layer, as one strided array. K and V stay apart: a copy whose innermost
+    axis is the two of them takes twice the time of two copies along the tokens."""
 
     layers: range
     heads: range
-    kvs: range
+    kv: int
     dims: range
     address: int
     layer_step: int
-    kv_step: int
     head_stride: int
     token_stride: int
     page_stride: int
@@ -86,11 +86,11 @@ class Planes:
         ((self.pages, self.page_tokens),) = shapes
         if layout.rows == 1 and self.page_tokens != 1:
             raise ConfigError(
-                f"pages of {self.page_tokens} slots, where a block is one row: a page is a block, axes 'pd'"
+                f"pages of {self.page_tokens} slots, but a block is one row: axes 'pd', a slot a page"
             )
         _check_coverage(self.planes, layout, shard)
         self.writable = all(plane.writable for plane in self.planes)
-        self.grids = tuple(_grids(self.planes, layout))
+        self.grids = tuple(_grids(self.planes))
         self.moves: dict[object, Any] = {}
         """What moving.py has worked out for boxes of layers and heads."""
 
@@ -113,9 +113,7 @@ def _check_plane(plane: Plane, layout: Layout, shard: Shard) -> None:
             raise ConfigError(f"{what}: elements overlap (stride {stride} where {inner} bytes lie): was it expanded?")
         inner = max(inner, stride * (count - 1) + inner)
     if not (start <= plane.address and plane.address + plane.reach <= stop):
-        raise ConfigError(
-            f"{what}: {plane.reach} bytes from {plane.address:#x} leave its memory [{start:#x}, {stop:#x})"
-        )
+        raise ConfigError(f"{what}: {plane.reach} bytes from {plane.address:#x} leave [{start:#x}, {stop:#x})")
 
 
 def _check_coverage(planes: Sequence[Plane], layout: Layout, shard: Shard) -> None:
@@ -129,13 +127,11 @@ def _check_coverage(planes: Sequence[Plane], layout: Layout, shard: Shard) -> No
             held = sum(len(plane.heads) * len(plane.dims) for plane in found)
             if held < len(shard.heads) * dim:
                 raise ConfigError(f"layer {layer}, {'KV'[kv]}: planes hold {held} of {len(shard.heads) * dim} dims")
-            if any(
-                _meet(one.heads, other.heads) and _meet(one.dims, other.dims) for one, other in combinations(found, 2)
-            ):
+            if any(_meet(a.heads, b.heads) and _meet(a.dims, b.dims) for a, b in combinations(found, 2)):
                 raise ConfigError(f"layer {layer}, {'KV'[kv]}: two planes hold the same heads and dims")
 
 
-def _grids(planes: Sequence[Plane], layout: Layout) -> list[Grid]:
+def _grids(planes: Sequence[Plane]) -> list[Grid]:
     """As few strided arrays as there can be, in the order of their first planes."""
     alike: dict[tuple[object, ...], list[Plane]] = {}
     for plane in planes:
@@ -148,9 +144,9 @@ def _grids(planes: Sequence[Plane], layout: Layout) -> list[Grid]:
             first = run[0]
             step = run[1].address - first.address if len(run) > 1 else 0
             strides = (first.head_stride, first.token_stride, first.page_stride)
-            layers, kvs = range(first.layer, first.layer + len(run)), range(first.kv, first.kv + 1)
-            grids.append(Grid(layers, first.heads, kvs, first.dims, first.address, step, 0, *strides))
-    return _joined(grids) if layout.k_dim == layout.v_dim else grids
+            layers = range(first.layer, first.layer + len(run))
+            grids.append(Grid(layers, first.heads, first.kv, first.dims, first.address, step, *strides))
+    return grids
 
 
 def _runs(planes: list[Plane]) -> list[list[Plane]]:
@@ -164,19 +160,6 @@ def _runs(planes: list[Plane]) -> list[list[Plane]]:
         else:
             runs.append([plane])
     return runs
-
-
-def _joined(grids: list[Grid]) -> list[Grid]:
-    """K and V of the same layers, heads and strides as one array each."""
-    keys = {grid._replace(address=0): grid for grid in grids if grid.kvs.start == 0}
-    joined = []
-    for grid in grids:
-        if grid.kvs.start == 1:
-            twin = keys.pop(grid._replace(address=0, kvs=range(1)), None)
-            if twin is not None:
-                grid = twin._replace(kvs=range(2), kv_step=grid.address - twin.address)
-            joined.append(grid)
-    return [*keys.values(), *joined]
 
 
 def _inside(inner: range, outer: range) -> bool:
@@ -225,13 +208,9 @@ def paged(
     shape, stride = _axes(memory, axes)
     last = "C" if "C" in axes else "d"
     if shape[last] > 1 and stride[last] != memory.itemsize:
-        raise ConfigError(
-            f"dims lie {stride[last]} bytes apart, not {memory.itemsize}: only contiguous dims can be moved"
-        )
+        raise ConfigError(f"dims lie {stride[last]} bytes apart, not {memory.itemsize}: only contiguous dims are moved")
     if (shape["l"], shape["h"]) != (len(layers), len(heads)):
-        raise ConfigError(
-            f"the tensor has {shape['l']} layers and {shape['h']} heads, not {len(layers)} and {len(heads)}"
-        )
+        raise ConfigError(f"axes of {shape['l']} layers and {shape['h']} heads, not {len(layers)} and {len(heads)}")
     if shape["k"] not in (1, 2) or ("k" in axes and (shape["k"] == 1 or last == "C")):
         raise ConfigError(f"axis k has {shape['k']} items: it is K and V, and then dims are 'd'")
     if ("k" in axes or last == "C") and (kv is not None or dims is not None):
@@ -258,10 +237,8 @@ def paged(
     if last == "C":
         split = shape["C"] // 2 if k_dim is None else k_dim
         v_start = whole.address + split * memory.itemsize
-        kinds = [
-            replace(whole, dims=range(split)),
-            replace(whole, kv=1, dims=range(shape["C"] - split), address=v_start),
-        ]
+        value = replace(whole, kv=1, dims=range(shape["C"] - split), address=v_start)
+        kinds = [replace(whole, dims=range(split)), value]
     elif "k" in axes:
         kinds.append(replace(whole, kv=1, address=whole.address + stride["k"]))
     return [
@@ -278,9 +255,7 @@ def _axes(memory: _Memory, axes: str) -> tuple[dict[str, int], dict[str, int]]:
     if len(axes) != len(memory.shape):
         raise ConfigError(f"axes {axes!r} for a tensor of shape {memory.shape}: one letter an axis")
     if min(memory.shape) < 1 or any(s < 0 for s, n in zip(memory.strides, memory.shape) if n > 1):
-        raise ConfigError(
-            f"a tensor of shape {memory.shape} and strides {memory.strides}: none may be empty or negative"
-        )
+        raise ConfigError(f"shape {memory.shape}, strides {memory.strides}: none may be empty or negative")
     shape, stride = dict.fromkeys("pthdlkC", 1), dict.fromkeys("pthdlkC", 0)
     shape.update(zip(axes, memory.shape))
     stride.update(zip(axes, memory.strides))
