@@ -7,7 +7,7 @@ engine reads them. Of any other pool a page is stored as it is, for ranks of the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import ConfigError
@@ -93,7 +93,7 @@ def _odd(pool: Any, config: Any, mla: bool) -> str:
 
 def _said(pool: Any, config: Any, weights: Weights, salt: str, mla: bool) -> Layout | str:
     """The layout of the whole model: from its configuration, else from the pool where that tells everything."""
-    order = "interleaved" if mla else ""
+    order = "interleaved" if mla else "neox"
     dtype = str(pool.dtype).removeprefix("torch.")
     dims = (pool.kv_cache_dim, 0) if mla else (pool.head_dim, pool.head_dim)
     try:
@@ -106,12 +106,12 @@ def _said(pool: Any, config: Any, weights: Weights, salt: str, mla: bool) -> Lay
             revision=weights.revision,
             block_tokens=pool.page_size,
             salt=salt,
-            element_order="interleaved",
+            element_order=order,
         )
     except (ImportError, OSError, ValueError, ConfigError):
         found = []
     if len(found) == 1 and found[0].rule == FULL and (found[0].k_dim, found[0].v_dim) == dims:
-        return replace(found[0], element_order=order)
+        return found[0]
     if config.pp_size > 1:
         return "its model's configuration is not understood, and this rank holds some of the layers"
     return Layout(

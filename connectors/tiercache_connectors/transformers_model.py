@@ -8,7 +8,7 @@ caller names the model himself (to share blocks with another engine, say).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -202,21 +202,15 @@ def layouts(
             block_tokens=block_tokens,
             lora=identity.lora,
             salt=salt,
+            # Also of MLA, whose rotated pairs other engines keep together: those blocks do not meet, by design.
             element_order="neox",
             collision_resistant=collision_resistant,
         )
-        said = [_own_order(layout) for layout in said]
         if _agree(said, found):
             return said
     except ConfigError:
         pass
     return _by_shape(config, found, identity, block_tokens, salt, collision_resistant)
-
-
-def _own_order(layout: Layout) -> Layout:
-    """transformers takes the pairs of an MLA's rotated key apart ("neox"), other engines keep them together: such
-    blocks do not meet, by design. Other attention is rotated in one order everywhere."""
-    return layout if layout.attention is Attention.MLA else replace(layout, element_order="")
 
 
 def _agree(said: list[Layout], found: list[LayerShape]) -> bool:
