@@ -160,10 +160,8 @@ class Packed:
     """Byte planes, each compressed or as it is. The header has a digest of the block, so decoding proves itself."""
 
     def __init__(self, exact: Layout, method: str = "", level: int | None = None) -> None:
-        """`method`: "zstd", "zlib", or "" for the best that is installed; values of either are read as long as it is.
-
-        Raises ConfigError for a method that is not there.
-        """
+        """`method`: "zstd", "zlib", or "" for the best that is installed. It is in the namespace: whoever cannot read
+        zstd never finds it. Raises ConfigError for a method that is not there."""
         if method not in ("", *METHODS):
             raise ConfigError(f"no compression called {method!r}: {' or '.join(METHODS)}")
         if method == "zstd" and not has_zstd():
@@ -171,7 +169,7 @@ class Packed:
         self.method = method or ("zstd" if has_zstd() else "zlib")
         self.level = level if level is not None else 1
         self.exact = exact
-        self.layout = replace(exact, tag=f"{exact.tag}|byte planes, packed")
+        self.layout = replace(exact, tag=f"{exact.tag}|byte planes, {self.method}")
         self._item = exact.itemsize
 
     def encode(self, block: U8) -> bytes:
