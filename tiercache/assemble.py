@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, cast
 from tiercache.clock import SystemClock, system_random
 from tiercache.errors import ConfigError, LockedError, TierCacheError
 from tiercache.metrics import Metrics
-from tiercache.settings import RULES, Machine, Settings, format_size, load, read_machine
+from tiercache.notation import format_size
+from tiercache.settings import RULES, Machine, Settings, load, read_machine
 from tiercache.sync import BlockingCache, io_loop, runs_here, wait
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tiercache.core import Core
     from tiercache.origin import Origin
     from tiercache.pages.reader import PageReader
+    from tiercache.remote.blocks import RemoteBlocks
     from tiercache.tier import Tier
     from tiercache.wire.client import SharedCache
     from tiercache.wire.memo import View
@@ -59,7 +61,28 @@ def build(
     ssd = _open_ssd(settings, clock, ssd_again) if settings.ssd_bytes else None
     policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
     memory = MemoryTier(settings.memory_bytes, arena_id=arena_id)
-    return Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
+    cache = Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
+    if settings.remote_url:
+        cache.reach(_open_remote(settings, clock, metrics))
+    return cache
+
+
+def _open_remote(settings: Settings, clock: Clock, metrics: Metrics) -> RemoteBlocks:
+    """Blocks in object storage; nothing is asked of it yet. Raises ConfigError for a place that cannot be one."""
+    from tiercache.remote.blocks import PACK_BYTES, PACKS_MIN, RemoteBlocks
+    from tiercache.remote.bucket import open_bucket, parse_options
+
+    return RemoteBlocks(
+        open_bucket(settings.remote_url, parse_options(settings.remote_options)),
+        settings.remote_bytes,
+        clock=clock,
+        metrics=metrics,
+        random=system_random(),
+        deadline_s=settings.remote_deadline_s,
+        lifetime_s=settings.remote_lifetime_s,
+        rate_bytes_s=settings.remote_rate_bytes_s,
+        pack_bytes=min(PACK_BYTES, settings.remote_bytes // PACKS_MIN),
+    )
 
 
 def _open_ssd(settings: Settings, clock: Clock, again: bool) -> Tier | None:

@@ -63,6 +63,8 @@ METRICS: tuple[Metric, ...] = (
             "entries",
             "Entries not copied down, for pressure or faults; they are misses later.",
         ),
+        ("uploads_total", "entries", "Entries copied to object storage in the background."),
+        ("uploads_dropped_total", "entries", "Entries not copied there, for pressure, room or faults."),
         ("corruptions_total", "entries", "Key or digest mismatches found before a reader got the bytes.", "tier"),
         (
             "tier_errors_total",

@@ -7,23 +7,20 @@ deciding (`resolve`) are apart, so that every decision can be tested with made-u
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import tempfile
 import tomllib
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiercache.errors import ConfigError
 from tiercache.model import ALIGN_BYTES, PAGE_BYTES, PART_BYTES, PARTS_MAX
+from tiercache.notation import GIB, KIB, MIB, Kind, format_size, parsed, parsed_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 MEMORY_SHARE = 1 / 8
 """Default memory: this much of what the cgroup, or the machine, has left."""
@@ -86,6 +83,12 @@ class Settings:
     client_share: float = 0.5
     linger_s: float = 10.0
     owner_deadline_s: float = 10.0
+    remote_url: str = ""
+    remote_options: str = ""
+    remote_bytes: int = 64 * GIB
+    remote_lifetime_s: float = 0.0
+    remote_rate_bytes_s: int = 64 * MIB
+    remote_deadline_s: float = 2.0
     sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
     """Where each value came from, for `explain`; no setting itself."""
 
@@ -110,19 +113,6 @@ class Row(NamedTuple):
     value: str | int | float | bool
     source: str
     meaning: str
-
-
-class Kind(Enum):
-    """How a setting is written; the value is what the message of a refusal asks for."""
-
-    SIZE = 'a size such as 4096, "512 MiB" or "4GB"'
-    SHARE_OR_SIZE = 'a size such as 4096, "512 MiB" or "4GB", or a share such as "10%"'
-    COUNT = "a whole number"
-    TIME = 'seconds, or a time such as "500ms" or "2min"'
-    FRACTION = 'a share from 0 to 1, or "95%"'
-    FLAG = "true or false"
-    PATH = "a path"
-    TEXT = "a name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +164,12 @@ RULES: dict[str, Rule] = {
     "client_share": Rule(Kind.FRACTION, "Share of memory that the leases of one process may hold.", low=0.01, high=1),
     "linger_s": Rule(Kind.TIME, "How long a shared directory's owner stays after its last client.", high=86400),
     "owner_deadline_s": Rule(Kind.TIME, "An owner that is silent for so long is gone around.", low=0.1, high=3600),
+    "remote_url": Rule(Kind.OPTION, "Object storage for blocks: s3://, gs://, az:// or file://; empty: none."),
+    "remote_options": Rule(Kind.OPTION, "JSON object with its options, as fsspec takes them; no credentials."),
+    "remote_bytes": Rule(Kind.SIZE, "Cap of all that all caches have there; set the same for each.", low=4 * MIB),
+    "remote_lifetime_s": Rule(Kind.TIME, "What is uploaded lives so long at most; 0: until it is evicted."),
+    "remote_rate_bytes_s": Rule(Kind.SIZE, "Bytes a second that uploads take on average; 0 is no limit."),
+    "remote_deadline_s": Rule(Kind.TIME, "After this long a read from there counts as a miss.", low=0.01, high=600),
 }
 
 
@@ -218,76 +214,17 @@ def _contradictions(s: Settings) -> list[str]:
     return [sentence for wrong, sentence in cases if wrong]
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
-_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-z%]*)", re.IGNORECASE)
-
-
 def _checked(name: str, rule: Rule, value: object, source: str) -> str | int | float | bool:
     """`value` as its rule has it, or ConfigError."""
-    parsed = _parsed(rule.kind, value)
-    if parsed is None:
+    found = parsed(rule.kind, value)
+    if found is None:
         raise ConfigError(f"{name} from {source} must be {rule.kind.value}, not {value!r}")
-    if isinstance(parsed, str):
-        return parsed
-    if not rule.low <= parsed <= rule.high:
+    if isinstance(found, str):
+        return found
+    if not rule.low <= found <= rule.high:
         low, high = rule.bounds()
-        raise ConfigError(f"{name} from {source} must be {low}{high}, not {parsed!r}")
-    return parsed
-
-
-def _parsed(kind: Kind, value: object) -> str | int | float | bool | None:
-    """The plain value that was written, or None when it is not of this kind. Shares must be made sizes before."""
-    if kind in (Kind.PATH, Kind.TEXT):
-        return os.fspath(value) if isinstance(value, str | os.PathLike) and os.fspath(value) else None
-    if kind is Kind.FLAG:
-        return value if isinstance(value, bool) else _FLAGS.get(str(value).strip().lower())
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        return _parsed_text(kind, value.strip().lower())
-    if isinstance(value, int):
-        return value if kind is not Kind.TIME and kind is not Kind.FRACTION else float(value)
-    if not isinstance(value, float) or not math.isfinite(value):
-        return None
-    if kind in (Kind.TIME, Kind.FRACTION):
-        return value
-    return int(value) if value == int(value) else None
-
-
-def _parsed_text(kind: Kind, text: str) -> int | float | None:
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    digits, unit = match.group(1).replace("_", ""), match.group(2)
-    if kind is Kind.FRACTION:
-        return float(digits) / 100 if unit == "%" else float(digits) if unit == "" else None
-    if kind is Kind.TIME:
-        return float(digits) * _SECONDS[unit] if unit in _SECONDS else None
-    if kind is Kind.COUNT:
-        return int(digits) if unit == "" and "." not in digits else None
-    return round(float(digits) * _UNITS[unit]) if "." in digits and unit in _UNITS else _whole_size(digits, unit)
-
-
-def _whole_size(digits: str, unit: str) -> int | None:
-    return int(digits) * _UNITS[unit] if unit in _UNITS and "." not in digits else None
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of a size as people write it ("10 GiB", "4096"), or None when it is none."""
-    size = _parsed_text(Kind.SIZE, text.strip().lower())
-    return int(size) if size is not None else None
-
-
-def format_size(size: float) -> str:
-    """A size for people: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+        raise ConfigError(f"{name} from {source} must be {low}{high}, not {found!r}")
+    return found
 
 
 class Disk(NamedTuple):
@@ -464,7 +401,7 @@ def _size(name: str, value: object, whole: int, source: str) -> int:
     rule = RULES[name]
     text = value.strip() if isinstance(value, str) else ""
     if rule.whole and text.endswith("%"):
-        share = _parsed_text(Kind.FRACTION, text)
+        share = parsed_text(Kind.FRACTION, text)
         if share is None or not 0 <= share <= 1:
             raise ConfigError(f"{name} from {source} must be from 0% to 100% of {rule.whole}, not {value!r}")
         value = int(whole * share)

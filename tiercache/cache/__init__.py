@@ -22,6 +22,7 @@ from tiercache.cache.filling import Filling
 from tiercache.cache.here import Here
 from tiercache.cache.pressure import Pressure
 from tiercache.cache.recovery import Recovery
+from tiercache.cache.remote import EVERY
 from tiercache.cache.serving import Serving
 from tiercache.cache.storing import Storing
 from tiercache.cache.survey import Survey
@@ -96,7 +97,7 @@ class Cache(Chained):
         )
         self._filling.taken = self.blocks.taken
         self._survey = Survey(self.tiers, self._recovery)
-        self.serving = Serving(self.tiers, self._recovery, self._storing, lease=self._lease)
+        self.serving = Serving(self.tiers, self._recovery, self._storing, blocks=self.blocks, lease=self._lease)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forever: list[asyncio.Task[None]] = []
         self._nudged = False
@@ -112,6 +113,8 @@ class Cache(Chained):
             self._recovery.begin(self._tasks)
             self._forever.append(self._tasks.start(self._demotion.run(), "write to SSD"))
         self._forever.append(self._tasks.start(self._pressure.run(), "evict from memory"))
+        if self.remote is not None:
+            self.remote.begin(self._tasks)
 
     # -- any thread, memory only ---------------------------------------------------------------------------------------
 
@@ -291,6 +294,8 @@ class Cache(Chained):
         """A lease on whole entries, brought to memory from the SSD where needed; look at its `outcomes`."""
         tiers = self._open()
         await self._recovery.find(names)
+        if self.remote is not None:
+            await self.remote.bring([name.key for name in names], EVERY)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
         return await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None, "object")
@@ -299,6 +304,8 @@ class Cache(Chained):
         """A lease on the longest prefix of a chain that the local tiers have, in memory; `len(lease)` blocks."""
         tiers = self._open()
         await self._recovery.find([Name(digest) for digest in digests])
+        if self.remote is not None:
+            await self.remote.bring(digests, EVERY)
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
         lease = await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None, "object")
@@ -377,6 +384,8 @@ class Cache(Chained):
         there = tiers.delete(names)
         self._recovery.bury(names)
         self._demotion.bury()
+        if self.remote is not None:
+            self.remote.hide(names)
         return [Outcome.HIT if found else Outcome.GONE for found in there]
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
@@ -403,6 +412,8 @@ class Cache(Chained):
         for task in self._forever:
             task.cancel()
         self._recovery.stop()
+        if self.remote is not None:
+            await self.remote.close()
         self.blocks.close()
         await self._tasks.close(CLOSE_PATIENCE_S)
         self.tiers.drain()
@@ -424,7 +435,7 @@ class Cache(Chained):
     def stats(self) -> dict[str, int | float]:
         """A flat table of what the cache holds and did: every metric by its full name (see metrics.METRICS)."""
         metrics, tiers = self.metrics, self.tiers
-        for tier in (tiers.memory, tiers.ssd):
+        for tier in (tiers.memory, tiers.ssd, self.remote.store if self.remote is not None else None):
             if tier is not None:
                 status = tier.status()
                 metrics.set("tiercache_tier_health", int(status.health), tier=status.name)
@@ -471,6 +482,8 @@ class Cache(Chained):
     def _dirtied(self, slots: npt.NDArray[np.int64]) -> None:
         """New bytes in memory: they wait for the SSD, and may have pushed memory over its mark."""
         self._demotion.mark(slots)
+        if self.remote is not None:
+            self.remote.mark(slots)
         self._nudge()
 
     def _nudge(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiercache.cache.remote import Remote
 from tiercache.errors import ClosedError
 from tiercache.model import Kind, Terms
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
     from tiercache.cache.blocks import Blocks
     from tiercache.cache.joint import BlockTicket
+    from tiercache.cache.remote import Far
+    from tiercache.cache.storing import Storing
     from tiercache.cache.tiers import Tiers
     from tiercache.lease import Lease
 
@@ -21,7 +24,14 @@ class Chained:
 
     tiers: Tiers
     blocks: Blocks
+    remote: Remote | None = None
+    """Object storage, if there is any."""
+    _storing: Storing
     _closed = False
+
+    def reach(self, store: Far) -> None:
+        """From now on blocks go to object storage too, and come from there; before `begin`."""
+        self.remote = self.blocks.beyond = Remote(self.tiers, self.blocks, self._storing, store)
 
     def _open(self) -> Tiers:
         if self._closed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.buffers import verify_parts
+from tiercache.cache.remote import EVERY
 from tiercache.cache.tiers import Mapped, whole
 from tiercache.lease import Lease
 from tiercache.model import Form, Name, Outcome, TierId
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from tiercache.cache.blocks import Blocks
     from tiercache.cache.recovery import Recovery
     from tiercache.cache.storing import Storing, Ticket
     from tiercache.cache.tiers import Tiers
@@ -40,11 +42,13 @@ class Serving:
         recovery: Recovery,
         storing: Storing,
         *,
+        blocks: Blocks,
         lease: Callable[[Match, list[int], None, str], Awaitable[Lease]],
     ) -> None:
         """`lease` brings parts of what was matched to memory, as far as a local tier has them, and counts that as hits
         and misses of some kind, or of none."""
         self._tiers, self._recovery, self._storing, self._lease = tiers, recovery, storing, lease
+        self._blocks, self.join = blocks, blocks.join
         self._slots: dict[int, int] = {}  # location in memory -> slot, as far as they were asked for
 
     @property
@@ -79,6 +83,8 @@ class Serving:
         held, unless all of it is local."""
         tiers = self._tiers
         await self._recovery.find(names)
+        if parts is None and not together and self._blocks.beyond is not None:
+            await self._blocks.beyond.bring([name.key for name in names], EVERY)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
         wanted = _wanted(facts, parts)

@@ -17,7 +17,8 @@ from tiercache.cli import warm as warming
 from tiercache.cli.finding import GOOD, LIMITED, MISSING
 from tiercache.cli.show import Show, WarmShow
 from tiercache.errors import ConfigError
-from tiercache.settings import config_path, format_size, load, parse_size, read_machine
+from tiercache.notation import format_size, parse_size
+from tiercache.settings import config_path, load, read_machine
 
 app = typer.Typer(
     name="tiercache",

@@ -17,7 +17,8 @@ from tiercache.cli import sharing
 from tiercache.cli.finding import GOOD, LIMITED, MISSING, Finding
 from tiercache.errors import TierCacheError
 from tiercache.model import ALIGN_BYTES
-from tiercache.settings import Settings, format_size, load, read_disk, read_machine
+from tiercache.notation import format_size
+from tiercache.settings import Settings, load, read_disk, read_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

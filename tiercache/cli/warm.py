@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tiercache import assemble
 from tiercache.cli.files import below, finish, split_url, told_how
 from tiercache.errors import ConfigError, UnavailableError
+from tiercache.notation import format_size
 from tiercache.pages.reader import together
-from tiercache.settings import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

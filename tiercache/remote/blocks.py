@@ -24,7 +24,7 @@ from tiercache.remote.writing import Writing
 from tiercache.tier import Health, TierStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from random import Random
 
     from tiercache.buffers import Buffer
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 PACK_BYTES = 32 << 20
 """Size that packs are filled to."""
+PACKS_MIN = 16
+"""Of a small cap, so many packs fill it."""
 REFRESH_S = 60.0
 """The bucket is listed so often, when nobody misses anything."""
 MISSED_S = 5.0
@@ -86,6 +88,10 @@ class RemoteBlocks:
         """What is known of these entries: shapes and terms without digests, None for what is not there."""
         return self._catalog.find(keys)
 
+    def hide(self, keys: Sequence[bytes]) -> None:
+        """Whatever the bucket has of these is not looked at any more, until they are written anew."""
+        self._catalog.hide(keys)
+
     def missed(self) -> None:
         """Somebody asked for what is not there: another writer may have brought it since."""
         if self._clock.monotonic() - self._listed_at_s >= MISSED_S:
@@ -110,11 +116,13 @@ class RemoteBlocks:
         after that nothing is written to a target. Digests have been compared with what arrived."""
         return await self._reading.read(wanted, targets)
 
-    async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[Outcome]:
+    async def write(
+        self, payloads: Sequence[Payload], sources: Sequence[Buffer], copied: Callable[[], None] = lambda: None
+    ) -> list[Outcome]:
         """Uploads whole entries, with their digests, as one pack: HIT where it is there (now, or before), FULL where
         there was no room in this writer's share, BUSY where the bucket did not take it, CORRUPT where a source has not
-        its digests. The caller holds the sources."""
-        return await self._writing.write(payloads, sources)
+        its digests. The caller holds the sources until it hears that they are `copied`, or this ends."""
+        return await self._writing.write(payloads, sources, copied)
 
     async def run(self) -> None:
         """Keeps the catalog fresh, the lease alive and the bucket tidy, for as long as it is not cancelled."""

@@ -33,6 +33,8 @@ GUESS_BYTES = 32 << 10
 FEW = 8
 """Up to so many new packs are asked one by one; of more, snapshots tell first."""
 AT_ONCE = 4
+HIDDEN_MAX = 1 << 16
+"""Entries that were deleted here which are remembered."""
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class Catalog:
         """Objects that are no packs, or damaged, by size: they are not asked again while they are there."""
         self._told: set[str] = set()
         """Snapshots that were read."""
+        self._hidden: dict[bytes, None] = {}
         self._ticks = itertools.count(1)
         self._round = 0
         self._listing = asyncio.Lock()
@@ -132,7 +135,8 @@ class Catalog:
         self.touch(pack)
         self.packs[pack.key] = pack
         for i, key in enumerate(packs.keys_of(rows)):
-            self._where[key] = (pack, i)
+            if key not in self._hidden:
+                self._where[key] = (pack, i)
 
     def drop(self, key: str) -> None:
         """A pack is gone, or is about to be."""
@@ -143,6 +147,19 @@ class Catalog:
             place = self._where.get(name)
             if place is not None and place[0] is pack:
                 del self._where[name]
+
+    def hide(self, keys: Sequence[bytes]) -> None:
+        """These are not to be found, in any pack, until they are shown again."""
+        for key in keys:
+            if self._where.pop(key, None) is not None:
+                self._hidden[key] = None
+        while len(self._hidden) > HIDDEN_MAX:
+            del self._hidden[next(iter(self._hidden))]
+
+    def show(self, keys: Sequence[bytes]) -> None:
+        """These may be found again."""
+        for key in keys if self._hidden else ():
+            self._hidden.pop(key, None)
 
     def forget(self, key: bytes, pack: Pack) -> None:
         """What lies there as this entry is damaged."""

@@ -19,7 +19,7 @@ from tiercache.remote.catalog import INDEX, LIST_S, PACKS, writer_of
 from tiercache.remote.snapshots import Listed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tiercache.buffers import Buffer
     from tiercache.clock import Clock
@@ -68,7 +68,9 @@ class Writing:
         self._free_at_s = clock.monotonic()
         self._closed = False
 
-    async def write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[Outcome]:
+    async def write(
+        self, payloads: Sequence[Payload], sources: Sequence[Buffer], copied: Callable[[], None]
+    ) -> list[Outcome]:
         """See RemoteBlocks.write."""
         known = self._catalog.find([one.name.key for one in payloads])
         new = [i for i, one in enumerate(known) if one is None]
@@ -76,7 +78,8 @@ class Writing:
         if new:
             await self._pace(sum(payloads[i].size for i in new))
             async with self._lock:
-                answers = await self._write([self._terms(payloads[i]) for i in new], [sources[i] for i in new])
+                some = [self._terms(payloads[i]) for i in new]
+                answers = await self._write(some, [sources[i] for i in new], copied)
             for i, outcome in zip(new, answers, strict=True):
                 outcomes[i] = outcome
         return outcomes
@@ -97,13 +100,16 @@ class Writing:
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
 
-    async def _write(self, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> list[Outcome]:
+    async def _write(
+        self, payloads: Sequence[Payload], sources: Sequence[Buffer], copied: Callable[[], None]
+    ) -> list[Outcome]:
         """One pack; the lock is held."""
         try:
             if self._closed or not await self._usable() or not await self._room(packs.pack_bytes(payloads)):
                 return [Outcome.FULL] * len(payloads)
             key = self._name(PACKS)
             pack, rows = await self._asking.work(lambda: packs.encode(key, payloads, sources))
+            copied()
             if not len(rows):
                 return [Outcome.CORRUPT] * len(payloads)
             made = await self._put(key, pack)
@@ -112,6 +118,7 @@ class Writing:
             return [Outcome.BUSY] * len(payloads)
         if not made:
             return [Outcome.FULL] * len(payloads)
+        self._catalog.show([one.name.key for one in payloads])
         self._catalog.add(Listed(key, len(pack), rows))
         self._catalog.used_bytes += len(pack)
         self._untold += 1

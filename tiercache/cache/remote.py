@@ -1,0 +1,414 @@
+"""Remote: what a cache does with blocks in object storage: uploads what is new, loads what no local tier has.
+
+Uploads wait in a bounded queue, which is dropped first: what is evicted from memory, or pushed out of the queue, before
+its turn is not uploaded. Only whole entries of kinds that are worth it go: KV blocks and tensors, never pages, which
+have an origin. Loads fill extents as any writer of blocks does (see blocks.py): claimed, verified, then shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from tiercache.cache.tiers import whole
+from tiercache.errors import TierCacheError
+from tiercache.model import PARTS_MAX, Form, Kind, Name, Outcome, Payload, State, Terms, all_parts, part_bytes_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from typing import Any
+
+    import numpy.typing as npt
+
+    from tiercache.buffers import Buffer
+    from tiercache.cache.blocks import Blocks
+    from tiercache.cache.storing import Storing
+    from tiercache.cache.tasks import Tasks
+    from tiercache.cache.tiers import Tiers
+    from tiercache.tier import TierStatus
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 1.0
+"""What is new waits so long for more, so that packs are full; and is not held up longer by what keeps coming."""
+BATCH_SHARE = 8
+"""Of memory, what one pack may pin while it is copied."""
+BRING_SHARE = 2
+"""Of memory, what one call may bring."""
+CLOSE_S = 10.0
+"""Closing waits so long for uploads, and as long for what the bucket is told at the end."""
+KINDS = (Kind.KV, Kind.TENSOR)
+EVERY = (1 << PARTS_MAX) - 1
+"""The map of all parts that an entry may have."""
+
+
+class Store(Protocol):
+    """The port of object storage; remote/blocks.py has it."""
+
+    pack_bytes: int
+
+    def find(self, keys: Sequence[bytes]) -> list[Payload | None]:
+        """See RemoteBlocks."""
+        ...
+
+    def prefix(self, keys: Sequence[bytes]) -> int:
+        """See RemoteBlocks."""
+        ...
+
+    def missed(self) -> None:
+        """See RemoteBlocks."""
+        ...
+
+    async def read(self, wanted: Sequence[Payload], targets: Sequence[Buffer]) -> list[tuple[Outcome, bytes]]:
+        """See RemoteBlocks."""
+        ...
+
+    async def write(
+        self, payloads: Sequence[Payload], sources: Sequence[Buffer], copied: Callable[[], None]
+    ) -> list[Outcome]:
+        """See RemoteBlocks."""
+        ...
+
+    async def run(self) -> None:
+        """See RemoteBlocks."""
+        ...
+
+    async def close(self) -> None:
+        """See RemoteBlocks."""
+        ...
+
+
+class Far(Store, Protocol):
+    """What else it can say, and be told."""
+
+    async def known(self) -> None:
+        """See RemoteBlocks."""
+        ...
+
+    def hide(self, keys: Sequence[bytes]) -> None:
+        """See RemoteBlocks."""
+        ...
+
+    def status(self) -> TierStatus:
+        """See RemoteBlocks."""
+        ...
+
+
+class Ticket(Protocol):
+    """What loads need of the tickets of blocks and of lone entries."""
+
+    def commit(self, landed: list[tuple[int, int, bytes]]) -> list[Outcome]:
+        """Takes (item, parts, digests)."""
+        ...
+
+    def end(self) -> None:
+        """Gives up what was not committed."""
+        ...
+
+
+class Queued(NamedTuple):
+    """One entry that waits for its upload."""
+
+    slot: int
+    location: int
+    size: int
+
+
+class Remote:
+    """See the module. `mark`, `probe` and `hide` may be called in any thread, all else on the cache's loop."""
+
+    def __init__(self, tiers: Tiers, blocks: Blocks, storing: Storing, store: Far) -> None:
+        self.store = store
+        self._tiers, self._blocks, self._storing = tiers, blocks, storing
+        self._queue: dict[int, Queued] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()  # for the two above
+        self._batch_bytes = min(store.pack_bytes, tiers.settings.memory_bytes // BATCH_SHARE)
+        self._bring_bytes = tiers.settings.memory_bytes // BRING_SHARE
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._coming: dict[bytes, asyncio.Future[None]] = {}
+
+    def begin(self, tasks: Tasks) -> None:
+        """Starts uploading, and keeping up with the bucket."""
+        self._loop = asyncio.get_running_loop()
+        work: list[tuple[Coroutine[Any, Any, None], str]] = [
+            (self.store.run(), "keep up with the bucket"), (self._upload(), "upload")
+        ]  # fmt: skip
+        self._tasks = [tasks.start(coroutine, name) for coroutine, name in work]
+
+    async def close(self) -> None:
+        """Uploads what waits, as far as that is done in time, and leaves the bucket in order."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for work in (self._drain, self.store.close):
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await work()
+            except TimeoutError:
+                log.warning("closing without waiting for the remote tier any longer")
+
+    # -- uploads -------------------------------------------------------------------------------------------------------
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes that wait for their upload."""
+        return self._bytes
+
+    def mark(self, slots: npt.NDArray[np.int64]) -> None:
+        """These slots have got parts: those that are whole now are uploaded, unless the bucket has them."""
+        tiers = self._tiers
+        if not len(slots):
+            return
+        facts = tiers.index.facts(slots)
+        ready = np.isin(facts.kind, KINDS) & (facts.memory_location >= 0) & (facts.state >= State.RESIDENT)
+        ready &= facts.memory_parts == whole(facts.size, facts.part_bytes)
+        rows = np.flatnonzero(ready).tolist()
+        if not rows:
+            return
+        known = self.store.find([name.key for name in tiers.index.names(slots[rows])])
+        dropped = 0
+        with self._lock:
+            for row, there in zip(rows, known, strict=True):
+                slot = int(slots[row])
+                if there is None and slot not in self._queue:
+                    self._queue[slot] = Queued(slot, int(facts.memory_location[row]), int(facts.size[row]))
+                    self._bytes += int(facts.size[row])
+            while self._bytes > tiers.settings.queue_bytes and len(self._queue) > 1:
+                self._pop()
+                dropped += 1
+            waiting = bool(self._queue)
+        if dropped:
+            tiers.metrics.add("tiercache_uploads_dropped_total", dropped)
+        if waiting and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._wake.set)
+            except RuntimeError:
+                return  # the loop was closed: nothing is uploaded any more
+
+    def _pop(self) -> Queued:
+        """What waits longest; the lock is held."""
+        one = self._queue.pop(next(iter(self._queue)))
+        self._bytes -= one.size
+        return one
+
+    def _take(self) -> list[Queued]:
+        batch: list[Queued] = []
+        total = 0
+        with self._lock:
+            while self._queue and total < self._batch_bytes:
+                batch.append(self._pop())
+                total += batch[-1].size
+        return batch
+
+    async def _upload(self) -> None:
+        """Uploads for as long as the cache is open."""
+        while True:
+            await self._wake.wait()
+            if self._bytes < self._batch_bytes:
+                await asyncio.sleep(LINGER_S)
+            self._wake.clear()
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Uploads all that waits now."""
+        for _ in range(len(self._queue)):
+            batch = self._take()
+            if not batch:
+                return
+            await self._send(batch)
+
+    async def _send(self, batch: Sequence[Queued]) -> None:
+        """One pack of what of a batch is still where it was."""
+        tiers = self._tiers
+        pin = tiers.index.hold([one.slot for one in batch], readable=True)
+        end = tiers.end_of(pin)
+        over = False
+
+        def copied() -> None:
+            nonlocal over
+            if not over:
+                over = True
+                end(True)
+
+        try:
+            held = set(pin.slots.tolist())
+            batch = [one for one in batch if one.slot in held]
+            slots = np.array([one.slot for one in batch], np.int64)
+            facts = tiers.index.facts(slots)
+            same = facts.memory_location == np.array([one.location for one in batch], np.int64)
+            same &= facts.memory_parts == whole(facts.size, facts.part_bytes)
+            slots = slots[same]
+            if not len(slots):
+                return
+            sources = tiers.memory.buffers(facts.memory_location[same].tolist())
+            outcomes = await self.store.write(self._payloads(slots), sources, copied)
+        finally:
+            copied()
+        lost = sum(1 for outcome in outcomes if outcome is not Outcome.HIT)
+        tiers.metrics.add_all(
+            [
+                ("tiercache_uploads_total", len(outcomes) - lost, "", ""),
+                ("tiercache_uploads_dropped_total", lost, "", ""),
+            ]
+        )
+
+    def _payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
+        index = self._tiers.index
+        facts = index.facts(slots)
+        rows = zip(
+            index.names(slots), self._tiers.memory.payloads(facts.memory_location.tolist()), index.parents(slots),
+            facts.kind.tolist(), facts.scope.tolist(), facts.cost_s.tolist(), facts.expiry_s.tolist(),
+            index.forms(slots).tolist(), strict=True,
+        )  # fmt: skip
+        return [
+            Payload(
+                name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
+                scope, cost_s, expiry_s, 0, Form(form),
+            )
+            for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
+        ]  # fmt: skip
+
+    # -- loads ---------------------------------------------------------------------------------------------------------
+
+    def probe(self, digests: Sequence[bytes], parts: int) -> int:
+        """See blocks.Beyond: what is in the bucket is there with all of its parts."""
+        count = self.store.prefix(digests)
+        if count < len(digests) and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self.store.missed)
+            except RuntimeError:
+                return 0
+        return count
+
+    def hide(self, names: Sequence[Name]) -> None:
+        """These were deleted: what the bucket has of them is not looked at any more."""
+        self.store.hide([name.key for name in names])
+
+    async def bring(self, digests: Sequence[bytes], parts: int) -> None:
+        """See blocks.Beyond. Lone entries are brought as well, by their keys."""
+        if all(self._local(digests, parts)):
+            return
+        try:
+            await self.store.known()
+            for _ in range(2):  # what others are loading is waited for, and what they did not get is loaded
+                coming = [self._coming[one] for one in digests if one in self._coming]
+                if not coming:
+                    break
+                await asyncio.wait(coming)
+            await self._bring(digests, parts)
+        except (TierCacheError, OSError) as error:
+            self._tiers.metrics.add("tiercache_tier_errors_total", 1, tier="remote", operation="load")
+            log.debug("what the bucket has was not loaded: %s", error)
+
+    async def _bring(self, digests: Sequence[bytes], parts: int) -> None:
+        found = self.store.find(digests)
+        if None in found:
+            self.store.missed()
+        local = self._local(digests, parts)
+        wanted = [one for one, here in zip(found, local, strict=True) if one is not None and not here]
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        mine = [one.name.key for one in wanted if one.name.key not in self._coming]
+        self._coming |= dict.fromkeys(mine, future)
+        try:
+            room = self._bring_bytes
+            for run in _runs(wanted, self._batch_bytes):
+                room -= sum(one.size for one in run)
+                if room < 0 or not await self._load(run, parts):
+                    break
+        finally:
+            for one in mine:
+                del self._coming[one]
+            future.set_result(None)
+
+    def _local(self, digests: Sequence[bytes], parts: int) -> list[bool]:
+        """Which of these the local tiers have with these parts."""
+        tiers = self._tiers
+        match = tiers.index.match([Name(one) for one in digests])
+        try:
+            facts = tiers.index.facts(match.slots)
+        finally:
+            tiers.release(match)
+        wanted = whole(facts.size, facts.part_bytes) & np.uint64(parts & (1 << 64) - 1)
+        there = facts.memory_parts | (facts.ssd_parts if tiers.ssd_readable else np.uint64(0))
+        found: list[bool] = ((match.slots >= 0) & ((there & wanted) == wanted)).tolist()
+        return found
+
+    async def _load(self, run: Sequence[Payload], parts: int) -> bool:
+        """Blocks of one chain and shape in order, or one lone entry. False where there is no use in going on."""
+        first = run[0]
+        terms = Terms(first.kind, first.scope, max(one.cost_s for one in run), first.expiry_s)
+        wanted = parts & all_parts(first.size, first.part_bytes)
+        if first.form is Form.BLOCK:
+            digests = [one.name.key for one in run]
+            joined = self._blocks.join(digests, first.size, first.part_bytes, wanted, (), terms, parent=first.parent)
+            claims = {i: claim for i, claim in enumerate(joined.claims) if claim}
+            return await self._fill(joined, run, claims, joined.buffers)
+        if first.part_bytes != part_bytes_for(first.size):
+            return True
+        lone = self._storing.reserve([Name(first.name.key)], [first.size], terms)
+        claims = {0: wanted} if lone.locations[0] >= 0 else {}
+        return await self._fill(lone, run, claims, lambda _: self._tiers.memory.buffers(lone.locations)[0])
+
+    async def _fill(
+        self, ticket: Ticket, run: Sequence[Payload], claims: dict[int, int], buffer: Callable[[int], Buffer]
+    ) -> bool:
+        """Reads what was claimed into its extents, and shows what is right."""
+        tiers = self._tiers
+        began_s = tiers.clock.monotonic()
+        try:
+            asked = [_with_parts(run[i], claim) for i, claim in claims.items()]
+            answers = await self.store.read(asked, [buffer(i) for i in claims]) if asked else []
+            landed = [
+                (i, claim, digests)
+                for (i, claim), (outcome, digests) in zip(claims.items(), answers, strict=True)
+                if outcome is Outcome.HIT
+            ]
+            if landed:  # which hashes once more, for what arrived now lies in memory that others may write to
+                commit = asyncio.get_running_loop().run_in_executor(None, ticket.commit, landed)
+                try:
+                    await asyncio.shield(commit)
+                except asyncio.CancelledError:
+                    await asyncio.wait([commit])
+                    raise
+        finally:
+            ticket.end()
+        tiers.metrics.observe("tiercache_read_seconds", tiers.clock.monotonic() - began_s, tier="remote")
+        tiers.metrics.add("tiercache_hits_total", len(landed), tier="remote", kind="block")
+        return len(landed) == len(claims)
+
+
+def _with_parts(one: Payload, parts: int) -> Payload:
+    return Payload(
+        one.name, one.size, one.part_bytes, parts, b"", one.kind, one.parent,
+        one.scope, one.cost_s, one.expiry_s, one.tick, one.form,
+    )  # fmt: skip
+
+
+def _runs(found: Sequence[Payload], bytes_max: int) -> Iterator[list[Payload]]:
+    """Blocks that follow each other in one chain, of one shape and with the same terms, up to so many bytes together;
+    lone entries each alone."""
+    run: list[Payload] = []
+    for one in found:
+        last = run[-1] if run else None
+        if (
+            last is None
+            or one.form is not Form.BLOCK
+            or one.parent != last.name.key
+            or (one.size, one.part_bytes, one.kind, one.scope, one.expiry_s)
+            != (last.size, last.part_bytes, last.kind, last.scope, last.expiry_s)
+            or sum(each.size for each in run) + one.size > bytes_max
+        ):
+            if run:
+                yield run
+            run = []
+        run.append(one)
+    if run:
+        yield run
