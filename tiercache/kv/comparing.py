@@ -42,7 +42,7 @@ class Comparing:
 
     def digest(self, batch: Batch, work: Work) -> Steps:
         """Digests what this rank holds of a batch and does not write."""
-        wanted = [(block, self._parts & ~batch.ticket.claims[block - batch.span.start]) for block in batch.taken]
+        wanted = [(block, self._parts & ~batch.claims[block - batch.span.start]) for block in batch.taken]
         layout = self._stretch.layout
         for parts, blocks in grouped(wanted, max(1, DIGEST_BYTES // layout.block_bytes)):
             if not parts and not self._pieces:
@@ -62,10 +62,8 @@ class Comparing:
         rows = [(block, *self._rows.pop(block)) for block in batch.taken if block in self._rows]
         if not rows:
             return
-        first, ticket, wanted = batch.span.start, batch.ticket, self._store.holder.needed(self._stretch.layout)
-        late = [block for block, _, _ in rows if wanted & ~ticket.present[block - first]]
-        yield from self._awaited(late, wanted)
-        found = ticket.compare([(block - first, parts, row.row) for block, parts, row in rows])
+        yield from self._awaited([block for block, _, _ in rows])
+        found = self._compared(batch, rows)
         variants = self._store.variants
         for (block, parts, row), differs in zip(rows, found, strict=True):
             bad = self._bad_pieces(block, row) if self._pieces else []
@@ -75,21 +73,41 @@ class Comparing:
             elif self._late:
                 variants.remember(self._stretch.keys[block], parts, row.row)
 
-    def _awaited(self, blocks: list[int], wanted: int) -> Steps:
+    def _compared(self, batch: Batch, rows: list[tuple[int, int, moving.Digests]]) -> list[int]:
+        if any(self._store.holder.share(self._stretch.layout)):
+            first = batch.span.start
+            return batch.ticket.compare([(block - first, parts, row.row) for block, parts, row in rows])
+        # Who writes nothing joins what is there at the moment: what came after that is not of its ticket.
+        layout, keys = self._stretch.layout, self._stretch.of_blocks(block for block, _, _ in rows)
+        ticket = self._store.core.join_blocks(keys, layout.block_bytes, layout.part_bytes, 0)
+        try:
+            return ticket.compare([(item, parts, row.row) for item, (_, parts, row) in enumerate(rows)])
+        finally:
+            ticket.end()
+
+    def _awaited(self, blocks: list[int]) -> Steps:
         """Waits until these blocks have all that this rank holds, or sets `_late` after a moment's patience."""
-        core, variants = self._store.core, self._store.variants
-        keys, look_s = self._stretch.of_blocks(blocks), LOOK_S
+        core, variants, look_s = self._store.core, self._store.variants, LOOK_S
         until = core.clock.monotonic() + variants.patience_s
         self._late = False
-        while keys and (lease := core.lease_blocks_resident(keys, wanted)) is None:
+        while not self._there(blocks):
             if core.clock.monotonic() >= until:
                 self._late, variants.patience_s = True, PEER_LATE_S
                 return
             yield look_s
             look_s = min(2 * look_s, LOOK_S_MAX)
-        if keys and lease is not None:
+        variants.patience_s = PEER_S
+
+    def _there(self, blocks: list[int]) -> bool:
+        """Whether all that this rank holds of these blocks is stored: in memory, or where it is too late to compare."""
+        core, stretch = self._store.core, self._stretch
+        wanted = self._store.holder.needed(stretch.layout)
+        lease = core.lease_blocks_resident(stretch.of_blocks(blocks), wanted)
+        if lease is not None:
             lease.release()
-            variants.patience_s = PEER_S
+            return True
+        stop = blocks[-1] + 1
+        return len(core.probe_chain(stretch.keys[:stop], wanted)) == stop
 
     def _bad_pieces(self, block: int, row: moving.Digests) -> list[tuple[int, int]]:
         """Pieces of parts that lie in memory with other bytes than this rank's."""

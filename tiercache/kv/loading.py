@@ -127,11 +127,11 @@ class Loading:
     def _resident(self, lease: Lease, blocks: Sequence[int], groups: Sequence[Group]) -> Steps:
         """Everything is in memory: one lease, layer group by layer group."""
         sources = {block: (lease.buffer(i), lease.digests(i)) for i, block in enumerate(blocks)}
-        for layers, parts in groups if self._layerwise else [_joined(groups)]:
-            again = yield from self._scatter(self._living(blocks), sources, parts)
+        for group in groups if self._layerwise else [_joined(groups)]:
+            again = yield from self._scatter(self._living(blocks), sources, group)
             if again:
-                yield from self._fetch(again, [(layers, parts)])
-            self._land(layers.stop)
+                yield from self._fetch(again, [group])
+            self._land(group[0].stop)
 
     def _brought(self, blocks: Sequence[int], groups: Sequence[Group]) -> Steps:
         """Some of it has to be brought to memory: 1, 2, 4, ... layer groups of all blocks, first layers first."""
@@ -174,9 +174,9 @@ class Loading:
         hits = [(i, block) for i, block in enumerate(some) if lease.outcomes[i] is Outcome.HIT]
         sources = {block: (lease.buffer(i), lease.digests(i)) for i, block in hits}
         again: list[int] = []
-        for _, parts in groups:
+        for group in groups:
             left = [block for block in self._living(sources) if block not in again]
-            again += yield from self._scatter(left, sources, parts)
+            again += yield from self._scatter(left, sources, group)
         return again
 
     def _refused(self, outcomes: dict[int, Outcome]) -> list[list[int]]:
@@ -191,12 +191,12 @@ class Loading:
         return [one for one in (refused[half:], refused[:half]) if one]
 
     def _scatter(
-        self, blocks: Sequence[int], sources: dict[int, tuple[Buffer, bytes]], parts: int
+        self, blocks: Sequence[int], sources: dict[int, tuple[Buffer, bytes]], group: Group
     ) -> Generator[Awaited, None, list[int]]:
-        """Copies parts of blocks into engine memory, in turns. Answers those that were damaged for the first time: they
-        may be had from somewhere else. What is damaged twice has failed."""
-        stretch, again = self._stretch, []
-        each = parts.bit_count() * stretch.layout.part_bytes
+        """Copies a group of blocks into engine memory, in turns. Answers those that were damaged for the first time:
+        they may be had from somewhere else. What is damaged twice has failed."""
+        stretch, again, (layers, parts) = self._stretch, [], group
+        each = len(layers) * len(self._shard.heads) * stretch.layout.unit_bytes
         most = max(1, SCATTER_BYTES // each)
         for at in range(0, len(blocks), most):
             some = self._same(blocks[at : at + most], sources, parts)
@@ -272,7 +272,7 @@ class Loading:
             moving.scatter(
                 self._stretch.planes, self._stretch.table, [block], [whole], parts=self._needed, tokens=self._rows
             )
-        self.moved_bytes += self._needed.bit_count() * layout.part_bytes
+        self.moved_bytes += len(self._shard.layers) * len(self._shard.heads) * layout.unit_bytes
         return True
 
     # -- what has become of it -----------------------------------------------------------------------------------------

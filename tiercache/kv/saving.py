@@ -49,6 +49,8 @@ class Batch:
 
     span: range
     ticket: BlockTicket
+    claims: list[int]
+    """Parts that were this ticket's to write, an item: those of the ticket go as they land."""
     taken: list[int] = field(default_factory=list)
     """Blocks that this ticket serves: written by it, or there already."""
     commits: deque[tuple[Future[list[Outcome]], list[int]]] = field(default_factory=deque)
@@ -158,7 +160,7 @@ class Saving:
         except UnavailableError:
             self._left.update(dict.fromkeys(span, Outcome.BUSY))
             return
-        batch = Batch(span, ticket)
+        batch = Batch(span, ticket, list(ticket.claims))
         self._open.append(batch)
         for block, outcome in zip(span, ticket.outcomes, strict=True):
             if outcome is Outcome.HIT:
@@ -166,9 +168,9 @@ class Saving:
             else:
                 self._left[block] = outcome if outcome in RETRIES else Outcome.BUSY
         try:
-            if self._comparing is not None:
-                yield from self._comparing.digest(batch, self._work)
             yield from self._gathered(batch)
+            if self._comparing is not None:  # while the owner hashes what was gathered
+                yield from self._comparing.digest(batch, self._work)
         except UnavailableError:
             self._lose(batch)
 

@@ -15,6 +15,8 @@ never on the I/O loop, and everything that a caller waits for ends: at its deadl
 
 from __future__ import annotations
 
+import asyncio
+from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,6 @@ from tiercache.kv.workers import Workers
 from tiercache.model import Kind, Terms
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
     from types import TracebackType
 
@@ -110,6 +111,8 @@ class KvStore:
         engine, and engines of any shape, find the same.
         """
         parts = self.layout.all_parts if shard is None else shard.needed(self.layout)
+        if not self.core.recovered:
+            self._recall(keys)
         tiers = self.core.probe_chain(keys, parts)
         metrics = self.core.metrics
         counts = [("tiercache_kv_missed_blocks_total", len(keys) - len(tiers), "", "")]
@@ -120,6 +123,18 @@ class KvStore:
         if tiers:
             self.core.touch_chain(keys[: len(tiers)])
         return Matched(len(tiers), tiers)
+
+    def _recall(self, keys: Sequence[bytes]) -> None:
+        """While the SSD's rows are still read: has these looked for first. A lease on none of their parts loads
+        nothing, and this waits no longer for it than for any answer of the SSD."""
+        try:
+            if asyncio.get_running_loop() is self.loop:
+                return
+        except RuntimeError:
+            pass
+        asked = asyncio.run_coroutine_threadsafe(self.core.lease_blocks(keys, 0), self.loop)
+        futures.wait([asked], self.core.settings.ssd_deadline_s)
+        asked.cancel()
 
     def prefetch(self, keys: Sequence[bytes], deadline_s: float, shard: Shard | None = None) -> Prefetch:
         """Starts to bring the blocks (the parts that `shard` needs; this store's without one) to memory, first blocks
