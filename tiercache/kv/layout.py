@@ -147,9 +147,14 @@ class Layout:
         return ITEMSIZES[self.dtype]
 
     @cached_property
+    def one_row(self) -> bool:
+        """Whether a block is a state or an engine's page as a whole, and not a row a token."""
+        return self.rule.span is Span.STATE or self.order == "opaque"
+
+    @cached_property
     def rows(self) -> int:
         """Rows of a block in one layer, head and K or V: `block_tokens`, or 1 (see the class)."""
-        return 1 if self.rule.span is Span.STATE or self.order == "opaque" else self.block_tokens
+        return 1 if self.one_row else self.block_tokens
 
     @cached_property
     def unit_bytes(self) -> int:

@@ -1,27 +1,41 @@
 """Moves KV between the memory of an engine (planes) and stored blocks: batched strided copies with the GIL released.
 
-Verified variants hash a tile while it is in the second-level cache. Block b of a sequence is its rows
-[b * layout.rows, (b + 1) * layout.rows): tokens, or one row a block for states and opaque pages.
+Verified variants hash a tile right after it was copied, while it is in the second-level cache. Block b of a sequence is
+its rows [b * layout.rows, (b + 1) * layout.rows): tokens, or one row a block for states and opaque pages.
 `parts` is a map for all blocks, or one map a block; None: all that the planes hold as whole parts (gather), or touch
 (scatter). All are for any thread; ConfigError where tables, spans or buffers do not fit.
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import xxhash
+
+from tiercache.buffers import Buffer, digest_rows
+from tiercache.errors import ConfigError
+from tiercache.kv.tiles import TILE_BYTES, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
-    from tiercache.buffers import Buffer
     from tiercache.kv.planes import Planes
+    from tiercache.kv.tiles import Tile
 
     Parts = int | Sequence[int] | None
     Pieces = Sequence[tuple[int, int]]
+
+
+# The address space; see tiercache/buffers.py for why not a view of each span.
+_SPACE = memoryview((ctypes.c_uint8 * (1 << 62)).from_address(0)).cast("B")
+_digest = xxhash.xxh3_64_intdigest
+_threads = threading.local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +46,17 @@ class Table:
     page_ids: npt.NDArray[np.int64]
     page_tokens: int
     first_token: int = 0
+
+    def __post_init__(self) -> None:
+        ids = np.ascontiguousarray(self.page_ids, np.int64)
+        if ids.ndim != 1 or self.page_tokens < 1:
+            raise ConfigError(f"a table of {ids.ndim} axes, {self.page_tokens} tokens a page: pass one row of ids")
+        object.__setattr__(self, "page_ids", ids)
+
+    @property
+    def tokens(self) -> range:
+        """The rows that have a place."""
+        return range(self.first_token, self.first_token + len(self.page_ids) * self.page_tokens)
 
 
 class Digests(NamedTuple):
@@ -54,7 +79,7 @@ def gather(
 ) -> None:
     """Copies parts and pieces (byte ranges that the planes hold) of these blocks out of the engine's memory to their
     places in `targets`, which span whole blocks. The rest of the targets is left alone."""
-    raise NotImplementedError("soon")
+    _gather(planes, table, blocks, targets, parts, pieces)
 
 
 def gather_digested(
@@ -67,14 +92,18 @@ def gather_digested(
     pieces: Pieces = (),
 ) -> list[Digests]:
     """As `gather`, and the digests of what was written, one a block."""
-    raise NotImplementedError("soon")
+    digests: list[Digests] = []
+    _gather(planes, table, blocks, targets, parts, pieces, digests)
+    return digests
 
 
 def digests_of(
     planes: Planes, table: Table, blocks: Sequence[int], *, parts: Parts = None, pieces: Pieces = ()
 ) -> list[Digests]:
     """What `gather_digested` would answer, without storing anything: what replicas compare."""
-    raise NotImplementedError("soon")
+    digests: list[Digests] = []
+    _gather(planes, table, blocks, None, parts, pieces, digests)
+    return digests
 
 
 def scatter(
@@ -86,9 +115,9 @@ def scatter(
     parts: Parts = None,
     tokens: range | None = None,
 ) -> None:
-    """Copies what the planes hold of these parts of stored blocks into the engine's memory. `sources` span whole blocks;
-    `tokens` (rows of the sequence) limits what is written, so that a load may begin or end inside a block."""
-    raise NotImplementedError("soon")
+    """Copies what the planes hold of these parts of stored blocks into the engine's memory. `sources` span whole
+    blocks; `tokens` (rows of the sequence) limits what is written, so that a load may begin or end inside a block."""
+    _scatter(planes, table, blocks, sources, None, parts, tokens)
 
 
 def scatter_verified(
@@ -101,6 +130,190 @@ def scatter_verified(
     parts: Parts = None,
     tokens: range | None = None,
 ) -> list[bool]:
-    """As `scatter`, and says of each block whether every part had its digest (`digests`: rows as in Payload). What is
-    hashed is what is written. After False the engine's memory for that block is undefined."""
-    raise NotImplementedError("soon")
+    """As `scatter`, and says of each block whether every part had its digest (`digests`: rows as in Payload). After
+    False the engine's memory for that block is undefined.
+
+    A part is hashed where it is stored, right after it was copied: bytes that are replaced meanwhile, by a writer that
+    never brings the old ones back, are seen by the hash if they were seen by the copy.
+    """
+    return _scatter(planes, table, blocks, sources, digests, parts, tokens)
+
+
+# --------------------------------------------------------------------------------------------------------- loops
+
+Position = tuple[list[int], int, int]
+"""Where rows [first, first + count) of a block lie in the engine: a position for each of Planes.steps, first, count."""
+
+
+def _gather(
+    planes: Planes,
+    table: Table,
+    blocks: Sequence[int],
+    targets: Sequence[Buffer] | None,
+    parts: Parts,
+    pieces: Pieces,
+    digests: list[Digests] | None = None,
+) -> None:
+    """Copies to `targets`, or to a scratch where they are None; with `digests`, appends those of every block."""
+    layout = planes.layout
+    positions = _positions(planes, table, blocks, None)
+    if targets is None:
+        scratch = _scratch(planes)
+        addresses = [scratch.address] * len(blocks)
+    else:
+        addresses = _addresses(planes, blocks, targets)
+    plans = _plans(planes, len(blocks), addresses, parts, pieces, scratch=targets is None)
+    count, memory, digest = layout.parts, _SPACE, _digest
+    pack = digest_rows(count).pack
+    for positioned, address, (tiles, shift) in zip(positions, addresses, plans):
+        place = (address >> shift) - 1
+        values = [0] * (count + len(pieces))
+        for tile in tiles:
+            for where, first, rows in positioned:
+                for stored, engine, which in tile.whole if rows == layout.rows else tile.rows(first, rows):
+                    stored[place] = engine[where[which]]
+            if digests is not None:
+                # A tile in the scratch begins at its address, any other at its own offset in the block.
+                base = address - tile.box.start if targets is None else address
+                for part, start, stop in tile.box.hashed:
+                    values[part] = digest(memory[base + start : base + stop])
+        if digests is not None:
+            digests.append(Digests(pack(*values[:count]), tuple(values[count:])))
+
+
+def _scatter(
+    planes: Planes,
+    table: Table,
+    blocks: Sequence[int],
+    sources: Sequence[Buffer],
+    digests: Sequence[bytes] | None,
+    parts: Parts,
+    tokens: range | None,
+) -> list[bool]:
+    """Copies from `sources`; with `digests`, says of every block whether what was copied has them."""
+    layout = planes.layout
+    if not planes.writable:
+        raise ConfigError("these planes are read-only: pass the engine's own tensors")
+    positions = _positions(planes, table, blocks, tokens)
+    addresses = _addresses(planes, blocks, sources)
+    plans = _plans(planes, len(blocks), addresses, parts, (), touched=True)
+    unpack = digest_rows(layout.parts).unpack
+    wanted = [unpack(row) for row in digests] if digests is not None else [()] * len(blocks)
+    if len(wanted) != len(blocks):
+        raise ConfigError(f"{len(wanted)} rows of digests for {len(blocks)} blocks")
+    memory, digest, good = _SPACE, _digest, []
+    for positioned, address, (tiles, shift), values in zip(positions, addresses, plans, wanted):
+        place = (address >> shift) - 1
+        right = True
+        for tile in tiles:
+            for where, first, rows in positioned:
+                for stored, engine, which in tile.whole if rows == layout.rows else tile.rows(first, rows):
+                    engine[where[which]] = stored[place]
+            if values:
+                for part, start, stop in tile.box.hashed:
+                    if digest(memory[address + start : address + stop]) != values[part]:
+                        right = False
+            if not right:
+                break
+        good.append(right)
+    return good
+
+
+def _scratch(planes: Planes) -> Buffer:
+    """Memory of this thread for one tile, kept for the next call."""
+    size = max(TILE_BYTES, planes.layout.part_bytes)
+    found: Buffer | None = getattr(_threads, "scratch", None)
+    if found is None or found.length < size:
+        found = Buffer.of(np.empty(size, np.uint8).data, writable=True)
+        _threads.scratch = found
+    return found
+
+
+def _addresses(planes: Planes, blocks: Sequence[int], buffers: Sequence[Buffer]) -> list[int]:
+    size = planes.layout.block_bytes
+    if len(buffers) != len(blocks):
+        raise ConfigError(f"{len(buffers)} buffers for {len(blocks)} blocks: pass one for each")
+    if short := [buffer.length for buffer in buffers if buffer.length < size]:
+        raise ConfigError(f"a buffer of {short[0]} bytes: stored blocks of this layout have {size}")
+    return [buffer.address for buffer in buffers]
+
+
+def _plans(
+    planes: Planes,
+    count: int,
+    addresses: Sequence[int],
+    parts: Parts,
+    pieces: Pieces,
+    *,
+    scratch: bool = False,
+    touched: bool = False,
+) -> list[tuple[list[Tile], int]]:
+    """Tiles of each block, and the shift of its address."""
+    # Blocks that do not lie on a multiple of 16, as no allocator places them, take a slower way.
+    shift = 0 if any(address & 15 for address in addresses) else 4
+    if parts is None:
+        parts = planes.shard.needed(planes.layout) if touched else planes.shard.held(planes.layout)[0]
+    if isinstance(parts, int):
+        one = plan(planes, parts, pieces, shift=shift, scratch=scratch, touched=touched)
+        return [(one.tiles, shift)] * count
+    if len(parts) != count:
+        raise ConfigError(f"{len(parts)} part maps for {count} blocks: pass one for each, or one for all")
+    plans = {each: plan(planes, each, pieces, shift=shift, scratch=scratch, touched=touched) for each in set(parts)}
+    return [(plans[each].tiles, shift) for each in parts]
+
+
+def _positions(
+    planes: Planes, table: Table, blocks: Sequence[int], tokens: range | None
+) -> Sequence[Sequence[Position]]:
+    """Where the rows of each block lie: one run of slots where a page, or a run of pages, holds all of them."""
+    rows, size = planes.layout.rows, planes.page_tokens
+    if table.page_tokens != size:
+        raise ConfigError(f"a table of {table.page_tokens} tokens a page, where the planes have {size}")
+    starts = np.asarray(blocks, np.int64) * rows - table.first_token
+    if not len(starts):
+        return []
+    first, last = int(starts.min()), int(starts.max()) + rows
+    whole = tokens is None
+    if tokens is not None:
+        if tokens.step != 1:
+            raise ConfigError(f"tokens {tokens}: a range with step 1")
+        lowest, highest = tokens.start - table.first_token, tokens.stop - table.first_token
+        whole = lowest <= first and last <= highest
+        first, last = max(first, lowest), min(last, highest)
+    if first < last and (first < 0 or last > len(table.page_ids) * size):
+        raise ConfigError(f"blocks {min(blocks)} to {max(blocks)} leave the table's tokens {table.tokens}")
+    slots = starts % size
+    if whole and int(slots.max()) + rows <= size:
+        pages = table.page_ids[starts // size]
+        _check_pages(planes, int(pages.min()), int(pages.max()))
+        columns = [(pages * step.page + slots * step.slot).tolist() for step in planes.steps]
+        return [[(list(where), 0, rows)] for where in zip(*columns)]
+    return [_scattered(planes, table.page_ids, start, (first, last)) for start in starts.tolist()]
+
+
+def _check_pages(planes: Planes, least: int, most: int) -> None:
+    if least < 0 or most >= planes.pages:
+        raise ConfigError(f"page ids {least} to {most}, where the planes have {planes.pages} pages")
+
+
+def _scattered(planes: Planes, ids: npt.NDArray[np.int64], start: int, limits: tuple[int, int]) -> list[Position]:
+    """Runs of slots of one block whose rows lie in several pages, or are wanted in part."""
+    size, rows = planes.page_tokens, planes.layout.rows
+    row, stop = max(start, limits[0]), min(start + rows, limits[1])
+    runs: list[tuple[int, int, int, int]] = []  # page, slot, first row of the block, rows
+    while row < stop:
+        page, slot = int(ids[row // size]), row % size
+        count = min(size - slot, stop - row)
+        _check_pages(planes, page, page)
+        if runs and planes.linear:
+            before = runs[-1]
+            if before[0] * size + before[1] + before[3] == page * size:
+                runs[-1] = (*before[:3], before[3] + count)
+                row += count
+                continue
+        runs.append((page, slot, row - start, count))
+        row += count
+    return [
+        ([page * step.page + slot * step.slot for step in planes.steps], first, count)
+        for page, slot, first, count in runs
+    ]

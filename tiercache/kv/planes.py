@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiercache.errors import ConfigError
@@ -66,6 +67,14 @@ class Grid(NamedTuple):
     page_stride: int
 
 
+class Step(NamedTuple):
+    """How far rows are apart: a unit in bytes, and units from page to page and from slot to slot."""
+
+    unit: int
+    page: int
+    slot: int
+
+
 class Planes:
     """Planes that cover a shard of a layout exactly once, within their memory. Raises ConfigError where they do not.
 
@@ -84,15 +93,21 @@ class Planes:
         if len(shapes) > 1:
             raise ConfigError(f"planes of different (pages, tokens a page) {sorted(shapes)}: make one Planes for each")
         ((self.pages, self.page_tokens),) = shapes
-        if layout.rows == 1 and self.page_tokens != 1:
-            raise ConfigError(
-                f"pages of {self.page_tokens} slots, but a block is one row: axes 'pd', a slot a page"
-            )
+        if layout.one_row and self.page_tokens != 1:
+            raise ConfigError(f"pages of {self.page_tokens} slots, but a block is one row: axes 'pd', a slot a page")
         _check_coverage(self.planes, layout, shard)
         self.writable = all(plane.writable for plane in self.planes)
         self.grids = tuple(_grids(self.planes))
-        self.moves: dict[object, Any] = {}
-        """What moving.py has worked out for boxes of layers and heads."""
+        strides = [(grid.page_stride, grid.token_stride) for grid in self.grids]
+        ways = sorted(set(strides))
+        self.kinds = tuple(ways.index(each) for each in strides)
+        """Which of `steps` belongs to each grid."""
+        self.steps = tuple(_step(*each) for each in ways)
+        """Row (page, slot) is at position page * page step + slot * slot step, in units of so many bytes."""
+        self.linear = all(grid.page_stride == self.page_tokens * grid.token_stride for grid in self.grids)
+        """Whether the slots of page p + 1 follow those of page p, so that both can be copied at once."""
+        self.plans: dict[object, Any] = {}
+        """What tiles.py has worked out for these planes."""
 
 
 def _check_plane(plane: Plane, layout: Layout, shard: Shard) -> None:
@@ -143,7 +158,10 @@ def _grids(planes: Sequence[Plane]) -> list[Grid]:
         for run in _runs(group):
             first = run[0]
             step = run[1].address - first.address if len(run) > 1 else 0
-            strides = (first.head_stride, first.token_stride, first.page_stride)
+            # Strides of axes of length one say nothing, and may be anything. Pages of one slot follow each other.
+            page_stride = first.page_stride if first.pages > 1 else 0
+            token_stride = first.token_stride if first.page_tokens > 1 else page_stride
+            strides = (first.head_stride, token_stride, page_stride)
             layers = range(first.layer, first.layer + len(run))
             grids.append(Grid(layers, first.heads, first.kv, first.dims, first.address, step, *strides))
     return grids
@@ -160,6 +178,11 @@ def _runs(planes: list[Plane]) -> list[list[Plane]]:
         else:
             runs.append([plane])
     return runs
+
+
+def _step(page_stride: int, token_stride: int) -> Step:
+    unit = gcd(page_stride, token_stride) or 1
+    return Step(unit, page_stride // unit, token_stride // unit)
 
 
 def _inside(inner: range, outer: range) -> bool:
