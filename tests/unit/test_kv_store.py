@@ -192,6 +192,7 @@ def test_durable_saves_outlive_the_cache(tmp_path: Path) -> None:
         assert store.match(keys).tiers == b"\1" * 10
 
 
+@pytest.mark.slow
 def test_a_sequence_larger_than_memory_goes_to_the_ssd_and_comes_back(tmp_path: Path) -> None:
     layout = layout_of("MFA")
     with tiercache.open(tmp_path, **SIZES | {"memory_bytes": "16MiB"}) as cache:
@@ -202,6 +203,7 @@ def test_a_sequence_larger_than_memory_goes_to_the_ssd_and_comes_back(tmp_path: 
             check_load(store, keys, truth, ORDERS[2])
 
 
+@pytest.mark.slow
 def test_eviction_under_load_gives_misses_and_never_wrong_bytes(tmp_path: Path) -> None:
     layout = layout_of("MFA")
     with tiercache.open(tmp_path, **SIZES | {"memory_bytes": "16MiB", "ssd_bytes": 0}) as cache:
@@ -236,6 +238,7 @@ def sliced(truth: np.ndarray, layout: Layout, layers: range, heads: range, token
     return [part[..., :split], part[..., split:]][: 2 if layout.v_dim else 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GQA", "MLA"])
 def test_any_slice_over_any_tiers_reads_into_one_array(tmp_path: Path, kind: str) -> None:
     layout = layout_of(kind)

@@ -57,7 +57,9 @@ def faulty_cache(directory: Path, script: Script, memory_bytes: int = 64 * MIB) 
     ssd = SsdTier(options.directory, options.ssd_bytes, segment_bytes=options.segment_bytes, disk_free_floor_bytes=0)
     index = Index(options.slots_max, [POLICIES["lru"](), POLICIES["lru"]()])
     memory = MemoryTier(memory_bytes, segment_bytes=memory_bytes)
-    core = Cache(index, memory, faulty(ssd, script), settings=options, clock=SystemClock(), metrics=Metrics())
+    core = Cache(
+        index, memory, faulty(ssd, script, stall_s=0.2), settings=options, clock=SystemClock(), metrics=Metrics()
+    )
     wait(core.start(), io_loop())
     return BlockingCache(core, io_loop())
 
@@ -144,6 +146,7 @@ def save_all(
     return stores, savings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tp", "pp", "layer"), [("MFA", 4, 1, 11), ("MFA", 8, 1, 60), ("GQA", 8, 1, 3), ("MQA", 2, 2, 1)]
 )
