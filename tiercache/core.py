@@ -99,7 +99,7 @@ class BlockTicket(Protocol):
         """Parts (a map an item) that memory or the SSD had at the time of the join."""
         ...
 
-    def writing(self) -> AbstractContextManager[None]:
+    def writing(self) -> AbstractContextManager[object]:
         """Whoever writes to `buffers` does it inside this, in short turns (some 100 ms): a new owner of the memory
         waits for it. Raises UnavailableError on entering where the owner has gone. Any thread, also several."""
         ...
@@ -218,8 +218,8 @@ class Core(Protocol):
         ...
 
     def touch_chain(self, digests: Sequence[bytes]) -> None:
-        """The stored prefix of this chain was used: its first block last, so that it is evicted last. Never raises,
-        never waits."""
+        """The stored prefix of this chain was used: its first block last, so that it is evicted last. Never
+        waits for an answer."""
         ...
 
     def lease_blocks_resident(self, digests: Sequence[bytes], parts: int) -> Lease | None:
@@ -242,7 +242,7 @@ class Core(Protocol):
         `part_bytes`: whichever of the parts `claim` and of the byte ranges `pieces` (each inside of one part) are
         neither there nor claimed by another living ticket are this ticket's to write. Pages and blocks of other shapes
         under such a name are refused (BUSY). The ticket must be ended. Raises CapacityError or ConfigError on shapes
-        that can never fit. On the loop of a shared cache it raises UnavailableError: ask from a thread."""
+        that can never fit, UnavailableError where a shared cache has no owner."""
         ...
 
     def expiry(self, ttl_s: float | None) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.buffers import exported
-from tiercache.errors import ClosedError
-from tiercache.model import ALIGN_BYTES, Outcome
+from tiercache.errors import CapacityError, ClosedError, ConfigError
+from tiercache.model import ALIGN_BYTES, PARTS_MAX, Outcome, all_parts, part_count
 
 if TYPE_CHECKING:
     from tiercache.buffers import Buffer
@@ -137,6 +137,25 @@ def look_again(
     damaged.update(bad)
     again = [i for i in rest if found[i] in (Outcome.FULL, Outcome.CORRUPT)]
     return again if bad or len(again) < len(rest) else []
+
+
+def check_blocks(size: int, part_bytes: int, claim: int, pieces: Sequence[tuple[int, int]]) -> None:
+    """Raises ConfigError for what is no block of parts, or none of its parts and pieces."""
+    if size <= 0 or part_bytes <= 0 or part_count(size, part_bytes) > PARTS_MAX:
+        raise ConfigError(f"a block of {size} bytes in parts of {part_bytes}: it must have 1 to {PARTS_MAX} parts")
+    if size >= 1 << 32:
+        raise CapacityError(f"a block of {size} bytes can never fit in one piece: use fewer tokens a block")
+    if claim < 0 or claim & ~all_parts(size, part_bytes):
+        raise ConfigError(f"the block has {part_count(size, part_bytes)} parts, not {claim:#x}")
+    reach = 0
+    for start, stop in sorted(pieces):
+        if not reach <= start < stop <= size or start // part_bytes != (stop - 1) // part_bytes:
+            raise ConfigError(
+                f"bytes {start} to {stop} are no piece of one part of {part_bytes} bytes, or overlap another"
+            )
+        if claim >> start // part_bytes & 1:
+            raise ConfigError(f"part {start // part_bytes} is claimed whole, and in pieces")
+        reach = stop
 
 
 class Lease:

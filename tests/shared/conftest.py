@@ -150,6 +150,10 @@ class Worker:
         stdout = self._process.stdout
         return stdout.read() if stdout is not None and not stdout.closed else ""
 
+    def stop_running(self) -> None:
+        """It hangs from now on; only `kill` ends it."""
+        self._process.send_signal(signal.SIGSTOP)
+
     def stop(self) -> None:
         """Ends it."""
         for pipe in (self._process.stdin, self._process.stdout):

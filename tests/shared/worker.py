@@ -61,6 +61,41 @@ class Told:
         values = [bytes.fromhex(digest)[:1] * size for digest in digests]
         return [outcome.name for outcome in self.cache.put_chain([bytes.fromhex(each) for each in digests], values)]
 
+    def join(self, label: str, count: int, claim: int) -> list[Any]:
+        """Begins to fill blocks of tests.unit.test_cache_blocks, and writes all that it may; see BlockTicket."""
+        from tests.unit import test_cache_blocks as blocks
+
+        self.names = blocks.digests(count, label)
+        self.ticket = blocks.join(self.cache, self.names, claim)
+        claims = list(self.ticket.claims)
+        self.rows = [blocks.write(self.ticket, i, name) for i, name in enumerate(self.names) if claims[i]]
+        return [[one.name for one in self.ticket.outcomes], claims, self.ticket.present]
+
+    def pieces(self, label: str, count: int, pieces: list[list[int]]) -> list[Any]:
+        from tests.unit import test_cache_blocks as blocks
+
+        some = [(start, stop) for start, stop in pieces]
+        self.other = blocks.join(self.cache, blocks.digests(count, label), 0, some)
+        return list(self.other.pieces)
+
+    def land(self, count: int = -1, parts: int = -1) -> list[str]:
+        """Commits the first of what was written."""
+        rows = [(item, mine & parts, row) for item, mine, row in (self.rows if count < 0 else self.rows[:count])]
+        return [one.name for one in self.ticket.commit(rows)]
+
+    def land_fails(self) -> str:
+        """How a commit of the rest fails."""
+        from tiercache.errors import UnavailableError
+
+        try:
+            self.ticket.commit(self.rows[-1:])
+        except UnavailableError:
+            return "UnavailableError"
+        return ""
+
+    def end_join(self) -> None:
+        self.ticket.end()
+
     def match(self, digests: list[str]) -> list[str]:
         with self.cache.match([bytes.fromhex(each) for each in digests]) as lease:
             return [bytes(lease.view(i)[:1]).hex() for i in range(len(lease))]

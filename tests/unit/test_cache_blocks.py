@@ -69,7 +69,9 @@ def at_rest(cache: Any) -> None:
 
 
 def used(cache: Any) -> int:
-    return int(cache.core.tiers.memory.status().used_bytes)
+    """Bytes of memory."""
+    stats = cache.core.stats()
+    return int(next(value for name, value in stats.items() if "tier_used_bytes" in name and "memory" in name))
 
 
 def join(cache: Any, names: list[bytes], claim: int = ALL, pieces: Any = (), **more: Any) -> Any:

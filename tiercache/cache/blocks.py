@@ -17,10 +17,10 @@ import numpy as np
 
 from tiercache.cache.joint import BlockTicket, Fill
 from tiercache.cache.tiers import whole
-from tiercache.errors import CapacityError, ConfigError
+from tiercache.errors import ConfigError
 from tiercache.index import Reservation
-from tiercache.lease import Lease
-from tiercache.model import PARTS_MAX, Name, Outcome, State, TierId, all_parts, part_count
+from tiercache.lease import Lease, check_blocks
+from tiercache.model import Name, Outcome, State, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -140,9 +140,11 @@ class Blocks:
         parent: bytes,
     ) -> BlockTicket:
         """See Core.join_blocks."""
-        check_shape(size, part_bytes, claim, pieces)
+        check_blocks(size, part_bytes, claim, pieces)
         if len({len(one) for one in (*digests, *((parent,) if parent else ()))}) > 1:
             raise ConfigError("the digests of a chain are of one width: 16 or 32 bytes")
+        if len(set(digests)) < len(digests):
+            raise ConfigError("these digests are no chain: one stands there twice")
         index, names = self.tiers.index, [Name(digest) for digest in digests]
         if not names or not (claim or pieces):  # to compare alone: nothing is begun
             match = index.chains.match(digests)
@@ -378,25 +380,6 @@ class Blocks:
         """Ends that thread, after what was given to it."""
         if self._worker is not None:
             self._worker.shutdown()
-
-
-def check_shape(size: int, part_bytes: int, claim: int, pieces: Sequence[tuple[int, int]]) -> None:
-    """Raises ConfigError for what is no block of parts, or none of its parts and pieces."""
-    if size <= 0 or part_bytes <= 0 or part_count(size, part_bytes) > PARTS_MAX:
-        raise ConfigError(f"a block of {size} bytes in parts of {part_bytes}: it must have 1 to {PARTS_MAX} parts")
-    if size >= 1 << 32:
-        raise CapacityError(f"a block of {size} bytes can never fit in one piece: use fewer tokens a block")
-    if claim < 0 or claim & ~all_parts(size, part_bytes):
-        raise ConfigError(f"the block has {part_count(size, part_bytes)} parts, not {claim:#x}")
-    reach = 0
-    for start, stop in sorted(pieces):
-        if not reach <= start < stop <= size or start // part_bytes != (stop - 1) // part_bytes:
-            raise ConfigError(
-                f"bytes {start} to {stop} are no piece of one part of {part_bytes} bytes, or overlap another"
-            )
-        if claim >> start // part_bytes & 1:
-            raise ConfigError(f"part {start // part_bytes} is claimed whole, and in pieces")
-        reach = stop
 
 
 def _lacks(there: int, part_bytes: int, claim: int, pieces: Pieces) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from tiercache.cache.tiers import whole
 from tiercache.errors import ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.lease import Lease
 from tiercache.model import Form, Name, Outcome, TierId
@@ -131,6 +132,9 @@ class Adoption:
             self._doubted.append(tiers.index.hold(doubted.tolist()))
         if len(inside):
             self._pins.append(tiers.index.hold(inside.tolist()))
+            # Their writers may live, and not know yet: until they are back, nobody else writes what is missing.
+            partial = known.memory_parts != whole(known.size, known.part_bytes)
+            self._cache.blocks.freeze(known.memory_location[partial].tolist())
         self._orphans.update(dict.fromkeys(facts.locations[slots < 0].tolist(), 0))
         odd = (slots < 0) & np.isin(facts.locations, loaded.surplus) & (facts.forms != Form.PAGE)
         if odd.any():
@@ -224,6 +228,7 @@ class Adoption:
         self._settled = True
         self.close()
         self._adopted.settle()
+        self._cache.blocks.thaw()
         self._cache.tiers.release(*self._pins)
         self._pins.clear()
         self._free_orphans()

@@ -13,6 +13,7 @@ from tiercache.model import Form, Kind, Name, Outcome, Terms, all_parts
 from tiercache.wire import frames
 from tiercache.wire.fills import in_thread
 from tiercache.wire.frames import Op, Patience
+from tiercache.wire.joining import Joining
 from tiercache.wire.post import ONE_WAY
 from tiercache.wire.session import DURABLE, LAST
 from tiercache.wire.sockets import FDS_MAX
@@ -80,6 +81,7 @@ class Answers:
             Op.TOLD: self._told,
             Op.CALL: self._call,
             Op.REDECLARE: self._redeclare,
+            **Joining(cache).table,
         }
 
     def take(self, session: Session, post: Post, frame: Frame) -> None:

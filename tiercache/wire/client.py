@@ -19,6 +19,7 @@ from tiercache.errors import ClosedError, ConfigError, ProtocolError, TierCacheE
 from tiercache.lease import Pieces, look_again
 from tiercache.model import Form, Kind, Name, Outcome, Terms
 from tiercache.wire import frames
+from tiercache.wire.chained import SharedChains
 from tiercache.wire.frames import Op, Patience, ReadAsk
 from tiercache.wire.glance import glance_into, glance_pages, sees_pages
 from tiercache.wire.leasing import Leasing, misses
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from tiercache.metrics import Metrics
     from tiercache.settings import Settings
     from tiercache.wire.bond import Greeting
-    from tiercache.wire.memo import Home
     from tiercache.wire.revive import Ways
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ _HIT = Outcome.HIT
 CLOSED = "this cache was closed: open it again with tiercache.open(...)"
 
 
-class SharedCache:
+class SharedCache(SharedChains):
     """See the module. Made by `open`; `begin()` on the loop before anything else, `close()` at the end, there too."""
 
     def __init__(self, link: Link, greeting: Greeting, *, settings: Settings, clock: Clock, metrics: Metrics) -> None:
@@ -385,11 +385,6 @@ class SharedCache:
         await self._link.leave()
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _open(self) -> tuple[Link, Home | None]:
-        if self._closed:
-            raise ClosedError(self._closed)
-        return self._link, self._link.home
 
     def _check_durable(self, durable: bool) -> None:
         if durable and not self.durable:

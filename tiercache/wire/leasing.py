@@ -7,7 +7,7 @@ this process never heard of.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tiercache.errors import ProtocolError, UnavailableError
 from tiercache.lease import Lease
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tiercache.wire.memo import Home
 
     Body = Callable[[int], bytes]
+    Names = Sequence[Name] | Sequence[bytes]
+    """Digests, where blocks are asked for that need not be whole."""
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Leasing:
         """A thread waits for an answer as long as the owner may be silent; a task for as long as the owner lives."""
         self._link = link
 
-    def ask(self, op: int, body: Body, names: Sequence[Name]) -> Lease | None:
+    def ask(self, op: int, body: Body, names: Names) -> Lease | None:
         """A lease that a thread asks for; None where no owner answers."""
         try:
             try:
@@ -46,7 +48,7 @@ class Leasing:
             log.debug("the cache's owner does not answer: %s", fault)
             return None
 
-    async def request(self, op: int, body: Body, names: Sequence[Name], reading: Reading | None = None) -> Lease | None:
+    async def request(self, op: int, body: Body, names: Names, reading: Reading | None = None) -> Lease | None:
         """A lease that a task asks for; None where no owner can be had."""
         try:
             try:
@@ -57,7 +59,7 @@ class Leasing:
             log.debug("no owner of the cache answers: %s", fault)
             return None
 
-    def _ask(self, op: int, body: Body, names: Sequence[Name]) -> Lease:
+    def _ask(self, op: int, body: Body, names: Names) -> Lease:
         link = self._link
         number = link.number()
         try:
@@ -69,7 +71,7 @@ class Leasing:
             link.release(number)
             raise
 
-    async def _request(self, op: int, body: Body, names: Sequence[Name], reading: Reading | None) -> Lease:
+    async def _request(self, op: int, body: Body, names: Names, reading: Reading | None) -> Lease:
         link = self._link
         number = link.number()
         try:
@@ -84,12 +86,13 @@ class Leasing:
             raise
 
 
-def _granted(answer: Answer, op: int, names: Sequence[Name]) -> tuple[list[Outcome], list[int]]:
+def _granted(answer: Answer, op: int, names: Names) -> tuple[list[Outcome], list[int]]:
     """What was granted; the memo learns where it lies."""
     outcomes, locations = frames.unpack_grants(answer.body)
     if len(outcomes) > len(names) or (len(outcomes) < len(names) and op != Op.MATCH):
         raise ProtocolError(f"{len(outcomes)} grants for {len(names)} names")
-    answer.bond.home.memo.learn(zip(names, locations, strict=False))
+    if op != Op.LEASE_BLOCKS:
+        answer.bond.home.memo.learn(zip(cast("Sequence[Name]", names), locations, strict=False))
     return outcomes, locations
 
 

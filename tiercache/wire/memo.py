@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from tiercache.lease import Extents
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -47,7 +49,7 @@ class Spot(Protocol):
         ...
 
 
-class View(Protocol):
+class View(Extents, Protocol):
     """The owner's memory as this process maps it (cpu.view.ArenaView)."""
 
     @property
@@ -77,10 +79,6 @@ class View(Protocol):
         verify: bool = True,
     ) -> list[Outcome]:
         """As `copy_out`, of what was found before."""
-        ...
-
-    def buffers(self, locations: Sequence[int]) -> list[Buffer]:
-        """See tier.Addressable."""
         ...
 
     def copy_out(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 QUESTIONS_MAX = 16_384
 """Open questions of one connection; a Line of ours stays under half of it by itself, so more is no client of ours."""
 
-ONE_WAY = frozenset({Op.RELEASE, Op.TOUCH, Op.FILLED, Op.UNFILLED, Op.ABANDON, Op.SETTLE, Op.TOLD})
+ONE_WAY = frozenset({Op.RELEASE, Op.TOUCH, Op.FILLED, Op.UNFILLED, Op.ABANDON, Op.SETTLE, Op.TOLD, Op.TOUCH_CHAIN})
 
 
 class Post:

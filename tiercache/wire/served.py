@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from tiercache.core import Core
+from tiercache.core import BlockTicket, Core
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,6 +42,25 @@ class Ticket(Protocol):
 
     def end(self) -> None:
         """Gives up what is not whole: from now on nobody writes to the extents of this ticket. Idempotent."""
+        ...
+
+
+class JointTicket(BlockTicket, Protocol):
+    """A ticket whose blocks somebody else fills."""
+
+    @property
+    def locations(self) -> list[int]:
+        """Extents in which there is something to be filled, or -1."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of each block."""
+        ...
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of each part."""
         ...
 
 
@@ -84,6 +103,20 @@ class Putting(Protocol):
     ) -> Ticket:
         """Extents for lone entries, or for blocks of one chain after `parent`. The ticket must be ended, when nobody
         writes to its extents any more."""
+        ...
+
+    def join(
+        self,
+        digests: Sequence[bytes],
+        size: int,
+        part_bytes: int,
+        claim: int,
+        pieces: Sequence[tuple[int, int]],
+        terms: Terms,
+        *,
+        parent: bytes,
+    ) -> JointTicket:
+        """As Core.join_blocks. Any thread."""
         ...
 
 

@@ -8,9 +8,10 @@ memory that it has mapped. Where the system cannot tell whether a process lives,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from tiercache.errors import AbandonedLoad, ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.model import Outcome
@@ -18,13 +19,13 @@ from tiercache.wire.fills import INLINE_BYTES_MAX, Loads, OwnFault, in_thread
 from tiercache.wire.frames import pack_grants
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from tiercache.lease import Gap, Landed, Lease, Load, PageRun
     from tiercache.metrics import Metrics
     from tiercache.wire.frames import Landed as Said
     from tiercache.wire.post import Post
-    from tiercache.wire.served import Limits, Ticket
+    from tiercache.wire.served import JointTicket, Limits, Ticket
     from tiercache.wire.sockets import Peer, Watch
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,14 @@ class _Held(NamedTuple):
 
 
 class _Put:
-    """A ticket, and who works on it."""
+    """A ticket, of a RESERVE or of a JOIN, and who works on it."""
 
-    __slots__ = ("over", "size", "ticket", "turn")
+    __slots__ = ("end", "joint", "over", "size", "turn", "whole")
 
-    def __init__(self, ticket: Ticket, size: int) -> None:
-        self.ticket, self.size = ticket, size
+    def __init__(self, ticket: Ticket | JointTicket, size: int, *, joint: bool) -> None:
+        self.size, self.end = size, ticket.end
+        self.whole = cast("Ticket", None if joint else ticket)
+        self.joint = cast("JointTicket", ticket if joint else None)
         self.turn = asyncio.Lock()
         self.over = False
 
@@ -271,9 +274,10 @@ class Session:
         """The question was answered otherwise. Harmless after `begin_put`."""
         self._asked_puts.end(number)
 
-    def begin_put(self, number: int, ticket: Ticket, size: int) -> None:
-        """A ticket is the client's; `size` bytes are its extents. One that it has given up by now ends at once."""
-        self._puts[number] = _Put(ticket, size)
+    def begin_put(self, number: int, ticket: Ticket | JointTicket, size: int, *, joint: bool = False) -> None:
+        """A ticket is the client's; `size` bytes are its extents. One that it has given up by now ends at once.
+        `joint`: others may fill the same entries."""
+        self._puts[number] = _Put(ticket, size, joint=joint)
         self.pinned_bytes += size
         if self._asked_puts.end(number) or self.ended:
             self.end_put(number)
@@ -281,10 +285,12 @@ class Session:
     def commit_small(self, number: int, landed: Sequence[Said], flags: int) -> list[Outcome] | None:
         """COMMIT of little, at once; None where it must wait or takes long."""
         put = self._put(number)
+        if put.whole is None:
+            raise ProtocolError(f"the ticket {number} is of a JOIN: LAND, do not COMMIT")
         if put.turn.locked() or flags & DURABLE or put.size > INLINE_BYTES_MAX:
             return None
         try:
-            return put.ticket.commit(landed)
+            return put.whole.commit(landed)
         finally:
             if flags & LAST:
                 self.end_put(number)
@@ -296,13 +302,37 @@ class Session:
             async with put.turn:
                 if put.over:
                     raise ConfigError(f"the put {number} has ended")
-                outcomes = await in_thread(put.ticket.commit, landed)
-                return await put.ticket.save(outcomes) if flags & DURABLE else outcomes
+                outcomes = await in_thread(put.whole.commit, landed)
+                return await put.whole.save(outcomes) if flags & DURABLE else outcomes
         finally:
             if put.over:
-                put.ticket.end()
+                put.end()
             elif flags & LAST:
                 self.end_put(number)
+
+    def joint(self, number: int) -> JointTicket:
+        """A living ticket of a JOIN. Raises ConfigError where there is none, ProtocolError where it is another's."""
+        put = self._put(number)
+        if put.joint is None:
+            raise ProtocolError(f"the ticket {number} is of a RESERVE: COMMIT, do not LAND")
+        return put.joint
+
+    def is_free(self, number: int) -> bool:
+        """Whether nobody works on this ticket."""
+        return not self._put(number).turn.locked()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, number: int) -> AsyncIterator[None]:
+        """Works on a ticket alone; it does not end meanwhile. Raises ConfigError where it has ended."""
+        put = self._put(number)
+        try:
+            async with put.turn:
+                if put.over:
+                    raise ConfigError(f"the put {number} has ended")
+                yield
+        finally:
+            if put.over:
+                put.end()
 
     def _put(self, number: int) -> _Put:
         put = self._puts.get(number)
@@ -326,7 +356,7 @@ class Session:
         self.pinned_bytes -= put.size
         put.over = True
         if not put.turn.locked():  # else whoever works on it ends it
-            put.ticket.end()
+            put.end()
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
