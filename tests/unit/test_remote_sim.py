@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tiercache.buffers import Buffer, part_digests
 from tiercache.metrics import Metrics
-from tiercache.model import Form, Kind, Name, Outcome, Payload, all_parts
+from tiercache.model import Outcome
 from tiercache.remote.blocks import RemoteBlocks
 from tiercache.remote.budget import RESERVED_BYTES
-from tiercache.testing.buckets import FaultyBucket, MemoryBucket
-from tiercache.testing.model import made_bytes
+from tiercache.testing.buckets import FaultyBucket, MemoryBucket, put_blocks, read_blocks
 from tiercache.testing.simloop import SimClock, derive, simulate
 
 if TYPE_CHECKING:
@@ -22,22 +20,10 @@ if TYPE_CHECKING:
     from tiercache.testing.simloop import SimLoop
 
 KIB = 1 << 10
-PART_BYTES = 4 * KIB
 CAP_BYTES = 512 * KIB
 PACK_BYTES = 32 * KIB
 PATIENCE_S = 600.0
 """Longer than a lease and its grace together."""
-
-
-def block(number: int) -> tuple[Payload, Buffer]:
-    """An entry that is a function of its number."""
-    key = number.to_bytes(16, "little")
-    value = made_bytes(Name(key), 1 + 1237 * number % (5 * PART_BYTES))
-    source = Buffer.of(value)
-    size = source.length
-    digests = part_digests(source, PART_BYTES)
-    parts = all_parts(size, PART_BYTES)
-    return Payload(Name(key), size, PART_BYTES, parts, digests, Kind.KV, cost_s=number % 7, form=Form.BLOCK), source
 
 
 class Host:
@@ -63,9 +49,10 @@ class Host:
         while True:
             await asyncio.sleep(rng.uniform(0, 20))
             if rng.random() < 0.6:
-                await write(self.remote, sorted(rng.sample(range(200), rng.randint(1, 5))))
+                await put_blocks(self.remote, sorted(rng.sample(range(200), rng.randint(1, 5))))
             else:
-                await look(self.remote, rng.sample(range(200), 30))
+                outcomes = await read_blocks(self.remote, rng.sample(range(200), 30))
+                assert Outcome.CORRUPT not in outcomes
 
     def kill(self) -> None:
         """As SIGKILL: nothing of it goes on, but for requests that were sent."""
@@ -96,26 +83,6 @@ class World:
         ledger = sum(len(data) for key, data in self.bucket.objects.items() if key.startswith(("budget/", "FORMAT")))
         assert self.bucket.used_bytes - ledger <= CAP_BYTES
         assert ledger <= RESERVED_BYTES
-
-
-async def write(remote: RemoteBlocks, numbers: list[int]) -> list[Outcome]:
-    made = [block(number) for number in numbers]
-    return await remote.write([payload for payload, _ in made], [source for _, source in made])
-
-
-async def look(remote: RemoteBlocks, numbers: list[int]) -> int:
-    """Reads what is found of these and compares every byte; answers how many were right."""
-    made = [block(number) for number in numbers]
-    found = remote.find([payload.name.key for payload, _ in made])
-    there = [i for i, one in enumerate(found) if one is not None]
-    targets = [bytearray(made[i][0].size) for i in there]
-    wanted = [one for one in found if one is not None]
-    answers = await remote.read(wanted, [Buffer.of(target, writable=True) for target in targets])
-    for i, target, (outcome, digests) in zip(there, targets, answers, strict=True):
-        assert outcome is not Outcome.CORRUPT
-        if outcome is Outcome.HIT:
-            assert bytes(target) == bytes(made[i][1]) and digests == made[i][0].digests
-    return sum(1 for outcome, _ in answers if outcome is Outcome.HIT)
 
 
 def rates(door: FaultyBucket, rng: random.Random) -> None:
@@ -159,7 +126,7 @@ async def upheaval(loop: SimLoop) -> MemoryBucket:
     await asyncio.sleep(PATIENCE_S)
     outcomes = [Outcome.FULL]
     for _ in range(20):
-        outcomes = await write(last.remote, [301, 302])
+        outcomes = await put_blocks(last.remote, [301, 302])
         if outcomes == [Outcome.HIT] * 2:
             break
         await asyncio.sleep(PATIENCE_S / 4)
@@ -169,7 +136,7 @@ async def upheaval(loop: SimLoop) -> MemoryBucket:
     other = world.start()
     other.tasks[1].cancel()
     await other.remote.known()
-    assert await look(other.remote, [301, 302]) == 2
+    assert await read_blocks(other.remote, [301, 302]) == [Outcome.HIT] * 2
     other.kill()
     return world.bucket
 

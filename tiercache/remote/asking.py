@@ -1,8 +1,9 @@
 """Asking: every request to a bucket goes through here, with a deadline, in threads of its own, and not at all for a
 while after one has failed.
 
-A bucket that hangs, refuses or is gone costs its users one deadline, once: while it is left alone every question is
-answered at once, with UnavailableError, and one line in the log says when that begins and when it ends.
+A bucket that hangs, refuses or is gone costs its readers one deadline, once: from then on every reader is answered at
+once, with UnavailableError, until work that nobody waits for has found it well again. One line in the log says when
+that begins, and one when it ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+READ = "read"
+"""The operation that readers wait for."""
+CHANGES = ("write", "delete", "ledger")
+"""Operations that may need rights which a reader has not."""
 THREADS = 8
 """Twice as many in all, so that what was given up does not stand in the way of what comes next."""
 PAUSE_S, PAUSE_S_MAX = 1.0, 60.0
@@ -43,14 +48,19 @@ class Asking:
         self._calm_at_s = 0.0
 
     @property
+    def well(self) -> bool:
+        """Whether the last request went well: only then do readers ask."""
+        return not self._failures
+
+    @property
     def ready(self) -> bool:
-        """Whether a question would be put at all."""
+        """Whether a question would be put at all, by those who can wait."""
         return not self._failures or self._clock.monotonic() >= self._calm_at_s
 
     async def ask(self, operation: str, call: Callable[[Bucket], T], *, within_s: float | None = None) -> T:
         """The answer of one request. UnavailableError where none came in time, it failed, or the bucket is left alone;
         OriginError where it was refused, and so has not happened."""
-        if not self.ready:
+        if not (self.well if operation == READ else self.ready):
             raise UnavailableError(f"{self.bucket.place} failed just now, and is left alone for a while")
         began_s = self._clock.monotonic()
         try:
@@ -60,9 +70,13 @@ class Asking:
             fault = UnavailableError(f"{self.bucket.place} did not answer to {operation} in time")
             self._failed(operation, fault, began_s)
             raise fault from error
-        except OSError as error:  # UnavailableError and OriginError are of these
+        except OriginError as error:
+            if operation not in CHANGES:  # who may only read can read
+                self._failed(operation, error, began_s)
+            raise
+        except OSError as error:  # UnavailableError is of these
             self._failed(operation, error, began_s)
-            if isinstance(error, UnavailableError | OriginError):
+            if isinstance(error, UnavailableError):
                 raise
             raise UnavailableError(f"{self.bucket.place}: {error}") from error
         if self._failures:

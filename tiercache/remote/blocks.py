@@ -130,14 +130,14 @@ class RemoteBlocks:
             await self._tend()
             self._wake.clear()
             try:
-                async with asyncio.timeout(self._tick_s):
+                async with asyncio.timeout(self._tick_s if self._asking.well else MISSED_S):
                     await self._wake.wait()
             except TimeoutError:
                 pass
 
     async def _tend(self) -> None:
         now_s = self._clock.monotonic()
-        due = now_s - self._listed_at_s >= (MISSED_S if self._wake.is_set() else REFRESH_S)
+        due = now_s - self._listed_at_s >= (MISSED_S if self._wake.is_set() or not self._asking.well else REFRESH_S)
         try:
             if due:
                 self._listed_at_s = now_s
@@ -161,8 +161,8 @@ class RemoteBlocks:
 
     def status(self) -> TierStatus:
         """Usage as far as this cache knows: all packs it has seen."""
-        health = Health.HEALTHY if self._asking.ready else Health.OFF
-        if health is Health.HEALTHY and self._writing.refused:
+        health = Health.HEALTHY if self._asking.well else Health.OFF
+        if health is Health.HEALTHY and (self._writing.refused or self._writing.denied):
             health = Health.READ_ONLY
         used, files = self._catalog.used_bytes, len(self._catalog.packs)
         return TierStatus("remote", health, self._limit_bytes, used, 1 << 31, files)

@@ -240,7 +240,7 @@ def open_bucket(url: str, options: Mapping[str, Any] | None = None, *, deadline_
         return FileBucket(path.rstrip("/") or "/", system_random())
     scheme = OBJECT_PROTOCOLS.get(parts.scheme, "http")
     prefix = unquote(parts.path).strip("/")
-    if scheme == "http" or not parts.netloc or not SAFE.fullmatch(prefix or "x") or "//" in prefix:
+    if scheme == "http" or not SAFE.fullmatch(parts.netloc) or not SAFE.fullmatch(prefix or "x") or "//" in prefix:
         raise ConfigError(
             f"remote_url {url!r} must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or"
             " file:///directory, the prefix made of letters, digits and . _ - /"
@@ -263,6 +263,8 @@ def _store(scheme: str, name: str, options: dict[str, Any], deadline_s: float) -
         found = UNDERSTOOD[scheme](options)
     except Unsupported as error:
         raise ConfigError(f"remote_options that are not understood: {error}") from error
+    except (OriginError, OSError) as error:
+        raise ConfigError(f"{scheme}://{name} cannot be opened: {error}") from error
     remember_use()
     try:
         return connect(found, name, attempt_s=deadline_s, limit_s=deadline_s, idle_max=16)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tiercache.errors import OriginError, UnavailableError
 from tiercache.model import Outcome, Payload
 from tiercache.remote import packs
+from tiercache.remote.asking import READ
 from tiercache.remote.packs import Want
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ REQUESTS = 8
 """Requests for bytes that are under way at once."""
 DEADLINE_BYTES = 64 << 20
 """A call may take one deadline, and one more for each of these that it asks for."""
+
+REQUEST_SHARE = 0.8
+"""A request may take this share of the deadline: it fails, and is known to have failed, before the call is over."""
 
 Answer = tuple[Outcome, bytes]
 
@@ -106,7 +110,9 @@ class Reading:
                 return None
             try:
                 data = await self._asking.ask(
-                    "read", lambda bucket: bucket.get(pack.key, span.start, span.stop - span.start)
+                    READ,
+                    lambda bucket: bucket.get(pack.key, span.start, span.stop - span.start),
+                    within_s=self._asking.deadline_s * REQUEST_SHARE,
                 )
             except (UnavailableError, OriginError):
                 return None

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 FORMAT_KEY, FORMAT = "FORMAT", b"tiercache blocks 1\n"
 SNAPSHOT_PACKS, SNAPSHOT_SHARE = 8, 1 / 8
 """A snapshot is written after so many new packs, or after this share of those that it lists, whichever is more."""
+REFUSED_S = 60.0
+"""A bucket that refused a change is not asked for another one for so long."""
 ROOM_ROUNDS_MAX = 32
 """Changes of the share, and packs given up, for one pack that needs room."""
 
@@ -59,6 +61,7 @@ class Writing:
         self._lock = asyncio.Lock()
         self._number = 0
         self._checked = False
+        self._refused_at_s = 0.0  # when a change was refused last; 0: none since the last that went well
         self.refused = False
         """Whether this bucket cannot be written to at all."""
         self._doubts: dict[str, float] = {}
@@ -105,7 +108,12 @@ class Writing:
     ) -> list[Outcome]:
         """One pack; the lock is held."""
         try:
-            if self._closed or not await self._usable() or not await self._room(packs.pack_bytes(payloads)):
+            if (
+                self._closed
+                or self.denied
+                or not await self._usable()
+                or not await self._room(packs.pack_bytes(payloads))
+            ):
                 return [Outcome.FULL] * len(payloads)
             key = self._name(PACKS)
             pack, rows = await self._asking.work(lambda: packs.encode(key, payloads, sources))
@@ -113,11 +121,17 @@ class Writing:
             if not len(rows):
                 return [Outcome.CORRUPT] * len(payloads)
             made = await self._put(key, pack)
-        except (UnavailableError, OriginError) as error:
+        except OriginError as error:
+            if not self._refused_at_s:
+                log.warning("nothing is written for now: %s", error)
+            self._refused_at_s = self._clock.monotonic() or 1.0
+            return [Outcome.BUSY] * len(payloads)
+        except UnavailableError as error:
             log.debug("a pack was not written: %s", error)
             return [Outcome.BUSY] * len(payloads)
         if not made:
             return [Outcome.FULL] * len(payloads)
+        self._refused_at_s = 0.0
         self._catalog.show([one.name.key for one in payloads])
         self._catalog.add(Listed(key, len(pack), rows))
         self._catalog.used_bytes += len(pack)
@@ -149,6 +163,11 @@ class Writing:
             budget.give(key)
             log.warning("%s has %s already: nobody else should write there", self._asking.bucket.place, key)
         return made
+
+    @property
+    def denied(self) -> bool:
+        """Whether the bucket refused a change a short while ago."""
+        return bool(self._refused_at_s) and self._clock.monotonic() - self._refused_at_s < REFUSED_S
 
     async def _usable(self) -> bool:
         """Whether the bucket keeps what all of this is built on: of two who create one name, one succeeds."""

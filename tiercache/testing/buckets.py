@@ -1,16 +1,23 @@
-"""A bucket in memory with every fault that a bucket can have, which counts its bytes at every instant."""
+"""A bucket in memory with every fault that a bucket can have, which counts its bytes at every instant; and blocks to
+put into buckets, whose bytes follow from their numbers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiercache.buffers import Buffer, part_digests
 from tiercache.errors import OriginError, UnavailableError
+from tiercache.model import Form, Kind, Name, Outcome, Payload, all_parts
+from tiercache.testing.model import made_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from random import Random
 
     from tiercache.clock import Clock
+    from tiercache.remote.blocks import RemoteBlocks
+
+PART_BYTES = 4096
 
 
 class MemoryBucket:
@@ -113,3 +120,45 @@ class FaultyBucket:
     def _after(self) -> None:
         if self._random.random() < self.fail_after:
             raise UnavailableError("no answer")
+
+
+def made_block(number: int, parts: int = 5) -> tuple[Payload, Buffer]:
+    """Block `number` of a chain, up to so many parts long, and its bytes."""
+    key = number.to_bytes(16, "little")
+    source = Buffer.of(made_bytes(Name(key), 1 + 1237 * number % (parts * PART_BYTES)))
+    size, digests = source.length, part_digests(source, PART_BYTES)
+    parent = (number - 1).to_bytes(16, "little") if number else b""
+    payload = Payload(
+        Name(key), size, PART_BYTES, all_parts(size, PART_BYTES), digests, Kind.KV, parent,
+        cost_s=number % 7, form=Form.BLOCK,
+    )  # fmt: skip
+    return payload, source
+
+
+async def put_blocks(
+    remote: RemoteBlocks, numbers: Sequence[int], made: Callable[[int], tuple[Payload, Buffer]] = made_block
+) -> list[Outcome]:
+    """Uploads these blocks as one pack."""
+    some = [made(number) for number in numbers]
+    return await remote.write([payload for payload, _ in some], [source for _, source in some])
+
+
+async def read_blocks(
+    remote: RemoteBlocks, numbers: Sequence[int], made: Callable[[int], tuple[Payload, Buffer]] = made_block
+) -> list[Outcome]:
+    """Reads those of these blocks that are found, and compares every byte: HIT where it was right, CORRUPT where that
+    was said. Raises AssertionError on a wrong byte."""
+    some = [made(number) for number in numbers]
+    found = remote.find([payload.name.key for payload, _ in some])
+    outcomes = [Outcome.MISS] * len(some)
+    there = [i for i, one in enumerate(found) if one is not None]
+    targets = [bytearray(some[i][0].size) for i in there]
+    answers = await remote.read(
+        [one for one in found if one is not None], [Buffer.of(target, writable=True) for target in targets]
+    )
+    for i, target, (outcome, digests) in zip(there, targets, answers, strict=True):
+        outcomes[i] = outcome
+        payload, source = some[i]
+        right = bytes(target) == bytes(source) and digests == payload.digests
+        assert right or outcome is not Outcome.HIT, f"block {numbers[i]} has wrong bytes"
+    return outcomes
