@@ -27,10 +27,8 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, 
 import tiercache
 from tiercache.clock import system_random
 from tiercache.errors import TierCacheError
-from tiercache.kv.moving import Table
-from tiercache.kv.planes import Planes, paged
-from tiercache.kv.shard import Shard
-from tiercache.model import Outcome
+from tiercache.kv.planes import paged
+from tiercache_connectors.sglang_pages import Pages
 from tiercache_connectors.sglang_pools import Canonical, canonical, opaque
 from tiercache_connectors.weights import Weights, identify
 
@@ -40,14 +38,12 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from tiercache.kv.store import KvStore
+    from tiercache.kv.planes import Plane
+    from tiercache_connectors.sglang_pages import Prefix
 
     Rows = npt.NDArray[np.uint8]
 
 logger = logging.getLogger(__name__)
-
-WAIT_S = 30.0
-"""Longest wait for a batch of pages; SGLang computes what has not come by then."""
 
 
 class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
@@ -64,18 +60,23 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
             else identify(storage_config.model_name or "", extra.get("revision", ""))
         )
         self._cache = tiercache.open(extra.get("directory"), **extra.get("settings", {}))
-        self._stores: dict[tuple[str, int], KvStore] = {}
         self._pools: dict[str, Any] = {}
-        self._planes: dict[str, tuple[KvStore, Planes]] = {}
+        self._canonical: dict[str, tuple[Pages, list[Plane]]] = {}
+        self._flat: dict[tuple[str, int], Pages] = {}
         self._said: dict[str, None] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Ends copies under way and leaves the cache. SGLang calls it when the backend is detached."""
-        for store in [*self._stores.values(), *(store for store, _ in self._planes.values())]:
-            store.close()
-        self._stores, self._planes = {}, {}
+        self._forget()
         self._cache.close()
+
+    def _forget(self) -> None:
+        with self._lock:
+            pages = [*self._flat.values(), *(each for each, _ in self._canonical.values())]
+            self._flat, self._canonical = {}, {}
+        for each in pages:
+            each.close()
 
     # -- pools ---------------------------------------------------------------------------------------------------------
 
@@ -98,8 +99,7 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         try:
             found = canonical(pool, self._config, self._weights, self._salt)
             if isinstance(found, Canonical):
-                store = self._cache.kv(found.layout, found.shard)
-                self._planes[name] = (store, Planes(found.layout, found.shard, found.planes))
+                self._canonical[name] = (Pages(self._cache, found.layout, found.shard), list(found.planes))
                 return
             reason = found
         except TierCacheError as fault:
@@ -146,32 +146,31 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """How many pages from the first on are stored."""
-        return self._stored(PoolName.KV.value, keys)
+        return self._stored(PoolName.KV.value, keys, _prefix(extra_info))
 
     # -- without copies of SGLang's own --------------------------------------------------------------------------------
 
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Pages into the host pool, at the slots `host_indices` (`page_size` of them a page); whether each arrived."""
-        return self._get_pages(PoolName.KV.value, keys, host_indices)
+        return self._get_pages(PoolName.KV.value, keys, host_indices, _prefix(extra_info))
 
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Stores pages from the host pool; whether each is stored now."""
-        prefix = getattr(extra_info, "prefix_keys", None) or ()
-        return self._set_pages(PoolName.KV.value, keys, host_indices, prefix)
+        return self._set_pages(PoolName.KV.value, keys, host_indices, _prefix(extra_info))
 
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """As `batch_get_v1`, of several pools."""
-        return {each.name: self._get_pages(str(each.name), each.keys or [], each.host_indices) for each in transfers}
+        prefix = _prefix(extra_info)
+        return {x.name: self._get_pages(str(x.name), x.keys or [], x.host_indices, prefix) for x in transfers}
 
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """As `batch_set_v1`, of several pools."""
-        return {
-            each.name: self._set_pages(str(each.name), each.keys or [], each.host_indices, ()) for each in transfers
-        }
+        prefix = _prefix(extra_info)
+        return {x.name: self._set_pages(str(x.name), x.keys or [], x.host_indices, prefix) for x in transfers}
 
     def batch_exists_v2(self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
         """The longest prefix that every pool can restore by its policy, and all prefixes that can be."""
-        pages = self._stored(PoolName.KV.value, keys)
+        pages = self._stored(PoolName.KV.value, keys, _prefix(extra_info))
         hits: dict[str, int] = {PoolName.KV.value: pages} if pages else {}
         restorable = list(range(1, pages + 1))
         for transfer in pool_transfers or []:
@@ -200,23 +199,22 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
     def clear(self) -> None:
         """Nothing that was stored before is found by this process again. The entries age; others may still use them."""
         self._salt = f"{self._salt}/cleared-{system_random().getrandbits(128):x}"
-        for store in [*self._stores.values(), *(store for store, _ in self._planes.values())]:
-            store.close()
-        pools, self._pools, self._stores, self._planes = self._pools, {}, {}, {}
+        self._forget()
+        pools, self._pools = self._pools, {}
         for name, pool in pools.items():
             self._register(name, pool)
 
     # -- pages ---------------------------------------------------------------------------------------------------------
 
-    def _get_pages(self, name: str, keys: Sequence[str], host_indices: Any) -> list[bool]:
+    def _get_pages(self, name: str, keys: Sequence[str], host_indices: Any, prefix: Prefix) -> list[bool]:
         pool = self._pool(name, keys, host_indices)
         if pool is None:
             return [False] * len(keys)
         size = pool.page_size or 1
-        if name in self._planes:
-            store, planes = self._planes[name]
-            table = Table(_page_ids(host_indices, size), size)
-            return self._tried(len(keys), lambda: _landed(store, keys, planes, table))
+        if name in self._canonical:
+            pages, planes = self._canonical[name]
+            ids = _page_ids(host_indices, size)
+            return self._tried(len(keys), lambda: pages.load(keys, prefix, planes, ids))
         pattern = pool.get_dummy_flat_data_page()
         rows = np.empty((len(keys), _nbytes(pattern)), np.uint8)
         found = self._load_rows(name, keys, rows)
@@ -225,18 +223,17 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
                 pool.set_from_flat_data_page(int(host_indices[i * size]), torch.from_numpy(rows[i]).view(pattern.dtype))
         return found
 
-    def _set_pages(self, name: str, keys: Sequence[str], host_indices: Any, prefix: Sequence[str] = ()) -> list[bool]:
+    def _set_pages(self, name: str, keys: Sequence[str], host_indices: Any, prefix: Prefix) -> list[bool]:
         pool = self._pool(name, keys, host_indices)
         if pool is None:
             return [False] * len(keys)
         size = pool.page_size or 1
-        if name in self._planes:
-            store, planes = self._planes[name]
-            # The table begins with the first page of this batch; those before it are stored, and not looked at.
-            table = Table(_page_ids(host_indices, size), size, len(prefix) * size)
-            return self._tried(len(keys), lambda: _taken(store, [*prefix, *keys], planes, table, len(prefix)))
-        pages = [_bytes_of(pool.get_data_page(int(host_indices[i * size]), flat=True)) for i in range(len(keys))]
-        return self._save_rows(name, keys, np.stack([page.numpy() for page in pages]))
+        if name in self._canonical:
+            pages, planes = self._canonical[name]
+            ids = _page_ids(host_indices, size)
+            return self._tried(len(keys), lambda: pages.save(keys, prefix, planes, ids))
+        flat = [_bytes_of(pool.get_data_page(int(host_indices[i * size]), flat=True)) for i in range(len(keys))]
+        return self._save_rows(name, keys, np.stack([each.numpy() for each in flat]))
 
     def _pool(self, name: str, keys: Sequence[str], host_indices: Any) -> Any:
         """The pool, where it is known and each key has its slots; else None."""
@@ -246,41 +243,37 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
             return None
         return pool if keys else None
 
-    def _stored(self, name: str, keys: Sequence[str]) -> int:
-        """How many of these pages from the first on are stored."""
-        nbytes = 0 if name in self._planes else self._page_bytes(name)
-        if not keys or nbytes is None:
+    def _stored(self, name: str, keys: Sequence[str], prefix: Prefix = None) -> int:
+        """How many of these pages from the first on are stored. Flat pages are stored alone."""
+        if not keys or (name not in self._canonical and name not in self._pools):
             return 0
         try:
-            if name in self._planes:
-                store, shard = self._planes[name][0], self._planes[name][1].shard
-            else:
-                store, shard = self._rows_store(name, nbytes), None
-            return store.match(store.engine_keys(_hashes(keys)), shard).length
+            if name in self._canonical:
+                return self._canonical[name][0].stored(keys, prefix)
+            return self._flat_pages(name, _nbytes(self._pools[name].get_dummy_flat_data_page())).stored(keys, None)
         except TierCacheError as fault:
             self._say(str(fault))
             return 0
 
-    def _page_bytes(self, name: str) -> int | None:
-        """Bytes of a flat page; None for a pool that nobody has registered."""
-        pool = self._pools.get(name)
-        return None if pool is None else _nbytes(pool.get_dummy_flat_data_page())
-
-    def _rows_store(self, name: str, nbytes: int) -> KvStore:
-        """The store of pages that are kept as they are."""
+    def _flat_pages(self, name: str, nbytes: int) -> Pages:
+        """Pages of a pool that are kept as they are."""
         with self._lock:
-            if (name, nbytes) not in self._stores:
+            if (name, nbytes) not in self._flat:
                 layout = opaque(name, nbytes, self._pools.get(name), self._config, self._weights, self._salt)
-                self._stores[name, nbytes] = self._cache.kv(layout)
-            return self._stores[name, nbytes]
+                self._flat[name, nbytes] = Pages(self._cache, layout)
+            return self._flat[name, nbytes]
 
     def _load_rows(self, name: str, keys: Sequence[str], rows: Rows) -> list[bool]:
-        store = self._rows_store(name, rows.shape[1])
-        return self._tried(len(keys), lambda: _landed(store, keys, *_rows_planes(store, rows)))
+        return self._tried(
+            len(keys),
+            lambda: self._flat_pages(name, rows.shape[1]).load(keys, None, _row_planes(rows), np.arange(len(rows))),
+        )
 
     def _save_rows(self, name: str, keys: Sequence[str], rows: Rows) -> list[bool]:
-        store = self._rows_store(name, rows.shape[1])
-        return self._tried(len(keys), lambda: _taken(store, keys, *_rows_planes(store, rows)))
+        return self._tried(
+            len(keys),
+            lambda: self._flat_pages(name, rows.shape[1]).save(keys, None, _row_planes(rows), np.arange(len(rows))),
+        )
 
     def _tried(self, count: int, work: Callable[[], list[bool]]) -> list[bool]:
         try:
@@ -296,12 +289,10 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
             logger.warning("tiercache: %s", line)
 
 
-def _hashes(keys: Sequence[str]) -> list[bytes]:
-    """SGLang's hashes of pages as bytes: 64 hex digits, or whatever a later version sends."""
-    try:
-        return [bytes.fromhex(key) for key in keys]
-    except ValueError:
-        return [key.encode() for key in keys]
+def _prefix(extra_info: Any) -> Prefix:
+    """Hashes of the pages before a batch, where SGLang says them."""
+    prefix: Prefix = getattr(extra_info, "prefix_keys", None)
+    return prefix
 
 
 def _nbytes(tensor: Any) -> int:
@@ -319,22 +310,5 @@ def _page_ids(host_indices: Any, page_size: int) -> npt.NDArray[np.int64]:
     return slots // page_size
 
 
-def _rows_planes(store: KvStore, rows: Rows) -> tuple[Planes, Table]:
-    planes = paged(rows, "pd", layers=range(1), heads=range(1), kv=0)
-    return Planes(store.layout, Shard.whole(store.layout), planes), Table(np.arange(len(rows)), 1)
-
-
-def _landed(store: KvStore, keys: Sequence[str], planes: Planes, table: Table) -> list[bool]:
-    """Loads pages; whether each landed."""
-    chain = store.engine_keys(_hashes(keys))
-    loading = store.load(chain, planes, table, layerwise=False, deadline_s=WAIT_S)
-    return [outcome is Outcome.HIT for outcome in loading.wait(WAIT_S)]
-
-
-def _taken(store: KvStore, keys: Sequence[str], planes: Planes, table: Table, start: int = 0) -> list[bool]:
-    """Saves pages [start, ...) of a chain; whether each is stored. The pool's slots are free when this returns."""
-    saving = store.save(store.engine_keys(_hashes(keys)), planes, table, start=start)
-    outcomes = saving.wait(WAIT_S)
-    if not saving.pages_free(WAIT_S):
-        saving.cancel()
-    return [outcome is Outcome.HIT for outcome in outcomes]
+def _row_planes(rows: Rows) -> list[Plane]:
+    return paged(rows, "pd", layers=range(1), heads=range(1), kv=0)

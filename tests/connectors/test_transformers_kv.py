@@ -9,6 +9,7 @@ import pytest
 
 import tiercache
 from tests.connectors.conftest import MIB
+from tiercache.errors import ConfigError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not in this environment: make test runs these in .venv-torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not in this environment")
@@ -346,7 +347,7 @@ def test_more_tokens_than_were_computed_are_refused(cache):
     model, ids = made(), prompt()
     with torch.no_grad():
         past = model(ids[:, :100], use_cache=True).past_key_values
-    with TransformersKV(cache, model) as reuse, pytest.raises(tiercache.ConfigError, match="100"):
+    with TransformersKV(cache, model) as reuse, pytest.raises(ConfigError, match="100"):
         reuse.store(past, ids[0].tolist())
 
 
