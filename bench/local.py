@@ -153,13 +153,18 @@ def ratio_figures(taken: dict[str, dict[str, list[float]]]) -> list[Figure]:
     return figures
 
 
-def trip_figures(process: Process) -> list[Figure]:
-    """Round trips of one lease and its release."""
+def trip_figures(process: Process, limit: Process) -> list[Figure]:
+    """Round trips of one lease and its release, and of one byte."""
     alone = process.ask(what="rtt", argument=ROUND_TRIPS)["values"]
+    byte = limit.ask(what="socket_rtt", argument=ROUND_TRIPS)["values"]
     busy = process.ask(what="rtt_busy", argument=ROUND_TRIPS)["values"]
     python = process.ask(what="rtt_python", argument=ROUND_TRIPS // 8)["values"]
     return [
         Figure("local_rtt_us", median(alone) * 1e6, 40.0, unit="µs", raw={"seconds": alone[:200]}),
+        Figure("socket_rtt_us", median(byte) * 1e6, unit="µs", raw={"seconds": byte[:200]},
+               note="one byte to another process and back, both asleep until it comes, wherever the kernel runs them"),
+        Figure("rtt_over_socket", median(alone) / median(byte), unit="ratio",
+               note="local_rtt_us over socket_rtt_us; below 1 where looking saves the wake-ups"),
         Figure("local_rtt_p99_us", quantiles(busy, n=100)[-1] * 1e6, 1000.0, unit="µs", raw={"seconds": busy[:200]},
                note="beside a thread of the client that releases the GIL"),
         Figure("local_rtt_python_p99_us", quantiles(python, n=100)[-1] * 1e6, unit="µs", raw={"seconds": python[:200]},
@@ -237,7 +242,7 @@ def main() -> None:
             opened.append(another.ask(what="open_ms", argument=0)["value"])
             another.close()
         figures = ratio_figures(copies(sides, rounds))
-        figures += trip_figures(second)
+        figures += trip_figures(second, sides["memory"])
         figures.append(verify_figure(second))
         figures.append(Figure("open_ms", median(opened), 50.0, unit="ms", raw={"ms": opened}, note="after imports"))
         figures.append(crowd_figure(directory, max(1, rounds - 2)))

@@ -12,6 +12,8 @@ import json
 import mmap
 import os
 import random
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -182,7 +184,7 @@ def _busy_in_python(stop: threading.Event) -> None:
 
 
 class Memory(Side):
-    """Plain memmove out of memory that is mapped already: the limit."""
+    """Plain memmove out of memory that is mapped already, and one byte over a socket and back: the limits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,6 +200,25 @@ class Memory(Side):
         for name, target in zip(names, targets, strict=True):
             size, number = map(int, name.split("-"))
             memmove(target.ctypes.data, self.sources[size].ctypes.data + number * size, size)
+
+    def extra(self, what: str, argument: int) -> dict[str, object]:
+        return {"values": _to_and_fro(argument)} if what == "socket_rtt" else super().extra(what, argument)
+
+
+def _to_and_fro(count: int) -> list[float]:
+    """Seconds that one byte takes to another process and back, over a Unix socket that both sleep on."""
+    here, there = socket.socketpair()
+    echo = "import socket; s = socket.socket(fileno=0)\nwhile data := s.recv(1): s.send(data)"
+    with subprocess.Popen([sys.executable, "-c", echo], stdin=there):
+        there.close()
+        taken = []
+        for _ in range(count):
+            start = time.perf_counter()
+            here.send(b"x")
+            here.recv(1)
+            taken.append(time.perf_counter() - start)
+        here.close()
+    return taken
 
 
 class Files(Side):

@@ -7,6 +7,7 @@ object; the namespace and tokens of a block. What must not: anything that does n
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -22,11 +23,12 @@ FORMAT_VERSION = 1
 
 def _digest(fields: Sequence[str | bytes]) -> bytes:
     """xxh3-128 of length-prefixed fields, so that ("ab", "c") and ("a", "bc") differ."""
-    parts: list[bytes] = []
-    for field in fields:
-        data = field.encode("utf-8", "surrogateescape") if isinstance(field, str) else field
-        parts += (len(data).to_bytes(8, "little"), data)
-    return xxhash.xxh3_128_digest(b"".join(parts))
+    return xxhash.xxh3_128_digest(b"".join([_field(field) for field in fields]))
+
+
+def _field(field: str | bytes) -> bytes:
+    data = field.encode("utf-8", "surrogateescape") if isinstance(field, str) else field
+    return len(data).to_bytes(8, "little") + data
 
 
 def namespace(*fields: str | bytes) -> bytes:
@@ -47,8 +49,14 @@ def page_key(identity: str, path: str, version: str, page_bytes: int, part_bytes
 
 def object_key(space: bytes | str, name: bytes | str) -> bytes:
     """Key (32 bytes) of a lone object called `name` in a namespace (a digest of 16 bytes, or any string)."""
-    world = space if isinstance(space, bytes) and len(space) == 16 else namespace("objects", space)
-    return world + _digest((name,))
+    world = space if isinstance(space, bytes) and len(space) == 16 else _objects(space)
+    return world + xxhash.xxh3_128_digest(_field(name))
+
+
+@lru_cache(maxsize=256)
+def _objects(space: bytes | str) -> bytes:
+    """A program has few namespaces, and asks for one name after the other."""
+    return namespace("objects", space)
 
 
 def chain(

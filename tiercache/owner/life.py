@@ -28,6 +28,7 @@ from tiercache.owner.state import Client, State
 from tiercache.settings import Settings, load
 from tiercache.wire import sockets, starting
 from tiercache.wire.door import Door
+from tiercache.wire.eager import eager_loop
 
 if TYPE_CHECKING:
     import socket
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
         starting.trim_log(directory)
         if listener is None:
             listener = _listen(directory, group=settings.share_group)
-        return asyncio.run(Owner(settings, listener).run())
+        with asyncio.Runner(loop_factory=eager_loop) as runner:
+            return runner.run(Owner(settings, listener).run())
     except (TierCacheError, OSError) as fault:
         log.error("cannot serve %s: %s", directory, fault)
         return FAILED

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.clock import SystemClock
 from tiercache.errors import ProtocolError, UnavailableError
+from tiercache.wire.eager import Eager
 from tiercache.wire.frames import BODY_BYTES_MAX, HEADER, Op, pack, unpack_fault
 from tiercache.wire.sockets import FDS_MAX, Lost, close_all, recv_fds, send_fds, set_timeout
 
@@ -32,7 +33,8 @@ class Channel:
     own fault: a deadline that passed, a signal that raised, nonsense from the other end; because the answer that may
     still come would be taken for that of the next question.
 
-    Deadlines are the kernel's (SO_RCVTIMEO), so a question costs one send and one receive."""
+    Deadlines are the kernel's (SO_RCVTIMEO), so a question costs one send and one receive; and some looks in between,
+    where answers come faster than this thread could fall asleep and wake up."""
 
     def __init__(self, sock: socket.socket, wait_s: float = ANSWER_S, *, clock: Clock = _CLOCK) -> None:
         sock.setblocking(True)
@@ -44,21 +46,23 @@ class Channel:
         self._buffer = bytearray(RECV_BYTES)
         self._view = memoryview(self._buffer)
         self._send, self._recv_into = sock.sendall, sock.recv_into
+        self._eager = Eager(clock)
         self._ending = threading.Lock()
         self.closed = False
         self.interrupted = False
         """Whether `interrupt` was called: whatever was answered, it is good for nothing more."""
         _alive.add(self)
 
-    def ask(self, op: int, body: bytes = b"", *, wait_s: float | None = None) -> memoryview:
-        """The body of the answer (its own memory). Raises the owner's fault, or Lost."""
+    def ask(self, op: int, body: bytes = b"", *, wait_s: float | None = None, alone: bool = False) -> memoryview:
+        """The body of the answer (its own memory). Raises the owner's fault, or Lost. `alone`: no other thread asks, so
+        this one may look for its answer."""
         self._number = number = self._number + 1
         question = pack(op, number, body)
         try:
             if wait_s != self._set_s:
                 self._set(wait_s)
             self._send(question, socket.MSG_NOSIGNAL)
-            got = self._recv_into(self._buffer)
+            got = self._wait(alone)
             kind, answer = self._answer(bytes(self._view[:got]), number)
         except OSError as error:
             self.close()
@@ -142,6 +146,24 @@ class Channel:
         self.closed = True
         self._sock.close()
 
+    def _wait(self, alone: bool) -> int:
+        """Waits for the answer to begin: so many bytes of it are in the buffer, none where the connection has ended."""
+        if alone:
+            found = self._eager.look(self._glance)
+            if found is not None:
+                return found
+        now = self._clock.monotonic
+        began_s = now()
+        got = self._recv_into(self._buffer)
+        self._eager.slept(now() - began_s)
+        return got
+
+    def _glance(self) -> int | None:
+        try:
+            return self._recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
     def _set(self, wait_s: float | None) -> None:
         wanted_s = self._usual_s if wait_s is None else wait_s
         if wanted_s != self._set_s:
@@ -216,7 +238,8 @@ class Channels:
         """As Channel.ask, on any free channel."""
         channel = self._take()
         try:
-            return channel.ask(op, body, wait_s=wait_s)
+            # Who looks keeps the interpreter most of the time, and other threads want it when their answers come.
+            return channel.ask(op, body, wait_s=wait_s, alone=len(self._idle) + 1 >= len(self._all))
         finally:
             self._give(channel)
 
