@@ -660,3 +660,17 @@ def test_memory_is_counted(filled):
     pages = filled.index.memory_bytes()
     filled.put_chain(chain(40))
     assert empty < pages < filled.index.memory_bytes()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_chain_of_thousands_of_blocks_goes_at_once(backwards):
+    """Whoever frees the last of them goes up the chain without a frame of the interpreter for each block."""
+    made = Filled(5000)
+    digests = chain(4000)
+    slots = made.put_chain(digests, validate=False)
+    lease = made.index.match([Name(digests[-1])])
+    made.index.remove(slots[::-1] if backwards else slots)
+    assert made.index.used == 4000  # the lease on the last one keeps them
+    assert made.index.release(lease) is not None
+    made.index.validate()
+    assert made.index.used == 0

@@ -230,11 +230,15 @@ class Entries:
 
     def _relieve(self, parent: int) -> None:
         """A parent has a child less: if only that held it back, it is next in line; if it waited to go, it goes."""
+        if self._freed_from_child(parent):
+            self.settle(parent)
+
+    def _freed_from_child(self, parent: int) -> bool:
+        """A parent has a child less: puts it in line where only that held it back, and says whether it waits to go."""
         columns = self.slots
         if columns.helds[parent]:
             self._queue_held(parent)
-        if columns.states[parent] == EVICTING or parent in self.limbo:
-            self.settle(parent)
+        return columns.states[parent] == EVICTING or parent in self.limbo
 
     def _queue_held(self, slot: int) -> None:
         """Puts a held slot next in line where nothing holds it any more."""
@@ -329,23 +333,28 @@ class Entries:
             self.settle(slot)
 
     def settle(self, slot: int) -> None:
-        """If a slot is not in use any more, gives up what waited for that; and so upwards in its chain."""
+        """If a slot is not in use any more, gives up what waited for that; and so upwards in its chain, which may be
+        thousands of blocks long."""
+        while slot:
+            slot = self._settle_one(slot)
+
+    def _settle_one(self, slot: int) -> int:
+        """As `settle`, for this slot alone; answers its parent if that waits to go now, else 0."""
         columns = self.slots
         if columns.pins[slot] or columns.kid_counts[slot]:
-            return
+            return 0
         for tier, location in self.limbo.pop(slot, ()):
             self._freed[tier].append(location)
             if tier == TierId.MEMORY:
                 self._leave_memory(slot)
         if columns.states[slot] != EVICTING:
-            return
+            return 0
         if not columns.forms[slot] & DEAD_BIT:
             self.names.unlink(slot)
         parent = columns.parents[slot] if columns.forms[slot] & 3 == Form.BLOCK else 0
         self._detach(slot, parent)
         self._bury(np.array([slot], np.int64))
-        if parent:
-            self._relieve(parent)
+        return parent if parent and self._freed_from_child(parent) else 0
 
     def _detach(self, slot: int, parent: int) -> None:
         """Takes a block from its parent's counts."""
