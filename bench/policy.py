@@ -94,12 +94,12 @@ def measure(name: str, *, requests_max: int = 0) -> list[dict[str, Json]]:
     for percent in percents:
         capacity = max(1, int(unique * percent / 100))
         ours = chain_lru(trace, unique, capacity)
-        every, usable = plain_lru(trace, unique, capacity)
+        _, usable = plain_lru(trace, unique, capacity)
         bound = belady(requests, capacity)
         row: dict[str, Json] = {
             "trace": name, "percent": percent, "capacity_blocks": capacity, "block_tokens": block_tokens,
             "requests": len(requests), "blocks": len(blocks), "unique": unique, "infinite": 1 - unique / len(blocks),
-            "leaf_first": ours, "in_order": usable, "belady": bound, "in_order_unusable": every - usable,
+            "leaf_first": ours, "in_order": usable, "belady": bound,
             "over_in_order": ours / usable if usable else None, "of_belady": ours / bound if bound else None,
         }  # fmt: skip
         say(" ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
