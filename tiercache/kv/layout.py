@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiercache import keys
 from tiercache.errors import ConfigError
@@ -291,20 +291,18 @@ class Layout:
         """
         from tiercache.kv.configs import groups_of
 
-        return [
-            cls(
-                model=model,
-                revision=revision,
-                dtype=dtype,
-                block_tokens=block_tokens,
-                lora=lora,
-                salt=salt,
-                element_order=element_order,
-                collision_resistant=collision_resistant,
-                **group,
-            )
-            for group in groups_of(config, dtype)
-        ]
+        groups = groups_of(config, dtype)
+        if not element_order and any(group["attention"] is Attention.MLA for group in groups):
+            raise ConfigError("engines order MLA's rotated dims differently: set element_order='neox' or 'interleaved'")
+        common: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "block_tokens": block_tokens,
+            "lora": lora,
+            "salt": salt,
+        }
+        common |= {"element_order": element_order, "collision_resistant": collision_resistant}
+        return [cls(**common, **group) for group in groups]
 
 
 def canonical_json(values: object) -> str:
