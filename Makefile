@@ -25,21 +25,28 @@ readers: venv  ## .venv-duckdb15, the second environment of the reader tests and
 peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for bench.local
 	@UNCONSTRAINED=1 tools/venv.sh .venv-peers torch==2.13.0 mooncake-transfer-engine-non-cuda==0.3.13.post1 lmcache==0.5.6 redis
 
-# For a DataLoader's processes in tests/shared/test_jobs.py and bench.jobs; large, so only for whoever wants those.
+# For tests of transformers and of SGLang's interface, the demo's KV half, and a DataLoader's processes in bench.jobs.
+# SGLang comes without what it depends on (CUDA, 10 GB), which its interface does not need; and without its metadata, or pip
+# would list all of that as missing whenever it installs something here.
 .PHONY: torch
-torch:  ## .venv-torch: PyTorch beside the package, for bench.jobs and its test
-	@tools/venv.sh .venv-torch -e '.[s3,transformers]' torch==2.13.0 pyarrow hypothesis==6.170.15 pytest==9.2.0 pytest-timeout==2.4.0
+torch:  ## .venv-torch: PyTorch and transformers beside the package
+	@tools/venv.sh .venv-torch -e '.[s3,transformers]' torch==2.13.0 transformers==5.23.0 peft==0.21.2 pyarrow \
+	    hypothesis==6.170.15 pytest==9.2.0 pytest-timeout==2.4.0
+	@[[ -e .venv-torch/.sglang-0.5.23 ]] || { \
+	    .venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23 \
+	    && rm -r .venv-torch/lib/python3*/site-packages/sglang-0.5.23.dist-info && touch .venv-torch/.sglang-0.5.23; }
 
 .PHONY: system
 system:  ## fio, zstd and Ceph from Debian, where this may be done; else says what is skipped
 	@tools/system.sh
 
 .PHONY: demo
-demo: venv  ## TPC-H on a local object store: direct, cold, from SSD, from memory
+demo: venv torch  ## TPC-H on a local object store, and a language model's prefix: without the cache, from SSD, from memory
 	@$(BIN)/tiercache demo $(ARGS)
+	@.venv-torch/bin/python -m tiercache_connectors.demo_kv
 
 .PHONY: test
-test: venv readers system  ## the whole suite against the built wheel, from an empty directory
+test: venv readers torch system  ## the whole suite against the built wheel, from an empty directory
 	@tools/test.sh $(ARGS)
 
 .PHONY: quick
