@@ -17,7 +17,6 @@ from tests.unit.test_cache_blocks import (
     HIT,
     MIB,
     PART,
-    SIZE,
     at_rest,
     check,
     digests,

@@ -557,10 +557,10 @@ def test_many_questions_wait_for_each_other(tmp_path: Path) -> None:
 
 def test_greetings_that_are_none(tmp_path: Path) -> None:
     async def scene(house: House) -> None:
-        good = {"magic": "TCLOCAL", "version": 1, "token": "a" * 32, "role": "line"}
+        good = {"magic": "TCLOCAL", "version": frames.VERSION, "token": "a" * 32, "role": "line"}
         for wrong, words in [
-            ({"version": 99}, "version 1.*99"), ({"magic": "x"}, "no greeting"), ({"token": "short"}, "token"),
-            ({"role": "guest"}, "role"),
+            ({"version": 99}, f"version {frames.VERSION}.*99"), ({"magic": "x"}, "no greeting"),
+            ({"token": "short"}, "token"), ({"role": "guest"}, "role"),
         ]:  # fmt: skip
             with pytest.raises(ProtocolError, match=words):
                 await strange(house, Op.HELLO, frames.pack_json({**good, **wrong}))

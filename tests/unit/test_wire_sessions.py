@@ -18,7 +18,7 @@ from tiercache.keys import object_key
 from tiercache.lease import PageRun
 from tiercache.model import Name, Outcome
 from tiercache.testing.visits import MIB, House, Visitor, page_bytes
-from tiercache.wire import frames, sockets
+from tiercache.wire import frames, joint, sockets
 from tiercache.wire.frames import HEADER, Op, pack
 from tiercache.wire.hello import CHANNEL, Hello, pack_hello
 from tiercache.wire.served import Limits
@@ -224,7 +224,7 @@ def test_a_process_that_comes_again_has_its_leases_and_writes_nothing(tmp_path: 
 CLIENT = """
 import sys
 sys.path[:0] = {path!r}
-from tiercache.wire import frames, sockets
+from tiercache.wire import frames, joint, sockets
 from tiercache.wire.channel import Channel
 from tiercache.wire.frames import Op, Patience
 from tiercache.wire.hello import Hello, pack_hello
@@ -267,6 +267,26 @@ def test_real_processes_are_watched(tmp_path: Path, closes: bool) -> None:
 
 
 # -- nonsense
+
+
+def nonsense_of_blocks(rng: random.Random, digests: list[bytes]) -> dict[Op, Callable[[], bytes]]:
+    """Messages about joint blocks, more or less right."""
+    claim, ticket = rng.choice([0, 1, 3, 1 << 63]), rng.randrange(1, 4)
+    pieces = rng.choice([[], [(PART, PART + 9)], [(0, 5), (3, 8)]])
+    size = rng.choice([2 * PART, 2 * PART, 0, 1 << 31])
+    landed = [frames.Landed(rng.randrange(3), rng.choice([1, 1, 2, 1 << 60]), b"")]
+    landed = [one._replace(digests=bytes(8 * one.parts.bit_length())) for one in landed]
+    below = rng.choice([b"", b"", digests[0]])
+    ask = joint.JoinAsk(ticket, rng.randrange(4), 0, 0.0, 0, size, PART, claim, pieces, below, digests)
+    rows = [(rng.randrange(3), PART, PART + 9, 5)] if rng.random() < 0.5 else []
+    return {
+        Op.JOIN: lambda: joint.pack_join(ask),
+        Op.LAND: lambda: joint.pack_land(joint.LandAsk(ticket, rng.choice([0, 0, 2, 8]), landed, rows)),
+        Op.COMPARE: lambda: frames.pack_landed(ticket, 0, landed),
+        Op.PROBE: lambda: joint.pack_chain(claim, digests),
+        Op.TOUCH_CHAIN: lambda: joint.pack_chain(claim, digests),
+        Op.LEASE_BLOCKS: lambda: joint.pack_lease_blocks(rng.randrange(4), rng.randrange(4), claim, digests),
+    }
 
 
 def nonsense(rng: random.Random, names: list[Name]) -> bytes:
@@ -318,6 +338,7 @@ def nonsense(rng: random.Random, names: list[Name]) -> bytes:
         Op.CALL: lambda: frames.pack_json(rng.choice([["status", {}], ["held", {"keys": [5]}], 7, ["y", 1]])),
         Op.REDECLARE: lambda: frames.pack_holds([(rng.randrange(9), locations)]),
         Op.SEGMENTS: lambda: rng.choice([bytes(4), b"\xff" * 4, b"x"]),
+        **nonsense_of_blocks(rng, [one.key for one in some]),
     }
     body = bodies.get(op, bytes)()
     if rng.random() < 0.1:
