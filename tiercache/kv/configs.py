@@ -24,7 +24,7 @@ _NEMOTRON = {"M": "mamba", "*": "full_attention", "-": "mlp", "E": "moe"}
 
 
 def groups_of(config: object, dtype: str) -> list[dict[str, Any]]:
-    """Fields of the layouts of a config's language model that follow from it, one a group; see Layout.from_hf_config."""
+    """Fields of the layouts of a config's language model that follow from it, one a group: see Layout."""
     facts = _facts(config)
     kinds = _layer_kinds(facts)
     stop = len(kinds) - int(facts.get("num_kv_shared_layers") or 0)  # the last ones read what earlier layers store
@@ -134,8 +134,9 @@ def _attention(facts: Config, family: str) -> dict[str, Any]:
         latent = _need(facts, "kv_lora_rank") + _need(facts, "qk_rope_head_dim")
         return {"heads": 1, "k_dim": latent, "v_dim": 0, "attention": Attention.MLA}
     if "num_attention_groups" in facts or "share_q_dim" in facts:  # Step-3: one key and one value for all queries
-        groups, dim = int(facts.get("num_attention_groups") or 1), _need(facts, "head_dim")
-        return {"heads": groups, "k_dim": dim, "v_dim": dim, "attention": Attention.MFA}
+        shared = _need(facts, "head_dim")
+        groups = int(facts.get("num_attention_groups") or 1)
+        return {"heads": groups, "k_dim": shared, "v_dim": shared, "attention": Attention.MFA}
     queries = _need(facts, "num_attention_heads", "n_head", "n_heads")
     special = {"full": "global", "sliding": "swa"}[family]
     heads = facts.get(f"num_{special}_key_value_heads") or facts.get(f"{special}_num_key_value_heads")
@@ -144,9 +145,7 @@ def _attention(facts: Config, family: str) -> dict[str, Any]:
     if not dim:
         hidden = _need(facts, "hidden_size", "n_embd", "d_model")
         if hidden % queries:
-            raise ConfigError(
-                f"{_name(facts)} has no head_dim, and {queries} heads do not divide {hidden}: add head_dim"
-            )
+            raise ConfigError(f"{_name(facts)} has no head_dim, nor do {queries} heads divide {hidden}: add head_dim")
         dim = hidden // queries
     value = facts.get(f"{special}_v_head_dim") or facts.get("v_head_dim") or dim
     kind = Attention.MQA if heads == 1 else Attention.MHA if heads == queries else Attention.GQA

@@ -294,14 +294,9 @@ class Layout:
         groups = groups_of(config, dtype)
         if not element_order and any(group["attention"] is Attention.MLA for group in groups):
             raise ConfigError("engines order MLA's rotated dims differently: set element_order='neox' or 'interleaved'")
-        common: dict[str, Any] = {
-            "model": model,
-            "revision": revision,
-            "block_tokens": block_tokens,
-            "lora": lora,
-            "salt": salt,
-        }
-        common |= {"element_order": element_order, "collision_resistant": collision_resistant}
+        common: dict[str, Any] = {"model": model, "revision": revision, "block_tokens": block_tokens}
+        common |= {"lora": lora, "salt": salt, "element_order": element_order}
+        common["collision_resistant"] = collision_resistant
         return [cls(**common, **group) for group in groups]
 
 

@@ -53,8 +53,8 @@ def prove(planes: Planes, table: Table, write: Write, read: Read | None = None, 
     """Stamps the rows of `table` (whole blocks, in use by nobody) with bytes that differ by layer, K or V, head, token
     and dim, and looks for them where the planes say that they are; with `read`, the other way round too.
 
-    Some blocks at pages that do not follow each other show most. The rows are zero afterwards. Whatever the engine's
-    functions raise makes it unproven, with that as the reason.
+    Some blocks at pages that do not follow each other show most. What is proven is zero afterwards. Whatever the
+    engine's functions raise makes it unproven, with that as the reason.
     """
     layout = planes.layout
     blocks = range(table.tokens.start // layout.rows, table.tokens.stop // layout.rows)
@@ -78,14 +78,10 @@ def prove(planes: Planes, table: Table, write: Write, read: Read | None = None, 
             for (layer, kv), values in stamps.items():
                 found = np.asarray(read(layer, kv))
                 if found.shape != values.shape or not np.array_equal(found, values):
-                    return Proof(
-                        False, f"written through the planes, not found by the engine: {_place_name(layer, kv)}"
-                    )
+                    return Proof(False, f"written through the planes, not seen by the engine: {_place_name(layer, kv)}")
     except Exception as error:  # noqa: BLE001  # whatever a host's code does, it only means: not proven
         return Proof(False, f"{type(error).__name__}: {error}")
-    finally:
-        _clear(planes, table, blocks, buffers)
-    return Proof(True)
+    return _cleared(write, stamps)
 
 
 def _stamps(planes: Planes, blocks: int, seed: int) -> Iterator[tuple[int, int, Stamp]]:
@@ -129,9 +125,11 @@ def _place_name(layer: int, kv: int) -> str:
     return f"layer {layer}, {'KV'[kv]}"
 
 
-def _clear(planes: Planes, table: Table, blocks: range, buffers: list[Buffer]) -> None:
-    """Zeros where the planes point; where they are wrong nobody else's rows are touched, for the table is ours."""
-    for buffer in buffers:
-        buffer.array()[:] = 0
-    if planes.writable:
-        scatter(planes, table, blocks, buffers)
+def _cleared(write: Write, stamps: dict[tuple[int, int], Stamp]) -> Proof:
+    """Zeros again, the engine's way."""
+    try:
+        for (layer, kv), values in stamps.items():
+            write(layer, kv, np.zeros_like(values))
+    except Exception as error:  # noqa: BLE001  # as above
+        return Proof(False, f"{type(error).__name__}: {error}")
+    return Proof(True)
