@@ -14,11 +14,10 @@ from tests.unit.test_kv_store import HIT, PATIENCE_S, SIZES, Gate, check_load, c
 from tiercache.cache import Cache
 from tiercache.clock import SystemClock
 from tiercache.cpu.tier import MemoryTier
-from tiercache.errors import UnavailableError
 from tiercache.index import Index
 from tiercache.kv import comparing
 from tiercache.kv.shard import Shard
-from tiercache.kv.workers import Steps, Workers
+from tiercache.kv.workers import GivenUp, Steps, Workers
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.policy import POLICIES
@@ -324,7 +323,7 @@ def test_a_fault_of_ours_in_a_step_ends_the_job_and_not_the_thread() -> None:
     def slow() -> Steps:
         try:
             yield 3600.0
-        except UnavailableError:
+        except GivenUp:
             seen.append("late")
             raise
 

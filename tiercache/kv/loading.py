@@ -306,10 +306,10 @@ class Loading:
 
     def _settle(self) -> None:
         """The end, however it came about: nobody writes to engine memory, nothing of the cache is held."""
+        self._fail(list(self._undecided), Outcome.MISS)
         for lease in self._leases:
             lease.release()
         self._leases.clear()
-        self._fail(list(self._undecided), Outcome.MISS)
         metrics, loaded = self._store.core.metrics, self.outcomes.count(Outcome.HIT)
         metrics.add_all(
             [

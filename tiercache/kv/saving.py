@@ -288,13 +288,13 @@ class Saving:
 
     def _settle(self) -> None:
         """The end, however it came about: nobody reads engine memory, nothing of the cache is held."""
+        self._pages.set()
+        for block in list(self._undecided):
+            self._decide(block, Outcome.MISS)
         for batch in [*self._open, *(one for _, one in self._unacknowledged)]:
             batch.ticket.end()
         self._open.clear()
         self._unacknowledged.clear()
-        for block in list(self._undecided):
-            self._decide(block, Outcome.MISS)
-        self._pages.set()
         metrics, stored = self._store.core.metrics, self.outcomes.count(Outcome.HIT)
         metrics.add_all(
             [

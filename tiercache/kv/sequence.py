@@ -5,8 +5,10 @@ After FastSwitch (arXiv 2411.18424, section 3.3, reuse of KV over turns): what t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from tiercache.errors import UnavailableError
 from tiercache.model import Outcome
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class Sequence:
             return None
         if self.saved and not self._savings:
             # Nothing is under way, so what was saved can be found, or has been evicted: from the end of the chain.
-            self.saved = min(self.saved, len(self.store.core.probe_chain(keys[: self.saved], self._parts)))
+            with suppress(UnavailableError):
+                self.saved = min(self.saved, len(self.store.core.probe_chain(keys[: self.saved], self._parts)))
         start, self.saved = self.saved, len(keys)
         saving = self.store.save(keys, self.planes, table, start=start, cost_s=cost_s)
         self._savings.append((start, saving))

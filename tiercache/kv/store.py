@@ -20,7 +20,7 @@ from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiercache.errors import ConfigError
+from tiercache.errors import ConfigError, UnavailableError
 from tiercache.kv.chain import engine_keys, tokens_keys
 from tiercache.kv.loading import LEASE_BYTES, Loading, Prefetch
 from tiercache.kv.reading import Slice, read_slice
@@ -77,10 +77,7 @@ class KvStore:
     ) -> None:
         """`loop`: the I/O loop that `core` lives on. `shard`: what this rank holds; None for whoever holds everything
         (an engine of one rank), or only asks (a scheduler). `threads` copy, loads before saves. `verify`: loads hash
-        what they copy; without it a byte that changed in memory after its digest was taken is not seen.
-
-        Raises ConfigError where the layout can never fit into the cache's memory.
-        """
+        what they copy; without it a byte that changed in memory after its digest was taken is not seen."""
         self.core, self.loop, self.layout, self.verify = core, loop, layout, verify
         self.holder = shard if shard is not None else Shard.whole(layout)
         self.workers = Workers(threads, core.clock, core.metrics)
@@ -105,7 +102,8 @@ class KvStore:
 
     def match(self, keys: Sequence[bytes], shard: Shard | None = None) -> Matched:
         """The longest prefix of `keys` that is stored, in any tier that this host can reach. Pins nothing: what was
-        matched may be gone when it is loaded. What was matched counts as used, children before their parents.
+        matched may be gone when it is loaded. What was matched counts as used, children before their parents. Where the
+        cache cannot be asked, nothing is stored.
 
         A block counts when every part that `shard` needs is there; without one every part, so that all ranks of an
         engine, and engines of any shape, find the same.
@@ -113,7 +111,10 @@ class KvStore:
         parts = self.layout.all_parts if shard is None else shard.needed(self.layout)
         if not self.core.recovered:
             self._recall(keys)
-        tiers = self.core.probe_chain(keys, parts)
+        try:
+            tiers = self.core.probe_chain(keys, parts)
+        except UnavailableError:  # the engine goes on without
+            tiers = b""
         metrics = self.core.metrics
         counts = [("tiercache_kv_missed_blocks_total", len(keys) - len(tiers), "", "")]
         for code, name in enumerate(("memory", "ssd", "remote"), start=1):
@@ -127,14 +128,23 @@ class KvStore:
     def _recall(self, keys: Sequence[bytes]) -> None:
         """While the SSD's rows are still read: has these looked for first. A lease on none of their parts loads
         nothing, and this waits no longer for it than for any answer of the SSD."""
-        try:
-            if asyncio.get_running_loop() is self.loop:
-                return
-        except RuntimeError:
-            pass
+        if self._on_loop():
+            return
         asked = asyncio.run_coroutine_threadsafe(self.core.lease_blocks(keys, 0), self.loop)
         futures.wait([asked], self.core.settings.ssd_deadline_s)
         asked.cancel()
+
+    def _on_loop(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            return False
+
+    def _check_thread(self) -> None:
+        if self._on_loop():
+            raise ConfigError(
+                "a copy on the I/O loop would wait for itself: call it from a thread, or without `inline`"
+            )
 
     def prefetch(self, keys: Sequence[bytes], deadline_s: float, shard: Shard | None = None) -> Prefetch:
         """Starts to bring the blocks (the parts that `shard` needs; this store's without one) to memory, first blocks
@@ -175,6 +185,8 @@ class KvStore:
         if planes.shard != self.holder:
             raise ConfigError(f"these planes hold {planes.shard}, and the store was made for {self.holder}")
         terms = Terms(Kind.KV, cost_s=cost_s)
+        if inline:
+            self._check_thread()
         return Saving(self, stretch, terms, durable=durable).begin(inline=inline)
 
     def load(
@@ -197,6 +209,8 @@ class KvStore:
         pages alone until `Loading.wait`, or `cancel`, has returned.
         """
         stretch = Stretch.of(self.layout, keys, planes, table, start=start, stop=stop)
+        if inline:
+            self._check_thread()
         return Loading(self, stretch, layerwise=layerwise, deadline_s=deadline_s).begin(inline=inline)
 
     def read(
@@ -216,6 +230,7 @@ class KvStore:
         contiguous dims, with items as wide as the layout's), or a list [K, V] of arrays of four axes where their dims
         differ; None, or a list of one, where there is no V. HIT, or why not: `out` is undefined then.
         """
+        self._check_thread()
         return read_slice(self, keys, Slice(layers, heads, tokens), out, timeout_s)
 
     # -- its end -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Generator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
-from tiercache.errors import ClosedError, TierCacheError, UnavailableError
+from tiercache.errors import ClosedError, TierCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,11 @@ IDLE_S = 10.0
 
 
 class GivenUp(Exception):
-    """The job was cancelled: no fault, somebody changed their mind."""
+    """The job ends now, for somebody changed their mind: no fault, and no job may hold it up."""
+
+
+class Late(GivenUp):
+    """As GivenUp, for its time is over."""
 
 
 class Fence:
@@ -208,6 +212,8 @@ class Workers:
             log.exception("the end of a copy of KV blocks failed")
         with self._changed:
             self._alive.discard(work)
+            if self._closed:
+                self._changed.notify_all()
         work.ended.set()
         return False
 
@@ -217,11 +223,13 @@ class Workers:
             if work.given_up:
                 self._throw(work, GivenUp())
             elif self._clock.monotonic() >= work.ends:
-                self._throw(work, UnavailableError("time is over"))
+                self._throw(work, Late())
             else:
                 waits = next(work.steps)
                 work.waits = self._clock.monotonic() + waits if isinstance(waits, float | int) else waits
                 return True
+        except Late:
+            log.warning("a copy of KV blocks was given up, for its time was over")
         except (StopIteration, GivenUp):
             pass
         except TierCacheError as fault:
