@@ -25,6 +25,8 @@ ORDERS = (
     "lphktd",
     "klpthd",
     "thplC",
+    "lphkdt",
+    "dlhktp",
     "apart",
     "halves",
 )
@@ -118,7 +120,8 @@ class Engine:
                     if "C" in order:
                         index[-1] = slice(kv * layout.k_dim, kv * layout.k_dim + dim)
                     view = array[tuple(index)]
-                    self.views[layer, kv] = [view.transpose([rest.index(axis) for axis in "pth" + rest[-1]])]
+                    last = "C" if "C" in rest else "d"
+                    self.views[layer, kv] = [view.transpose([rest.index(axis) for axis in "pth" + last])]
         self.planes = Planes(layout, shard, planes)
 
     def put(self, sequence: list[np.ndarray], table: Table) -> None:

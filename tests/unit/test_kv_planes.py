@@ -126,7 +126,7 @@ def test_planes_whose_elements_overlap_are_refused() -> None:
         ("lptkd", {"heads": range(1), "kv": 1}, "without an axis"),
         ("klthd", {"layers": range(10)}, "axis k has 3"),
         ("lpthd", {"dims": range(5)}, "16 dims, not 5"),
-        ("lpCth", {"heads": range(16)}, "dims lie 64 bytes apart"),
+        ("lpCth", {"heads": range(16)}, "64 bytes from dim to dim: K and V must be given one by one"),
     ],
 )
 def test_axes_that_do_not_fit_are_refused(axes: str, change: dict, message: str) -> None:
@@ -141,5 +141,14 @@ def test_odd_tensors_are_refused() -> None:
         paged(MEMORY[:, :0], "lpthC", **WHERE)
     with pytest.raises(ConfigError, match="none may be empty or negative"):
         paged(MEMORY[:, ::-1], "lpthC", **WHERE)
-    with pytest.raises(ConfigError, match="bytes apart"):
-        paged(MEMORY[..., ::2], "lpthd", **WHERE)
+
+
+def test_dims_may_lie_apart() -> None:
+    """As in a page that is stored transposed: [dim][slot]."""
+    turned = paged(np.zeros((5, 2, 8, 16), np.uint16), "phdt", layers=range(1), heads=range(2))[0]
+    assert (turned.apart, turned.token_stride, turned.dims) == (32, 2, range(8))
+    assert paged(MEMORY, "lpthd", **WHERE)[0].apart == 0
+    assert paged(MEMORY[..., ::2], "lpthd", **WHERE)[0].apart == 2 * MEMORY.itemsize
+    with pytest.raises(ConfigError, match="elements overlap"):
+        overlapping = np.lib.stride_tricks.as_strided(np.zeros(64, np.uint16), (5, 8, 4), (2, 8, 2))
+        Planes(LAYOUT, Shard.whole(LAYOUT), paged(overlapping, "pdt", layers=range(1), heads=range(1)))

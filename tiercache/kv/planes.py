@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Plane:
     """K or V of one layer, some heads, some dims: element (page p, slot t, head h, dim d) lies at
-    `address + p * page_stride + t * token_stride + (h - heads.start) * head_stride + (d - dims.start) * itemsize`."""
+    `address + p * page_stride + t * token_stride + (h - heads.start) * head_stride + (d - dims.start) * dim_stride`."""
 
     layer: int
     kv: int
@@ -38,18 +38,30 @@ class Plane:
     owner: object
     """Keeps the memory alive."""
     writable: bool = True
+    apart: int = 0
+    """Bytes from dim to dim where other elements lie between them, as where a page is stored transposed; 0: none do."""
+
+    @property
+    def dim_stride(self) -> int:
+        """Bytes from dim to dim."""
+        return self.apart or self.itemsize
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of what lies together: all dims of a row, or one of them."""
+        return self.itemsize if self.apart else len(self.dims) * self.itemsize
 
     @property
     def axes(self) -> list[tuple[int, int]]:
-        """(stride, count) of pages, slots and heads, those of length one left out."""
-        counts = (self.pages, self.page_tokens, len(self.heads))
-        strides = (self.page_stride, self.token_stride, self.head_stride)
+        """(stride, count) of pages, slots, heads, and dims that lie apart, those of length one left out."""
+        counts = (self.pages, self.page_tokens, len(self.heads), len(self.dims) if self.apart else 1)
+        strides = (self.page_stride, self.token_stride, self.head_stride, self.apart)
         return [(stride, count) for stride, count in zip(strides, counts) if count > 1]
 
     @property
     def reach(self) -> int:
         """Bytes from the first element to the end of the last."""
-        return sum(stride * (count - 1) for stride, count in self.axes) + len(self.dims) * self.itemsize
+        return sum(stride * (count - 1) for stride, count in self.axes) + self.unit_bytes
 
 
 class Grid(NamedTuple):
@@ -65,6 +77,8 @@ class Grid(NamedTuple):
     head_stride: int
     token_stride: int
     page_stride: int
+    apart: int = 0
+    """As Plane.apart."""
 
 
 class Step(NamedTuple):
@@ -122,7 +136,7 @@ def _check_plane(plane: Plane, layout: Layout, shard: Shard) -> None:
     if min(plane.pages, plane.page_tokens) < 1:
         raise ConfigError(f"{what}: {plane.pages} pages of {plane.page_tokens} tokens")
     start, stop = plane.memory
-    inner = len(plane.dims) * plane.itemsize
+    inner = plane.unit_bytes
     for stride, count in sorted(plane.axes):
         if stride < inner:
             raise ConfigError(f"{what}: elements overlap (stride {stride} where {inner} bytes lie): was it expanded?")
@@ -150,7 +164,7 @@ def _grids(planes: Sequence[Plane]) -> list[Grid]:
     """As few strided arrays as there can be, in the order of their first planes."""
     alike: dict[tuple[object, ...], list[Plane]] = {}
     for plane in planes:
-        strides = (plane.page_stride, plane.token_stride, plane.head_stride)
+        strides = (plane.page_stride, plane.token_stride, plane.head_stride, plane.apart)
         alike.setdefault((plane.kv, plane.dims, plane.heads, strides), []).append(plane)
     grids: list[Grid] = []
     for group in alike.values():
@@ -161,7 +175,7 @@ def _grids(planes: Sequence[Plane]) -> list[Grid]:
             # Strides of axes of length one say nothing, and may be anything. Pages of one slot follow each other.
             page_stride = first.page_stride if first.pages > 1 else 0
             token_stride = first.token_stride if first.page_tokens > 1 else page_stride
-            strides = (first.head_stride, token_stride, page_stride)
+            strides = (first.head_stride, token_stride, page_stride, first.apart)
             layers = range(first.layer, first.layer + len(run))
             grids.append(Grid(layers, first.heads, first.kv, first.dims, first.address, step, *strides))
     return grids
@@ -220,9 +234,9 @@ def paged(
 
     One letter an axis, in the tensor's own order (strides are the tensor's, so any permutation or view will do):
     `p` page, `t` slot of a page, `h` head, `d` dim of K or V, `l` layer, `k` K then V (length 2), `C` in place of `d`:
-    K's dims and then V's (`k_dim` of K, half of them when left out). Axes left out have length one; the dims must lie
-    next to each other. vLLM on CUDA "phtC", its CPU_ATTN viewed as (B, H, 2, N, D) "phktd", older ones "kpthd" and
-    "pkthd", MLA "ptd", one layer of a transformers cache (one batch row is one page) "phtd".
+    K's dims and then V's (`k_dim` of K, half of them when left out), next to each other. Axes left out have length one.
+    vLLM on CUDA "phtC", older ones "kpthd" and "pkthd", MLA "ptd", its CPU_ATTN "phdt" for K, which lies transposed,
+    and "phtd" for V; one layer of a transformers cache (one batch row is one page) "phtd".
 
     `layers` and `heads` are those of the layout that lie in the tensor; `kv` and `dims` say what it holds where no axis
     does (K; all dims from 0). Rule STATE and opaque pages: one slot a page, "pd". Raises ConfigError.
@@ -230,8 +244,9 @@ def paged(
     memory = _memory(tensor)
     shape, stride = _axes(memory, axes)
     last = "C" if "C" in axes else "d"
-    if shape[last] > 1 and stride[last] != memory.itemsize:
-        raise ConfigError(f"dims lie {stride[last]} bytes apart, not {memory.itemsize}: only contiguous dims are moved")
+    apart = stride[last] if shape[last] > 1 and stride[last] != memory.itemsize else 0
+    if apart and last == "C":
+        raise ConfigError(f"axis C with {apart} bytes from dim to dim: K and V must be given one by one then")
     if (shape["l"], shape["h"]) != (len(layers), len(heads)):
         raise ConfigError(f"axes of {shape['l']} layers and {shape['h']} heads, not {len(layers)} and {len(heads)}")
     if shape["k"] not in (1, 2) or ("k" in axes and (shape["k"] == 1 or last == "C")):
@@ -253,6 +268,7 @@ def paged(
         memory=memory.bounds,
         owner=tensor,
         writable=memory.writable,
+        apart=apart,
     )
     if len(whole.dims) != shape[last]:
         raise ConfigError(f"the tensor has {shape[last]} dims, not {len(whole.dims)}")

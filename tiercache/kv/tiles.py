@@ -8,6 +8,7 @@ the copy costs no second trip to memory. Arrays here are views of the address sp
 from __future__ import annotations
 
 import ctypes
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,7 +56,8 @@ class Anywhere:
 
 
 class Strip(NamedTuple):
-    """One copy of a tile: `stored[place]` and `engine[position]` are the two sides, axes [layer, head, row]."""
+    """One copy of a tile: `stored[place]` and `engine[position]` are the two sides, axes [layer, head, row], and [dim]
+    where the engine's dims lie apart."""
 
     stored: npt.NDArray[Any] | Anywhere
     engine: npt.NDArray[Any]
@@ -121,12 +123,14 @@ class Plan:
         row = (layout.v_dim if grid.kv else layout.k_dim) * layout.itemsize
         start = layout.span(*corner, grid.kv)[0] + first * row + grid.dims.start * layout.itemsize
         start -= box.start if self.scratch else 0
-        dtype, strides = _void(grid, layout), (*strides_in(layout), row)
+        dtype, dims = _void(grid, layout), ((len(grid.dims),) if grid.apart else ())
+        axes = (layers, heads, count, *dims)
+        strides = (*strides_in(layout), row, *[layout.itemsize for _ in dims])
         places = (_ADDRESSES >> self.shift) - 1
-        if self.shift == 0 or places * layers * heads * count * dtype.itemsize >= 1 << 62:
-            return Anywhere((layers, heads, count), dtype, start, strides, self.shift)
+        if self.shift == 0 or places * prod(axes) * dtype.itemsize >= 1 << 62:
+            return Anywhere(axes, dtype, start, strides, self.shift)
         unit = 1 << self.shift
-        shape_of_all, offset = (places, layers, heads, count), unit + start - _FIRST
+        shape_of_all, offset = (places, *axes), unit + start - _FIRST
         return np.ndarray(shape_of_all, dtype, _MEMORY, offset, (unit, *strides))
 
     def _engine(self, which: int, grid: Grid, layers: range, heads: range, count: int) -> npt.NDArray[Any]:
@@ -135,14 +139,16 @@ class Plan:
         positions = (planes.pages - 1) * page_step + (planes.page_tokens - 1) * slot_step + 1
         address = grid.address + (layers.start - grid.layers.start) * grid.layer_step
         address += (heads.start - grid.heads.start) * grid.head_stride
-        strides = (unit, grid.layer_step, grid.head_stride, grid.token_stride)
-        shape = (positions, len(layers), len(heads), count)
+        strides: tuple[int, ...] = (unit, grid.layer_step, grid.head_stride, grid.token_stride)
+        shape: tuple[int, ...] = (positions, len(layers), len(heads), count)
+        if grid.apart:
+            strides, shape = (*strides, grid.apart), (*shape, len(grid.dims))
         return np.ndarray(shape, _void(grid, planes.layout), _MEMORY, address - _FIRST, strides)
 
 
 def _void(grid: Grid, layout: Layout) -> np.dtype[Any]:
-    """The elements of one row never part: as one void they are copied by one memmove."""
-    return np.dtype(f"V{len(grid.dims) * layout.itemsize}")
+    """The elements of a row that lie together never part: as one void they are copied by one memmove."""
+    return np.dtype(f"V{layout.itemsize if grid.apart else len(grid.dims) * layout.itemsize}")
 
 
 def strides_in(layout: Layout) -> tuple[int, int]:
