@@ -91,6 +91,7 @@ def test_arrays_need_not_be_contiguous(cache: BlockingCache) -> None:
     assert np.array_equal(found.array, array)
 
 
+@pytest.mark.slow
 def test_they_live_on_the_ssd_after_a_new_opening(tmp_path: Path) -> None:
     wanted = [tensor_key(bytes([i]) * 8, "e", "r", {}) for i in range(8)]
     with tiercache.open(tmp_path, **OPTIONS) as cache:
@@ -105,6 +106,7 @@ def test_they_live_on_the_ssd_after_a_new_opening(tmp_path: Path) -> None:
             assert np.array_equal(each.array, picture(i))
 
 
+@pytest.mark.slow
 def test_two_processes_share_them(tmp_path: Path) -> None:
     """Through the owner of a shared directory."""
     with tiercache.open(tmp_path, share=True, **OPTIONS) as cache:

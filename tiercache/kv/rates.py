@@ -153,6 +153,13 @@ class Rates:
             # What was queued before it came first: its time is that of both.
             entry.hear(transfer.ahead_bytes + moved, now_s - transfer.began_s, now_s)
 
+    def drop(self, transfer: Transfer) -> None:
+        """A transfer is over, and nothing is to be learnt of it. Idempotent."""
+        with self._lock:
+            if not transfer.ended:
+                transfer.ended = True
+                self._entry(transfer.tier).queued_bytes -= transfer.count_bytes
+
     def observe(self, tier: int, count_bytes: int, seconds: float, now_s: float) -> None:
         """Takes a transfer that is over and was never queued."""
         with self._lock:

@@ -25,17 +25,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.kv.rates import FADE, REMOTE, SECONDS_MIN, Doubt
+from tiercache.kv.rates import FADE, MEMORY, REMOTE, SECONDS_MIN, SSD, Doubt, Rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy.typing as npt
 
-    from tiercache.kv.rates import Rate
+    from tiercache.kv.rates import Rate, Transfer
 
     F64 = npt.NDArray[np.float64]
 
+TIERS = (MEMORY, SSD, REMOTE)
 MARGIN = 1.05
 """A load must save so many times its worst duration."""
 PREFILLS = 64
@@ -188,6 +189,11 @@ class Plan:
         """Whether there is a probe."""
         return self.probe_stop > self.stop
 
+    @property
+    def give_up_s(self) -> float:
+        """Deadline of load and probe together."""
+        return self.deadline_s + (self.probe_s if self.probes else 0.0)
+
 
 def plan_load(
     tiers: bytes,
@@ -280,3 +286,82 @@ def _probe(tier_of: npt.NDArray[np.uint8], count: int, sure: F64, allowed_s: flo
     gains = sure[count + 1 : count + 1 + run] - sure[count]
     blocks = int(np.searchsorted(gains, allowed_s, side="right"))
     return (blocks, float(gains[blocks - 1])) if blocks and gains[blocks - 1] > 0 else (0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One load under way; see Advisor.begin."""
+
+    plan: Plan
+    tiers: bytes
+    transfers: list[Transfer]
+    began_s: float
+
+
+class Advisor:
+    """What one engine knows of its tiers and its prefill, in one place: asked before a load, told what came of it.
+
+    Any thread. Where loads run in other processes than the one that asks, that one begins and ends them by what it
+    hears of those.
+    """
+
+    def __init__(
+        self, block_bytes: int, block_tokens: int, *, rates: Rates | None = None, prefill: Prefill | None = None
+    ) -> None:
+        """`block_bytes`: what a reader loads of a block, `block_tokens` of each: see plan_load."""
+        self.block_bytes, self.block_tokens = block_bytes, block_tokens
+        self.rates = rates if rates is not None else Rates()
+        self.prefill = prefill if prefill is not None else Prefill()
+        self.purse = Purse()
+
+    def advise(self, tiers: bytes, total_tokens: int, now_s: float, *, computed_tokens: int = 0) -> Plan:
+        """How much of a stored prefix (KvStore.match) to load for one request; then `begin`, where that is anything."""
+        plan = plan_load(
+            tiers,
+            self.rates.look(now_s),
+            self.prefill,
+            block_bytes=self.block_bytes,
+            block_tokens=self.block_tokens,
+            total_tokens=total_tokens,
+            computed_tokens=computed_tokens,
+            allowance_s={tier: self.purse.allowance(tier) for tier in TIERS},
+        )
+        if plan.refused:
+            self.purse.earn(plan.refused, plan.without_s)
+        return plan
+
+    def begin(self, plan: Plan, tiers: bytes, now_s: float) -> Load:
+        """The load of blocks [first, probe_stop) of a plan begins, or queues. Give it up when `give_up_s` has passed,
+        and say in any case how it went: `end`."""
+        wanted = tiers[plan.first : plan.probe_stop]
+        transfers = [
+            self.rates.begin(tier, wanted.count(tier) * self.block_bytes, now_s) for tier in dict.fromkeys(wanted)
+        ]
+        return Load(plan, tiers, transfers, now_s)
+
+    def end(self, load: Load, landed: int, now_s: float) -> None:
+        """The load is over: the first `landed` blocks of the prefix are there."""
+        plan, seconds = load.plan, max(now_s - load.began_s, SECONDS_MIN)
+        whole = landed >= plan.probe_stop
+        late = not whole and seconds >= plan.give_up_s
+        stuck = load.tiers[landed] if late else 0
+        rates = self.rates.look(now_s)
+        # One duration for several tiers: shared out as expected, or what is left of it for the one that was too slow.
+        usual = {
+            each.tier: rates[each.tier].latency_s + (each.ahead_bytes + each.count_bytes) / rates[each.tier].bytes_per_s
+            for each in load.transfers
+            if each.tier != stuck
+        }
+        scale = seconds / max(sum(usual.values()), SECONDS_MIN)
+        for each in load.transfers:
+            if whole:
+                self.rates.end(each, load.began_s + scale * usual[each.tier])
+            elif each.tier == stuck:
+                moved = load.tiers[plan.first : landed].count(stuck) * self.block_bytes
+                left_s = max(seconds - sum(usual.values()), seconds / 2)
+                self.rates.end(each, load.began_s + left_s, moved)
+            else:
+                # Another tier's fault, or blocks that were gone: nothing is learnt of this one.
+                self.rates.drop(each)
+        if plan.probes and (late or whole):
+            self.purse.spend(plan.refused, plan.probe_s if late else 0.0, failed=late)
