@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 ARGS ?=
-BENCHES := memory memory_index policy_sim ssd origin lake
+BENCHES := memory memory_index policy_sim policy represent ssd origin lake
 
 .PHONY: help
 help:  ## this list

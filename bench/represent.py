@@ -45,11 +45,11 @@ from tiercache.model import Kind, Outcome
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-LAYERS, HEADS, GROUP, DIM, WIDTH = 8, 8, 4, 128, 1024
+LAYERS, HEADS, GROUP, DIM, WIDTH = 8, 4, 4, 128, 1024
 """Of the random decoder: KV heads, queries a KV head, and a small hidden size."""
 TOKENS = 512
 ROUNDS = 5
-SSD_BYTES, SEGMENT_BYTES = 128 << 20, 4 << 20
+SSD_BYTES, SEGMENT_BYTES = 128 << 20, 8 << 20
 
 
 def text_tokens(count: int) -> npt.NDArray[np.int64]:
