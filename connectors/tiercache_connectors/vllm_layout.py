@@ -36,11 +36,11 @@ DENSE = ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec")
 
 READINGS = {
     3: ("ptd",),
-    4: ("phtC", "phktd", "phtd"),
+    4: ("phtC", "halves", "turned", "phtd"),
     5: ("kpthd", "kphtd", "pkthd", "pkhtd"),
 }
-"""What the axes of a tensor may be, by their number: see planes.paged. "phktd" is a view of four axes: vLLM's CPU
-kernels keep all K of a head's page before all V of it."""
+"""What the axes of a tensor may be, by their number: see planes.paged. vLLM's CPU kernels keep all K of a head's page
+before all V of it: "halves"; most of them K as [dim][slot] ("turned"), whatever the tensor's shape says."""
 
 PROOF_PAGES = 3
 
@@ -244,13 +244,22 @@ def proven_planes(group: Group, shard: Shard, tensors: Mapping[str, Any], module
 
 
 def _read_as(axes: str, layout: Layout, shard: Shard, tensors: Mapping[str, Any]) -> Iterator[Plane]:
+    """Planes of one reading. Raises ConfigError, and what torch raises for views that there are not."""
+    if (axes in ("phtd", "ptd")) != (layout.v_dim == 0):
+        raise ConfigError("K and V are one where there is no V, and only there")
     for number, tensor in zip(shard.layers, tensors.values()):
-        viewed = tensor
-        if axes == "phktd":
+        where: dict[str, Any] = {"layers": range(number, number + 1), "heads": shard.heads}
+        if axes in ("halves", "turned"):
             pages, heads, slots, dims = tensor.shape
-            viewed = tensor.view(pages, heads, 2, slots, dims // 2)
-        k_dim = layout.k_dim if "C" in axes else None
-        yield from paged(viewed, axes, layers=range(number, number + 1), heads=shard.heads, k_dim=k_dim)
+            k, v = tensor.view(pages, heads, 2, slots * (dims // 2)).unbind(2)
+            turned = axes == "turned"
+            shape = (dims // 2, slots) if turned else (slots, dims // 2)
+            yield from paged(k.unflatten(-1, shape), "phdt" if turned else "phtd", kv=0, **where)
+            yield from paged(v.unflatten(-1, (slots, dims // 2)), "phtd", kv=1, **where)
+        elif axes == "phtC":
+            yield from paged(tensor, axes, k_dim=layout.k_dim, **where)
+        else:
+            yield from paged(tensor, axes, **where)
 
 
 class Stamp:
