@@ -79,7 +79,7 @@ def gather(
 ) -> None:
     """Copies parts and pieces (byte ranges that the planes hold) of these blocks out of the engine's memory to their
     places in `targets`, which span whole blocks. The rest of the targets is left alone."""
-    _gather(planes, table, blocks, targets, parts, pieces)
+    _gather(planes, table, blocks, targets, parts=parts, pieces=pieces)
 
 
 def gather_digested(
@@ -93,7 +93,7 @@ def gather_digested(
 ) -> list[Digests]:
     """As `gather`, and the digests of what was written, one a block."""
     digests: list[Digests] = []
-    _gather(planes, table, blocks, targets, parts, pieces, digests)
+    _gather(planes, table, blocks, targets, parts=parts, pieces=pieces, digests=digests)
     return digests
 
 
@@ -102,7 +102,7 @@ def digests_of(
 ) -> list[Digests]:
     """What `gather_digested` would answer, without storing anything: what replicas compare."""
     digests: list[Digests] = []
-    _gather(planes, table, blocks, None, parts, pieces, digests)
+    _gather(planes, table, blocks, None, parts=parts, pieces=pieces, digests=digests)
     return digests
 
 
@@ -117,7 +117,7 @@ def scatter(
 ) -> None:
     """Copies what the planes hold of these parts of stored blocks into the engine's memory. `sources` span whole
     blocks; `tokens` (rows of the sequence) limits what is written, so that a load may begin or end inside a block."""
-    _scatter(planes, table, blocks, sources, None, parts, tokens)
+    _scatter(planes, table, blocks, sources, None, parts=parts, tokens=tokens)
 
 
 def scatter_verified(
@@ -136,7 +136,7 @@ def scatter_verified(
     A part is hashed where it is stored, right after it was copied: bytes that are replaced meanwhile, by a writer that
     never brings the old ones back, are seen by the hash if they were seen by the copy.
     """
-    return _scatter(planes, table, blocks, sources, digests, parts, tokens)
+    return _scatter(planes, table, blocks, sources, digests, parts=parts, tokens=tokens)
 
 
 # --------------------------------------------------------------------------------------------------------- loops
@@ -150,6 +150,7 @@ def _gather(
     table: Table,
     blocks: Sequence[int],
     targets: Sequence[Buffer] | None,
+    *,
     parts: Parts,
     pieces: Pieces,
     digests: list[Digests] | None = None,
@@ -187,6 +188,7 @@ def _scatter(
     blocks: Sequence[int],
     sources: Sequence[Buffer],
     digests: Sequence[bytes] | None,
+    *,
     parts: Parts,
     tokens: range | None,
 ) -> list[bool]:
