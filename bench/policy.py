@@ -83,10 +83,15 @@ def prefix_belady(requests: Sequence[Sequence[int]], capacity: int) -> float:
 
 
 def measure(name: str, *, requests_max: int = 0) -> list[dict[str, Json]]:
-    """One row a capacity; raises MissingData where the trace is not here."""
+    """One row a capacity of a trace; raises MissingData where it is not here."""
     read, percents, block_tokens = TRACES[name]
     requests = [request.blocks for request in read()][: requests_max or None]
-    requests = [blocks for blocks in requests if blocks]
+    facts: dict[str, Json] = {"trace": name, "block_tokens": block_tokens}
+    return [facts | row for row in compare([blocks for blocks in requests if blocks], percents)]
+
+
+def compare(requests: Sequence[Sequence[int]], percents: Sequence[float]) -> list[dict[str, Json]]:
+    """One row a capacity, in percent of the unique blocks: the three caches on the same requests."""
     blocks = np.concatenate([np.array(each, np.int64) for each in requests])
     trace = Trace(blocks, np.cumsum([len(each) for each in requests]), True)
     unique = len(np.unique(blocks))
@@ -97,8 +102,8 @@ def measure(name: str, *, requests_max: int = 0) -> list[dict[str, Json]]:
         _, usable = plain_lru(trace, unique, capacity)
         bound = belady(requests, capacity)
         row: dict[str, Json] = {
-            "trace": name, "percent": percent, "capacity_blocks": capacity, "block_tokens": block_tokens,
-            "requests": len(requests), "blocks": len(blocks), "unique": unique, "infinite": 1 - unique / len(blocks),
+            "percent": percent, "capacity_blocks": capacity, "requests": len(requests), "blocks": len(blocks),
+            "unique": unique, "infinite": 1 - unique / len(blocks),
             "leaf_first": ours, "in_order": usable, "belady": bound,
             "over_in_order": ours / usable if usable else None, "of_belady": ours / bound if bound else None,
         }  # fmt: skip

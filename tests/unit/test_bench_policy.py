@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.policy import belady, prefix_belady
+from bench.common import Json
+from bench.policy import belady, compare, figures, prefix_belady
 
 Tree = list[list[int]]
 
@@ -56,3 +57,21 @@ def test_a_cache_that_holds_everything_misses_each_block_once() -> None:
     requests = [[1, 2, 3], [1, 2, 4], [1, 2, 3]]
     assert belady(requests, 10) == pytest.approx(1 - 4 / 9)
     assert belady(requests, 2) == pytest.approx(4 / 9)
+
+
+@pytest.mark.slow
+@given(chains())
+def test_no_real_cache_finds_more_than_the_bound(requests: Tree) -> None:
+    for row in compare(requests, (10, 30, 60, 100)):
+        ours, in_order, bound, most = (float(str(row[n])) for n in ("leaf_first", "in_order", "belady", "infinite"))
+        assert max(ours, in_order) <= bound + 1e-12
+        assert bound <= most + 1e-12
+
+
+def test_a_report_has_a_figure_for_each_row() -> None:
+    rows: list[dict[str, Json]] = [
+        {"trace": "tiny"} | row for row in compare([[1, 2, 3], [1, 2, 4], [1, 2, 3]] * 3, (50, 100))
+    ]
+    made = {figure.name: figure for figure in figures(rows)}
+    assert set(made) == {"over_in_order_least", "over_in_order_most", "tiny_50", "tiny_100"}
+    assert made["over_in_order_least"].meets
