@@ -163,7 +163,7 @@ def _gather(
         addresses = [scratch.address] * len(blocks)
     else:
         addresses = _addresses(planes, blocks, targets)
-    plans = _plans(planes, len(blocks), addresses, parts, pieces, scratch=targets is None)
+    plans = _plans(planes, addresses, parts, pieces, hashed=digests is not None, scratch=targets is None)
     count, memory, digest = layout.parts, _SPACE, _digest
     pack = digest_rows(count).pack
     for positioned, address, (tiles, shift) in zip(positions, addresses, plans):
@@ -198,7 +198,7 @@ def _scatter(
         raise ConfigError("these planes are read-only: pass the engine's own tensors")
     positions = _positions(planes, table, blocks, tokens)
     addresses = _addresses(planes, blocks, sources)
-    plans = _plans(planes, len(blocks), addresses, parts, (), touched=True)
+    plans = _plans(planes, addresses, parts, (), hashed=digests is not None, touched=True)
     unpack = digest_rows(layout.parts).unpack
     wanted = [unpack(row) for row in digests] if digests is not None else [()] * len(blocks)
     if len(wanted) != len(blocks):
@@ -241,26 +241,19 @@ def _addresses(planes: Planes, blocks: Sequence[int], buffers: Sequence[Buffer])
 
 
 def _plans(
-    planes: Planes,
-    count: int,
-    addresses: Sequence[int],
-    parts: Parts,
-    pieces: Pieces,
-    *,
-    scratch: bool = False,
-    touched: bool = False,
+    planes: Planes, addresses: Sequence[int], parts: Parts, pieces: Pieces, **how: bool
 ) -> list[tuple[list[Tile], int]]:
-    """Tiles of each block, and the shift of its address."""
+    """Tiles of each block, and the shift of its address; `how` as for tiles.plan."""
     # Blocks that do not lie on a multiple of 16, as no allocator places them, take a slower way.
     shift = 0 if any(address & 15 for address in addresses) else 4
     if parts is None:
-        parts = planes.shard.needed(planes.layout) if touched else planes.shard.held(planes.layout)[0]
+        parts = planes.shard.needed(planes.layout) if how.get("touched") else planes.shard.held(planes.layout)[0]
     if isinstance(parts, int):
-        one = plan(planes, parts, pieces, shift=shift, scratch=scratch, touched=touched)
-        return [(one.tiles, shift)] * count
-    if len(parts) != count:
-        raise ConfigError(f"{len(parts)} part maps for {count} blocks: pass one for each, or one for all")
-    plans = {each: plan(planes, each, pieces, shift=shift, scratch=scratch, touched=touched) for each in set(parts)}
+        one = plan(planes, parts, pieces, shift=shift, **how)
+        return [(one.tiles, shift)] * len(addresses)
+    if len(parts) != len(addresses):
+        raise ConfigError(f"{len(parts)} part maps for {len(addresses)} blocks: pass one for each, or one for all")
+    plans = {each: plan(planes, each, pieces, shift=shift, **how) for each in set(parts)}
     return [(plans[each].tiles, shift) for each in parts]
 
 
