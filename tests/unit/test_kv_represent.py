@@ -241,6 +241,20 @@ def test_blocks_go_through_a_cache_and_a_new_opening(tmp_path: Path, make: Calla
             assert np.array_equal(target, block) or isinstance(form, Fp8)
 
 
+@pytest.mark.slow
+def test_they_go_through_the_owner_of_a_shared_directory(tmp_path: Path) -> None:
+    keys = tokens_keys(GQA, TOKENS)
+    blocks = [kv_block(GQA, i) for i in range(len(keys))]
+    with tiercache.open(tmp_path, **OPTIONS | {"share": True}) as cache:
+        for form in (Fp8(GQA), Packed(GQA)):
+            store = Represented(cache.core, cache.loop, form)
+            assert store.put(keys, blocks, durable=True) == [Outcome.HIT] * 8
+            assert store.match(keys) == 8
+            targets = [np.zeros(GQA.block_bytes, np.uint8) for _ in keys]
+            assert store.get_into(keys, targets) == [Outcome.HIT] * 8
+        assert all(np.array_equal(block, target) for block, target in zip(blocks, targets))
+
+
 def test_damage_in_memory_is_found_and_the_ssd_has_the_rest(cache: BlockingCache) -> None:
     keys, block = tokens_keys(GQA, TOKENS)[:1], kv_block(GQA)
     store = Represented(cache.core, cache.loop, Packed(GQA, "zlib"))

@@ -141,9 +141,9 @@ class Rates:
         return transfer
 
     def end(self, transfer: Transfer, now_s: float, moved_bytes: int | None = None) -> None:
-        """A transfer is over. `moved_bytes` is less than was asked for where it failed or was given up: that it took so
-        long is then what is known of it. Idempotent."""
-        moved = transfer.count_bytes if moved_bytes is None else moved_bytes
+        """A transfer is over. `moved_bytes` is less than was asked for where it was given up: that it took so long is
+        then what is known of it; of nothing moved, that all of it takes no less. Idempotent."""
+        moved = moved_bytes or transfer.count_bytes
         with self._lock:
             if transfer.ended:
                 return

@@ -9,7 +9,8 @@ save time at the worst of both errors, n = 0 being one of them. So:
 2. A tier that turns slower than that costs a request at most `Plan.deadline_s`, after which the load is given up and
    the rest computed; the deadline is never longer than what the load was sure to save. Rates then distrust that tier.
 3. Whether a distrusted tier has recovered is found out by probes: loads with a deadline that is paid out of a purse,
-   filled with a small share of the time that requests take anyway. All failed probes together cost no more than that.
+   filled with a small share of the time that requests take anyway. All failed probes together cost no more than that,
+   and none of them more than a quarter of its request's time.
 
 Pure: nothing here does I/O or reads a clock. Loading and computing are taken to follow one another; layer-wise loads
 overlap them and are faster than planned.
@@ -39,10 +40,17 @@ if TYPE_CHECKING:
 TIERS = (MEMORY, SSD, REMOTE)
 MARGIN = 1.05
 """A load must save so many times its worst duration."""
+GRACE_S = 0.05
+"""A load is not given up before this much beyond twice its worst duration, unless it has by then taken as long
+as it saves: threads wake late on a busy machine."""
+LATE = 0.95
+"""A load that brought less than all of it, after this share of its deadline, was given up for its time."""
 PREFILLS = 64
 """Prefills that a curve is fitted to."""
 PURSE_SHARE = 0.005
 """Of the time that requests take without a tier, what may be lost on probing it."""
+PROBE_SHARE_MAX = 0.25
+"""Of the time that one request takes, what a probe may cost it."""
 PURSE_S_MAX = 10.0
 GRAIN_S = 1e-3
 """The first probe costs at most this; each that fails doubles the next."""
@@ -247,11 +255,17 @@ def plan_load(
     refused = int(tier_of[count]) if count < len(tier_of) else 0
     probe, probe_s = 0, 0.0
     if refused and allowance_s and (allowed := allowance_s.get(refused, 0.0)) > 0:
-        probe, probe_s = _probe(tier_of, count, sure, allowed)
+        probe, probe_s = _probe(tier_of, count, sure, min(allowed, PROBE_SHARE_MAX * without_s))
+    deadline_s = min(float(sure[count]), _patience(load_max[count]))
     return Plan(
-        first, first + count, float(load[count]), float(saved[count]), float(load_max[count]), without_s, refused,
+        first, first + count, float(load[count]), float(saved[count]), deadline_s, without_s, refused,
         first + count + probe, probe_s,
     )  # fmt: skip
+
+
+def _patience(load_max_s: float) -> float:
+    """How long a load may last that should not last longer than that."""
+    return 2 * float(load_max_s) + GRACE_S if load_max_s else 0.0
 
 
 def _leading(true: npt.NDArray[np.bool_]) -> int:
@@ -343,7 +357,7 @@ class Advisor:
         """The load is over: the first `landed` blocks of the prefix are there."""
         plan, seconds = load.plan, max(now_s - load.began_s, SECONDS_MIN)
         whole = landed >= plan.probe_stop
-        late = not whole and seconds >= plan.give_up_s
+        late = not whole and seconds >= LATE * plan.give_up_s
         stuck = load.tiers[landed] if late else 0
         rates = self.rates.look(now_s)
         # One duration for several tiers: shared out as expected, or what is left of it for the one that was too slow.
