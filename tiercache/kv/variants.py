@@ -96,9 +96,14 @@ class Variants:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
+    @property
+    def due(self) -> bool:
+        """Whether there are blocks that this rank could not compare when it saved them."""
+        return bool(self._due)
+
     def differs(self, key: bytes, parts: int, row: bytes) -> int:
         """Which of these parts, with these digests in the cache, are not what this rank had and could not compare."""
-        if not self._due or (due := self._due.get(key)) is None:
+        if (due := self._due.get(key)) is None:
             return 0
         mine, digests = due
         both = parts & mine
