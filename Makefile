@@ -43,7 +43,7 @@ system:  ## fio, zstd and Ceph from Debian, where this may be done; else says wh
 .PHONY: demo
 demo: venv torch  ## TPC-H on a local object store, and a language model's prefix: without the cache, from SSD, from memory
 	@$(BIN)/tiercache demo $(ARGS)
-	@.venv-torch/bin/python -m tiercache_connectors.demo_kv
+	@HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error .venv-torch/bin/python -m tiercache_connectors.demo_kv
 
 .PHONY: test
 test: venv readers torch system  ## the whole suite against the built wheel, from an empty directory

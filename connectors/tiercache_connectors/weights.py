@@ -57,14 +57,14 @@ def _commit(name: str, revision: str) -> str:
     """The commit that a branch or tag of a hub's repository means here, from the hub's cache; empty if unknown."""
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    # The places that huggingface_hub itself looks at; it is asked for nothing, for it might go to the network.
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    reference = Path(cache).expanduser() / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
     try:
-        return reference.read_text().strip()
-    except OSError:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
         return ""
+    # Looks at files alone; nobody is asked over the network.
+    found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    snapshot = _snapshot(Path(found).parent) if isinstance(found, str) else None
+    return snapshot.revision if snapshot else ""
 
 
 def digest(directory: Path) -> str:

@@ -14,6 +14,7 @@ from tiercache.errors import ConfigError
 torch = pytest.importorskip("torch", reason="PyTorch is not in this environment: make test runs these in .venv-torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not in this environment")
 
+from tiercache_connectors import demo_kv  # noqa: E402
 from tiercache_connectors.transformers_kv import TransformersKV  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -160,6 +161,12 @@ def test_it_comes_back_from_the_ssd_after_a_restart(tmp_path):
         assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
         assert reuse.reused.tokens == WHOLE
         assert reuse.reused.ssd == WHOLE // BLOCK
+
+
+def test_a_killed_process_leaves_its_prefix_to_another(tmp_path, capfd):
+    """The demo in small: the first process and its cache's owner die by kill -9, the second reads from the SSD."""
+    assert demo_kv.run(str(tmp_path / "cache"), "small"), capfd.readouterr().out
+    assert "killed with -9, and the owner of its cache with it" in capfd.readouterr().out
 
 
 # -- nobody gets another's KV ------------------------------------------------------------------------------------------
