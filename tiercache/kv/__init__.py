@@ -2,4 +2,7 @@
 
 layout (what is stored), shard (who holds what), chain (keys), planes (where elements lie in an engine's memory), moving
 (copies between the two), proof (that planes tell the truth).
+
+recompute (how much of a prefix is worth loading) and rates (how fast tiers are); tensors (encoder outputs), represent
+and float8 (other representations under keys of their own).
 """
