@@ -9,6 +9,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import boto3
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tiercache.model import Payload
     from tiercache.remote.bucket import Bucket
 
 pytestmark = pytest.mark.slow
@@ -127,7 +129,7 @@ class BucketTests:
             assert found.size > 3 * PART_BYTES
             for parts in (0b1, 0b101, 0b1010, found.parts):
                 target = bytearray(b"\xaa" * payload.size)
-                wanted = made_wanted(found, parts)
+                wanted = replace(found, parts=parts)
                 answers = await remote.read([wanted], [Buffer.of(target, writable=True)])
                 assert answers == [(HIT, payload.digests)]
                 for part in range(payload.size // PART_BYTES + 1):
@@ -139,15 +141,32 @@ class BucketTests:
         with self.place(tmp_path) as at:
             asyncio.run(work(at()))
 
-    def test_the_cap_holds_and_the_newest_stay(self, tmp_path: Path) -> None:
+    def test_the_cap_holds_and_the_newest_chains_stay(self, tmp_path: Path) -> None:
+        def made(number: int) -> tuple[Payload, Buffer]:
+            payload, source = made_block(number)
+            return replace(payload, cost_s=1.0, parent=payload.parent if number % 4 else b""), source
+
         async def work(bucket: Bucket) -> None:
             limit = RESERVED_BYTES + (400 << 10)
             remote = opened(bucket, limit_bytes=limit, pack_bytes=32 << 10)
             for number in range(60):
-                assert await put_blocks(remote, [4 * number + i for i in range(4)]) == [HIT] * 4
+                assert await put_blocks(remote, [4 * number + i for i in range(4)], made) == [HIT] * 4
                 assert sum(size for _, size in bucket.list("")) <= limit
-            assert await read_blocks(remote, range(236, 240)) == [HIT] * 4
-            assert await read_blocks(remote, range(4)) == [MISS] * 4
+            assert await read_blocks(remote, range(236, 240), made) == [HIT] * 4
+            assert await read_blocks(remote, range(4), made) == [MISS] * 4
+            await remote.close()
+
+        with self.place(tmp_path) as at:
+            asyncio.run(work(at()))
+
+    def test_a_chain_longer_than_the_cap_keeps_its_beginning(self, tmp_path: Path) -> None:
+        async def work(bucket: Bucket) -> None:
+            remote = opened(bucket, limit_bytes=RESERVED_BYTES + (400 << 10), pack_bytes=32 << 10)
+            for number in range(30):
+                await put_blocks(remote, [4 * number + i for i in range(4)])
+            there = remote.prefix([number.to_bytes(16, "little") for number in range(120)])
+            assert 24 <= there < 120
+            assert await read_blocks(remote, range(there)) == [HIT] * there
             await remote.close()
 
         with self.place(tmp_path) as at:
@@ -190,12 +209,6 @@ class BucketTests:
 
         with self.place(tmp_path) as at:
             asyncio.run(work(at()))
-
-
-def made_wanted(found, parts: int):
-    from dataclasses import replace
-
-    return replace(found, parts=parts)
 
 
 class TestMemory(BucketTests):

@@ -223,10 +223,15 @@ class Remote:
             batch = self._take()
             if not batch:
                 return
-            await self._send(batch)
+            try:
+                await self._send(batch)
+            except (TierCacheError, OSError) as error:
+                self._tiers.metrics.add("tiercache_uploads_dropped_total", len(batch))
+                log.warning("%d entries were not uploaded (%s)", len(batch), error)
 
     async def _send(self, batch: Sequence[Queued]) -> None:
         """One pack of what of a batch is still where it was."""
+        count = len(batch)
         tiers = self._tiers
         pin = tiers.index.hold([one.slot for one in batch], readable=True)
         end = tiers.end_of(pin)
@@ -245,20 +250,44 @@ class Remote:
             facts = tiers.index.facts(slots)
             same = facts.memory_location == np.array([one.location for one in batch], np.int64)
             same &= facts.memory_parts == whole(facts.size, facts.part_bytes)
-            slots = slots[same]
-            if not len(slots):
-                return
-            sources = tiers.memory.buffers(facts.memory_location[same].tolist())
-            outcomes = await self.store.write(self._payloads(slots), sources, copied)
+            payloads = self._payloads(slots[same])
+            some = self._admitted(payloads, [one for one, there in zip(batch, same.tolist(), strict=True) if there])
+            sources = tiers.memory.buffers(facts.memory_location[same][some].tolist()) if some else []
+            outcomes = await self.store.write([payloads[i] for i in some], sources, copied) if some else []
         finally:
             copied()
-        lost = sum(1 for outcome in outcomes if outcome is not Outcome.HIT)
+        good, kept = outcomes.count(Outcome.HIT), sum(1 for one in batch if one.slot in self._queue)
         tiers.metrics.add_all(
             [
-                ("tiercache_uploads_total", len(outcomes) - lost, "", ""),
-                ("tiercache_uploads_dropped_total", lost, "", ""),
+                ("tiercache_uploads_total", good, "", ""),
+                ("tiercache_uploads_dropped_total", max(0, count - good - kept), "", ""),
             ]
         )
+
+    def _admitted(self, payloads: Sequence[Payload], batch: Sequence[Queued]) -> list[int]:
+        """Which of these are worth uploading, parents first: a block is of use only with those before it. Where the one
+        before it still waits for its own upload, it waits as well."""
+        order = sorted(range(len(payloads)), key=lambda i: payloads[i].name.ordinal)
+        parents = [payloads[i].parent for i in order]
+        there = self.store.find(parents)
+        slots = self._slots_of([parent for parent in parents if parent])
+        admitted: list[int] = []
+        keys: set[bytes] = set()
+        for i, parent, found in zip(order, parents, there, strict=True):
+            if not parent or found is not None or parent in keys:
+                admitted.append(i)
+                keys.add(payloads[i].name.key)
+                continue
+            with self._lock:
+                if slots[parent] in self._queue and batch[i].slot not in self._queue:
+                    self._queue[batch[i].slot] = batch[i]
+                    self._bytes += batch[i].size
+        return admitted
+
+    def _slots_of(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        match = self._tiers.index.match([Name(one) for one in keys])
+        self._tiers.release(match)
+        return dict(zip(keys, match.slots.tolist(), strict=True))
 
     def _payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
         index = self._tiers.index

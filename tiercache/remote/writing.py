@@ -17,9 +17,10 @@ from tiercache.remote import packs, snapshots
 from tiercache.remote.bucket import PART_MARK
 from tiercache.remote.catalog import INDEX, LIST_S, PACKS, writer_of
 from tiercache.remote.snapshots import Listed
+from tiercache.remote.victims import Candidate, choose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from tiercache.buffers import Buffer
     from tiercache.clock import Clock
@@ -112,7 +113,7 @@ class Writing:
                 self._closed
                 or self.denied
                 or not await self._usable()
-                or not await self._room(packs.pack_bytes(payloads))
+                or not await self._room(packs.pack_bytes(payloads), {one.parent for one in payloads})
             ):
                 return [Outcome.FULL] * len(payloads)
             key = self._name(PACKS)
@@ -184,9 +185,9 @@ class Writing:
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
-    async def _room(self, size: int) -> bool:
+    async def _room(self, size: int, parents: Collection[bytes] = ()) -> bool:
         """Whether the share has room for so much more, after it has grown, and packs were given up, as far as they may
-        be."""
+        be; not those with any of `parents`, on which builds what comes."""
         budget = self._budget
         if budget.held and not budget.share_bytes:
             await budget.renew()
@@ -199,7 +200,7 @@ class Writing:
             await self._settle_heritage()
             if grown or budget.used_bytes + size <= budget.share_bytes:
                 continue
-            if not await self._evict():
+            if not await self._evict(parents):
                 return False
         return False
 
@@ -240,8 +241,9 @@ class Writing:
         mine = self._mine
         return [pack for pack in list(self._catalog.packs.values()) if pack.writer in mine]
 
-    async def _evict(self) -> bool:
-        """Gives up the pack that is worth least; False where there is none, or it cannot be deleted now."""
+    async def _evict(self, parents: Collection[bytes] = ()) -> bool:
+        """Gives up the pack that is worth least; False where there is none, where it has any of `parents`, or where it
+        cannot be deleted now."""
         if self._budget.unlisted:
             return False
         for key in self._catalog.bad:  # nobody can read them
@@ -250,13 +252,15 @@ class Writing:
                 del self._catalog.bad[key]
                 self._budget.give(key)
                 return True
-        own = self._own()
-        if not own:
-            return False
-        now_s = self._clock.wall()
-        over = [pack for pack in own if 0 < pack.until_s <= now_s]
-        victim = over[0] if over else min(own, key=lambda pack: (pack.priority, pack.tick))
-        if not over:
+        mine, now_s = self._mine, self._clock.wall()
+        every = list(self._catalog.packs.values())
+        victim = next((pack for pack in every if pack.writer in mine and 0 < pack.until_s <= now_s), None)
+        if victim is None:
+            candidates = [Candidate(one.rows, (one.priority, one.tick), one.writer in mine) for one in every]
+            chosen = await self._asking.work(lambda: choose(candidates))
+            if chosen < 0 or not set(packs.keys_of(every[chosen].rows)).isdisjoint(parents):
+                return False
+            victim = every[chosen]
             self._catalog.inflation = max(self._catalog.inflation, victim.priority)
             self._metrics.add("tiercache_evictions_total", len(victim.rows), tier="remote")
             self._metrics.add("tiercache_evicted_bytes_total", victim.size, tier="remote")
