@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -136,6 +137,18 @@ def test_a_flipped_bit_is_found_and_what_the_ssd_has_is_given(cache: BlockingCac
         assert np.array_equal(found.array, picture())
     corrupt = [value for name, value in cache.stats().items() if "corrupt" in name]
     assert sum(corrupt) >= 2
+
+
+def test_a_call_on_the_io_loop_is_refused_rather_than_waiting_for_itself(cache: BlockingCache) -> None:
+    async def ask() -> None:
+        Tensors(cache.core, cache.loop).get([KEY])
+
+    with pytest.raises(ConfigError, match="another thread"):
+        asyncio.run_coroutine_threadsafe(ask(), cache.loop).result(60)
+
+
+def test_no_time_is_told_as_busy(cache: BlockingCache) -> None:
+    assert Tensors(cache.core, cache.loop).get([KEY], timeout_s=-1)[0] in (Outcome.BUSY, Outcome.MISS)
 
 
 def test_headers_are_checked() -> None:

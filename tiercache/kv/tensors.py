@@ -138,6 +138,13 @@ class Tensors:
 
 def on_loop(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, timeout_s: float) -> T | None:
     """What a coroutine on the I/O loop answers, for another thread; None where time is over: it is cancelled then."""
+    try:
+        here = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        here = False
+    if here:
+        work.close()
+        raise ConfigError("a blocking call on the I/O loop would wait for itself: call it from another thread")
     future = asyncio.run_coroutine_threadsafe(work, loop)
     try:
         return future.result(max(0.0, timeout_s))
