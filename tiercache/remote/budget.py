@@ -104,6 +104,8 @@ def decode(number: int, data: bytes) -> Ledger:
     """The ledger that was stored. UnavailableError where it is none: nothing is written until somebody looks."""
     try:
         rows = json.loads(data)
+        if not isinstance(rows, list):
+            raise TypeError("no list")
         holdings = tuple(Holding(**row | {"of": tuple(row["of"])}) for row in rows)
     except (ValueError, TypeError, KeyError) as error:
         raise UnavailableError(f"{FOLDER}{number:012d} is no ledger ({error}): nothing more is written") from error

@@ -121,8 +121,7 @@ def encode(key: str, payloads: Sequence[Payload], sources: Sequence[Buffer]) -> 
     facts = (MAGIC, VERSION, 0, count, at, end)
     digest = xxhash.xxh3_128_digest(table + _TAIL.pack(*facts, bytes(16)), seed)
     _TAIL.pack_into(pack, end - TAIL_BYTES, *facts, digest)
-    del target, pack[end:]
-    return pack, rows
+    return pack if end == len(pack) else pack[:end], rows
 
 
 def _header(payload: Payload, seed: int) -> bytes:

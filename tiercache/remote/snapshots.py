@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAGIC = b"TCI\xa7"
-_HEAD = struct.Struct("<4sHHIQ16s")  # magic, version, -, bytes of the list of packs, rows, xxh3-128 of all that follows
+_HEAD = struct.Struct("<4sHHIQ16s")  # magic, version, -, bytes of the list of packs, rows, xxh3-128 of all the rest
 SNAPSHOT_BYTES_MAX = _HEAD.size + ROWS_MAX * ROW.itemsize + (64 << 20)
 """Longer ones are not read."""
 
@@ -48,8 +48,9 @@ def encode(key: str, packs: Sequence[Listed]) -> bytes:
         kept.append(pack)
     names = json.dumps([[pack.key, pack.size, len(pack.rows)] for pack in kept], separators=(",", ":")).encode()
     rows = b"".join(pack.rows.tobytes() for pack in kept)
-    digest = xxhash.xxh3_128_digest(names + rows, seed_of(key))
-    return _HEAD.pack(MAGIC, VERSION, 0, len(names), count, digest) + names + rows
+    facts = (MAGIC, VERSION, 0, len(names), count)
+    digest = xxhash.xxh3_128_digest(_HEAD.pack(*facts, bytes(16)) + names + rows, seed_of(key))
+    return _HEAD.pack(*facts, digest) + names + rows
 
 
 def size_of(packs: int, rows: int) -> int:
@@ -62,10 +63,12 @@ def decode(key: str, data: bytes | memoryview) -> list[Listed]:
     view = memoryview(data)
     if len(view) < _HEAD.size:
         raise CorruptionError(f"{key} is no snapshot")
-    magic, version, _, length, count, digest = _HEAD.unpack_from(view)
+    magic, version, zero, length, count, digest = _HEAD.unpack_from(view)
     if magic != MAGIC or version != VERSION or len(view) != _HEAD.size + length + count * ROW.itemsize:
         raise CorruptionError(f"{key} is no snapshot of version {VERSION}")
-    if xxhash.xxh3_128_digest(view[_HEAD.size :], seed_of(key)) != digest:
+    hashed = xxhash.xxh3_128(_HEAD.pack(magic, version, zero, length, count, bytes(16)), seed_of(key))
+    hashed.update(view[_HEAD.size :])
+    if hashed.digest() != digest:
         raise CorruptionError(f"{key} is damaged")
     rows = np.frombuffer(bytes(view[_HEAD.size + length :]), ROW, count)
     found: list[Listed] = []
