@@ -87,14 +87,18 @@ class Blocks:
 
     # -- look-ups ------------------------------------------------------------------------------------------------------
 
-    def probe(self, digests: Sequence[bytes], parts: int) -> bytes:
-        """See Core.probe_chain."""
+    def probe(self, digests: Sequence[bytes] | bytes, parts: int, width: int = 0) -> bytes:
+        """See Core.probe_chain. Digests as a list, or joined, of this `width`."""
         tiers = self.tiers
         now_s = tiers.clock.wall() if tiers.expiries else 0
-        found = tiers.index.chains.probe(digests, parts, ssd=tiers.ssd_readable, now_s=now_s)
-        if self.beyond is not None and len(found) < len(digests):
-            found += REMOTE * self.beyond.probe(digests[len(found) :], parts)
-        return found
+        found = tiers.index.chains.probe(digests, parts, ssd=tiers.ssd_readable, now_s=now_s, width=width)
+        if self.beyond is None:
+            return found
+        if isinstance(digests, bytes):
+            digests = [digests[at : at + width] for at in range(len(found) * width, len(digests), width)]
+        else:
+            digests = digests[len(found) :]
+        return found + REMOTE * self.beyond.probe(digests, parts) if digests else found
 
     def resident(self, digests: Sequence[bytes], parts: int) -> Lease | None:
         """See Core.lease_blocks_resident."""

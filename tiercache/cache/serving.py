@@ -48,7 +48,9 @@ class Serving:
         """`lease` brings parts of what was matched to memory, as far as a local tier has them, and counts that as hits
         and misses of some kind, or of none."""
         self._tiers, self._recovery, self._storing, self._lease = tiers, recovery, storing, lease
-        self._blocks, self.join = blocks, blocks.join
+        self._blocks = blocks
+        self.join = blocks.join
+        self.probe = blocks.probe
         self._slots: dict[int, int] = {}  # location in memory -> slot, as far as they were asked for
 
     @property

@@ -40,12 +40,15 @@ class Chains:
         self._entries, self._lock, self._hold, self._may_hold = entries, lock, hold, may_hold
         self._slots, self._names = entries.slots, entries.names
 
-    def probe(self, digests: Sequence[bytes], parts: int, *, ssd: bool, now_s: float = 0) -> bytes:
+    def probe(
+        self, digests: Sequence[bytes] | bytes, parts: int, *, ssd: bool, now_s: float = 0, width: int = 0
+    ) -> bytes:
         """One byte a block, IN_MEMORY or ON_SSD, for the longest prefix of a chain that has these parts (a map) in
-        memory and, with `ssd`, on the SSD; with `now_s` what expires by then does not count. No pin, no use."""
+        memory and, with `ssd`, on the SSD; with `now_s` what expires by then does not count. No pin, no use. Digests
+        as a list, or joined, of this `width`."""
         if not len(digests):
             return b""
-        query, slots = Query(digests, len(digests[0])), self._slots
+        query, slots = Query(digests, len(digests[0]) if not isinstance(digests, bytes) else width), self._slots
         with self._lock:
             rows = self._names.walk(query)
             if not len(rows):

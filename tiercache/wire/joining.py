@@ -148,8 +148,7 @@ class Joining:
     # -- look-ups ------------------------------------------------------------------------------------------------------
 
     def _probe(self, session: Session, post: Post, number: int, body: memoryview) -> bytes:
-        parts, digests = joint.unpack_chain(body)
-        return self._core.probe_chain(digests, parts)
+        return self._serving.probe(*joint.unpack_probe(body))
 
     def _touch_chain(self, session: Session, post: Post, number: int, body: memoryview) -> None:
         _, digests = joint.unpack_chain(body)

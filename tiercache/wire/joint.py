@@ -168,10 +168,16 @@ def pack_chain(parts: int, digests: Sequence[bytes]) -> bytes:
 
 def unpack_chain(body: memoryview) -> tuple[int, list[bytes]]:
     """(parts, digests)."""
+    joined, parts, width = unpack_probe(body)
+    return parts, [joined[at : at + width] for at in range(0, len(joined), width)]
+
+
+def unpack_probe(body: memoryview) -> tuple[bytes, int, int]:
+    """(joined digests, parts, width)."""
     if len(body) < _CHAIN.size:
         raise ProtocolError(f"{len(body)} bytes are no chain")
     parts, width = _CHAIN.unpack_from(body)
-    return parts, _digests(body[_CHAIN.size :], width)
+    return _joined_digests(body[_CHAIN.size :], width), parts, width
 
 
 def pack_lease_blocks(lease: int, patience: int, parts: int, digests: Sequence[bytes]) -> bytes:
@@ -202,8 +208,12 @@ def unpack_maps(body: memoryview, count: int) -> list[int]:
     return maps
 
 
-def _digests(raw: memoryview, width: int) -> list[bytes]:
+def _joined_digests(raw: memoryview, width: int) -> bytes:
     if width not in _WIDTHS or len(raw) % width or len(raw) > DIGESTS_MAX * width:
         raise ProtocolError(f"{len(raw)} bytes are no digests of {width} bytes each, of at most {DIGESTS_MAX} blocks")
-    whole = bytes(raw)
+    return bytes(raw)
+
+
+def _digests(raw: memoryview, width: int) -> list[bytes]:
+    whole = _joined_digests(raw, width)
     return [whole[at : at + width] for at in range(0, len(whole), width)]

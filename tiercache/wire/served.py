@@ -119,6 +119,10 @@ class Putting(Protocol):
         """As Core.join_blocks. Any thread."""
         ...
 
+    def probe(self, digests: bytes, parts: int, width: int) -> bytes:
+        """As Core.probe_chain, of digests that are joined."""
+        ...
+
 
 class Serving(Holding, Putting, Protocol):
     """What an owner asks of a cache beside Core (cache.serving)."""
