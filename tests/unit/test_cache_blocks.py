@@ -18,6 +18,8 @@ from tiercache.keys import chain, namespace
 from tiercache.lease import PageRun
 from tiercache.model import Kind, Name, Outcome, Terms
 from tiercache.sync import wait
+from tiercache.testing.simloop import SimLoop
+from tiercache.testing.world import World
 
 MIB = 1 << 20
 PART = 4096
@@ -581,3 +583,27 @@ def test_pages_and_blocks_do_not_meet(cache: Any) -> None:
     wait(cache.core.read_pages(run, [0], [1], load), cache.loop).release()
     fill(cache, [name], 1)
     assert cache.core.probe_chain([name], 1) == b"\1"
+
+
+def test_a_block_in_the_middle_is_found_while_rows_are_still_read() -> None:
+    """Its parents come along, for a block is nothing without them."""
+    loop = SimLoop(1)
+    world = World(loop, memory_bytes=MIB, ssd_bytes=32 * MIB)
+    names = digests(30)
+
+    async def act() -> None:
+        cache = await world.open()
+        ticket = cache.join_blocks(names, SIZE, PART, 1)
+        ticket.commit([write(ticket, i, name) for i, name in enumerate(names)])
+        assert await ticket.saved() == [HIT] * 30
+        ticket.end()
+        await world.close()
+        cache = await world.open()
+        with await cache.lease_blocks(names[20:22], 1) as lease:
+            assert not cache.recovered
+            assert lease.outcomes == [HIT] * 2
+            check(lease, names[20:22], 1)
+        await world.close()
+
+    loop.run_until_complete(act())
+    loop.close()

@@ -11,7 +11,7 @@ import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from tiercache.model import Facts, TierId
+from tiercache.model import Facts, Name, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from tiercache.cache.tasks import Tasks
     from tiercache.cache.tiers import Tiers
-    from tiercache.model import Name
 
 
 log = logging.getLogger(__name__)
+
+ANCESTORS_MAX = 64
+"""Blocks above one that is asked for by itself, in the middle of its chain, that are looked up before the last row."""
 
 
 @runtime_checkable
@@ -32,7 +34,7 @@ class Findable(Protocol):
     """What a tier adds whose facts can be asked for by name before `scan` has ended."""
 
     async def find(self, names: Sequence[Name]) -> Facts:
-        """Facts of those names the tier has; for blocks, of their ancestors too, parents first."""
+        """Facts of those names the tier has."""
         ...
 
 
@@ -138,13 +140,31 @@ class Recovery:
             return
         try:
             async with asyncio.timeout(self._tiers.settings.ssd_deadline_s):
-                facts = await ssd.find(lacking)
+                found = [await ssd.find(lacking)]
+                asked = set(lacking)
+                # A block is taken into the index below its parent only; whoever asks for a chain has asked for that.
+                for _ in range(ANCESTORS_MAX):
+                    above = [one for one in map(Name, dict.fromkeys(_parents(found[-1]))) if one not in asked]
+                    there = self._tiers.index.contains(above)
+                    above = [name for name, known in zip(above, there, strict=True) if not known]
+                    if not above:
+                        break
+                    asked.update(above)
+                    found.append(await ssd.find(above))
         except OSError as error:  # a timeout too: what the disk cannot tell in time is a miss
             log.warning("the SSD tier could not be asked for %d names while it recovers (%r)", len(lacking), error)
             return
-        self._load(facts)
+        for facts in reversed(found):
+            self._load(facts)
 
 
 def _rows(facts: Facts, rows: npt.NDArray[np.int64]) -> Facts:
     """Some rows of facts."""
     return Facts(**{column.name: getattr(facts, column.name)[rows] for column in fields(facts)})
+
+
+def _parents(facts: Facts) -> Iterator[bytes]:
+    """Digests of the blocks before these, where they have any."""
+    for row, width in enumerate(facts.parent_widths.tolist()):
+        if width:
+            yield facts.parents[row, :width].tobytes()
