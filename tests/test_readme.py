@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), 
 
 @pytest.mark.slow
 def test_blocks_run(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TIERCACHE_")}
     for block in BLOCKS:
         command = [sys.executable, "-c", block]
