@@ -9,7 +9,7 @@ BENCHES := memory memory_index policy_sim policy represent ssd origin lake
 
 .PHONY: help
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 .PHONY: venv
 venv:  ## .venv with the package (editable) and everything that tests and benchmarks want
@@ -48,6 +48,13 @@ demo: venv torch  ## TPC-H on a local object store, and a language model's prefi
 .PHONY: test
 test: venv readers torch system  ## the whole suite against the built wheel, from an empty directory
 	@tools/test.sh $(ARGS)
+
+# vLLM has no wheels that fit beside our tools' pins, and takes 4 GB: an environment of its own.
+.PHONY: test-engines
+test-engines:  ## real engines: vLLM on the CPU over the cache, as a table of models, doors and cases
+	@tools/engines.sh
+	@.venv-engines/bin/python -m pytest -q tests/engines
+	@.venv-engines/bin/python -m tests.engines $(ARGS)
 
 .PHONY: quick
 quick: venv  ## the suite without slow tests, against the working tree

@@ -25,7 +25,7 @@ class Engine:
     """One engine with a model, with or without a connector. Use it as a context manager."""
 
     def __init__(self, model: str, extra: dict[str, Any] | None = None, *, door: str = "v1", **options: Any) -> None:
-        """`extra`: the connector's options, None for an engine without one. `door`: see CONNECTORS. `options`: vLLM's."""
+        """`extra`: the connector's options, None for an engine without one. `door`: see CONNECTORS."""
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
