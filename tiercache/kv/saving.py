@@ -38,7 +38,7 @@ JOIN_BYTES = 128 << 20
 JOIN_BLOCKS = 1024
 COMMITS_MAX = 2
 """Turns whose digests the owner may be checking while the next one is gathered."""
-RETRIES = {Outcome.BUSY: 6, Outcome.FULL: 3}
+RETRIES = {Outcome.BUSY: 4, Outcome.FULL: 3}
 """Rounds without any progress before a block is given up, each after twice the wait of the one before."""
 RETRY_S = 0.005
 

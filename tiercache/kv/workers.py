@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Generator
 from concurrent import futures
@@ -100,6 +101,7 @@ class Workers:
         self._idle = 0
         self._numbers = itertools.count()
         self._closed = False
+        self._process = os.getpid()
 
     def make(self, steps: Steps, finish: Callable[[], None], *, urgent: bool, deadline_s: float) -> Work:
         """A job that has not started: its generator runs to its end once it was given to `start` or `run`, and then
@@ -109,8 +111,7 @@ class Workers:
     def start(self, work: Work) -> None:
         """Lets the threads do it. Raises ClosedError after `close`."""
         with self._changed:
-            if self._closed:
-                raise ClosedError("this KvStore was closed: make a new one with cache.kv(layout, shard)")
+            self._check()
             self._alive.add(work)
             heapq.heappush(self._ready, work)
             if not self._idle and self._threads < self._most:
@@ -121,8 +122,7 @@ class Workers:
     def run(self, work: Work) -> None:
         """Does it in this thread, from beginning to end."""
         with self._changed:
-            if self._closed:
-                raise ClosedError("this KvStore was closed: make a new one with cache.kv(layout, shard)")
+            self._check()
             self._alive.add(work)
         while self._step(work):
             left = max(0.0, work.ends - self._clock.monotonic())
@@ -130,6 +130,12 @@ class Workers:
                 futures.wait([work.waits], left)
             elif work.waits is not None:
                 work.ended.wait(min(left, max(0.0, work.waits - self._clock.monotonic())))
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError("this KvStore was closed: make a new one with cache.kv(layout, shard)")
+        if os.getpid() != self._process:
+            raise ClosedError("this KvStore came into a forked process, where its threads are not: open the cache anew")
 
     def cancel(self, work: Work) -> None:
         """No engine memory is touched by it when this returns; its generator gets GivenUp soon after."""
