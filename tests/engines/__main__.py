@@ -72,14 +72,11 @@ def execute(run: Run, root: Path, scratch: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if run.several else "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([str(old_vllm())] if run.old else [])])
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    told = {key: value for key, value in run.told.items() if key != "again"} | (
-        {"again": 1} if "again" in run.told else {}
-    )
     command = [sys.executable, "-m", "tests.engines.scenarios", run.scenario, str(root / run.model), str(directory)]
     began = time.monotonic()
     try:
         done = subprocess.run(
-            [*command, json.dumps(told)], env=environment, cwd=scratch, capture_output=True, text=True,
+            [*command, json.dumps(run.told)], env=environment, cwd=scratch, capture_output=True, text=True,
             timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         output, errors = done.stdout, done.stderr
