@@ -323,7 +323,7 @@ class Remote:
 
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
         """See blocks.Beyond. Lone entries are brought as well, by their keys."""
-        if all(self._local(digests, parts)):
+        if not parts or all(self._local(digests, parts)):
             return
         try:
             await self.store.known()
