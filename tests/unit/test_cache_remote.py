@@ -103,6 +103,8 @@ def test_another_host_finds_what_one_wrote() -> None:
             assert host.cache.probe_chain(KEYS, EVERY) == b"\3" * len(KEYS)
             assert host.cache.probe_chain([*KEYS[:5], b"x" * 16], EVERY) == b"\3" * 5
             assert await matched(host) == len(KEYS)
+            assert (await host.cache.call("status", {}))["remote"]["health"] == "healthy"
+            assert host.cache.stats()['tiercache_tier_used_bytes{tier="remote"}'] > len(KEYS) * SIZE
             assert host.cache.probe_chain(KEYS, EVERY) == b"\1" * len(KEYS)
             assert host.count("hits_total", tier="remote", kind="block") == len(KEYS)
             read = host.count("read_bytes_total", tier="remote")

@@ -31,6 +31,7 @@ class Chained:
 
     def reach(self, store: Far) -> None:
         """From now on blocks go to object storage too, and come from there; before `begin`."""
+        self.tiers.far = store.status
         self.remote = self.blocks.beyond = Remote(self.tiers, self.blocks, self._storing, store)
 
     def _open(self) -> Tiers:
@@ -40,10 +41,10 @@ class Chained:
             self.tiers.drain()
         return self.tiers
 
-    def probe_chain(self, digests: Sequence[bytes], parts: int) -> bytes:
+    def probe_chain(self, digests: Sequence[bytes], parts: int, *, touch: bool = False) -> bytes:
         """What of a chain has these parts, and in which tier; see Core.probe_chain."""
         self._open()
-        return self.blocks.probe(digests, parts)
+        return self.blocks.probe(digests, parts, touch=touch)
 
     def touch_chain(self, digests: Sequence[bytes]) -> None:
         """The stored prefix of this chain was used."""

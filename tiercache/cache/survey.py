@@ -59,6 +59,8 @@ class Survey:
     async def _status(self, _: Mapping[str, Any]) -> dict[str, Any]:
         """Usage and health of each tier, the lowest last."""
         tiers = [tier.status() for tier in (self._tiers.memory, self._tiers.ssd) if tier is not None]
+        if self._tiers.far is not None:
+            tiers.append(self._tiers.far())
         return {
             one.name: {
                 "health": one.health.name.lower(),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tiercache.metrics import Metrics
     from tiercache.model import Name
     from tiercache.settings import Settings
+    from tiercache.tier import TierStatus
 
 VICTIMS_BATCH = 64
 NOTES_MANY = 256
@@ -115,6 +116,8 @@ class Tiers:
         """Whether any entry ever had an expiry: until then no look-up checks for it."""
         self.shared = False
         """Whether other processes look into the memory, and one of them may come after this one."""
+        self.far: Callable[[], TierStatus] | None = None
+        """Asks how object storage stands, where there is some."""
         self.nudge: Callable[[], None] = lambda: None
         """Wakes the background work; safe anywhere."""
         self._dropped: deque[Match | Reservation | list[int]] = deque()
