@@ -25,9 +25,11 @@ from tiercache.model import Outcome
 from tiercache.remote.blocks import RemoteBlocks
 from tiercache.remote.bucket import FileBucket, StoreBucket, open_bucket, parse_options
 from tiercache.remote.budget import RESERVED_BYTES
+from tiercache.remote.writing import SWEEP_S
 from tiercache.testing.buckets import PART_BYTES, MemoryBucket, made_block, put_blocks, read_blocks
 from tiercache.testing.faultproxy import FaultProxy, Faults
 from tiercache.testing.s3server import S3Server
+from tiercache.testing.simloop import SimClock, derive, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from tiercache.model import Payload
     from tiercache.remote.bucket import Bucket
+    from tiercache.testing.simloop import SimLoop
 
 pytestmark = pytest.mark.slow
 
@@ -352,6 +355,27 @@ def test_opening_reads_snapshots_and_not_every_pack(tmp_path: Path) -> None:
     (tmp_path / "bucket").mkdir()
     with S3Server(tmp_path) as server:
         asyncio.run(work(server))
+
+
+def test_what_belongs_to_nobody_is_deleted_after_a_while() -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket, clock = MemoryBucket(), SimClock(loop)
+        lost, kept = (
+            RemoteBlocks(bucket, CAP_BYTES, clock=clock, metrics=Metrics(), random=derive(1, name), pack_bytes=32 << 10)
+            for name in ("lost", "kept")
+        )
+        await put_blocks(lost, range(4))
+        bucket.delete([key for key, _ in bucket.list("budget/")])  # by hand
+        running = loop.create_task(kept.run())
+        await put_blocks(kept, range(4, 8))
+        await kept._catalog.refresh()
+        assert await read_blocks(kept, range(8)) == [HIT] * 8
+        await asyncio.sleep(SWEEP_S * 3)
+        assert await read_blocks(kept, range(8)) == [MISS] * 4 + [HIT] * 4
+        assert len(bucket.list("packs/")) == 1
+        running.cancel()
+
+    simulate(main, seed=1)
 
 
 def test_near_blocks_come_in_one_request(tmp_path: Path) -> None:

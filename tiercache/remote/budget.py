@@ -15,7 +15,8 @@ The laws by which the cap holds at every instant:
    longer by their own clocks; no two clocks are compared. Rates of clocks, and the time that a request lives after its
    client gave it up, are what GRACE_S allows for.
 4. What the dead had is not freed but taken over, with all of its packs: whoever needs room does, and then evicts them,
-   or keeps them, as its own. A writer that stops by itself leaves a holding that can be taken over at once.
+   or keeps them, as its own. A writer that stops by itself leaves a holding that can be taken over at once. Objects of
+   nobody whom the ledger knows (somebody deleted it, say) are deleted after a while.
 
 Where somebody wants a share and all is given away, those that hold more than their fair part (the cap divided by the
 writers that live) give back what is over it.
@@ -269,6 +270,11 @@ class Budget:
             return ledger.with_(replace(mine, bytes=min(size, mine.bytes), serial=mine.serial + 1, of=of))
 
         await self._change(decide)
+
+    async def writers(self) -> set[str]:
+        """Everybody whose objects are counted in some holding."""
+        ledger = await self._newest()
+        return {name for one in ledger.holdings for name in (one.writer, *one.of)}
 
     async def close(self) -> None:
         """Leaves the holding, as small as it can be, to whoever wants it."""

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 FORMAT_KEY, FORMAT = "FORMAT", b"tiercache blocks 1\n"
 SNAPSHOT_PACKS, SNAPSHOT_SHARE = 8, 1 / 8
 """A snapshot is written after so many new packs, or after this share of those that it lists, whichever is more."""
+SWEEP_S = 600.0
+"""Objects of writers whom the ledger does not know are looked for so often, and deleted when they are found again."""
 REFUSED_S = 60.0
 """A bucket that refused a change is not asked for another one for so long."""
 ROOM_ROUNDS_MAX = 32
@@ -68,6 +70,8 @@ class Writing:
         self._doubts: dict[str, float] = {}
         """Objects that may be in the bucket, or come there yet, and since when: they count, and are deleted."""
         self._index: set[str] = set()  # own snapshots, and those of who was taken over
+        self._strange: set[str] = set()  # writers whom the ledger did not know when it was looked at last
+        self._swept_at_s = clock.monotonic()
         self._untold = 0  # packs that came or went since the last snapshot
         self._free_at_s = clock.monotonic()
         self._closed = False
@@ -302,8 +306,25 @@ class Writing:
                 pass
             if self._untold >= max(SNAPSHOT_PACKS, int(len(self._own()) * SNAPSHOT_SHARE)):
                 await self._snapshot()
+            if self._clock.monotonic() - self._swept_at_s > SWEEP_S:
+                self._swept_at_s = self._clock.monotonic()
+                await self._sweep()
         if budget.excess_bytes:
             await budget.renew()
+
+    async def _sweep(self) -> None:
+        """Deletes what belongs to nobody: no holding counts it. A writer is in the ledger before its first object is in
+        the bucket, and as long as the last one is."""
+        found = [*await self._list(PACKS), *await self._list(INDEX)]
+        known = await self._budget.writers()  # after the listing: who came meanwhile is in it
+        strange = {key for key, _ in found if key.count("/") == 2 and writer_of(key) not in known}
+        again = [key for key in strange if writer_of(key) in self._strange]
+        self._strange = {writer_of(key) for key in strange}
+        for key in again:
+            self._catalog.drop(key)
+        if again:
+            log.warning("%d objects in %s belong to nobody, and are deleted", len(again), self._asking.bucket.place)
+            await self._remove(again)
 
     async def _settle_doubts(self) -> None:
         """Deletes what may have been written though nobody said so; it counts until it surely is not there."""
