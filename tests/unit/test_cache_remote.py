@@ -199,6 +199,8 @@ def test_tensors_go_up_and_pages_do_not() -> None:
             target = bytearray(100_000)
             assert await host.cache.get_into([name], [Buffer.of(target, writable=True)]) == [HIT]
             assert bytes(target) == value(name.key, 100_000)
+            with await host.cache.lease([Name(KEYS[0]), name, Name(b"k" * 32)]) as lease:
+                assert lease.outcomes == [MISS, HIT, MISS]
             assert await host.cache.delete([name]) == [HIT]
             assert await host.cache.get_into([name], [Buffer.of(target, writable=True)]) == [MISS]
             assert await host.cache.put([name], [value(name.key, 100_000)], kind=Kind.TENSOR) == [HIT]
