@@ -2,7 +2,8 @@
 
 SGLang says with each batch which pages come before it (`hicache_storage_pass_prefix_keys`): pages are blocks of chains
 then, found in one look, evicted from their ends. Without it pages are alone: nothing tells where a batch belongs, and
-any page may be the first that is asked for. The two never mix, for a chain has no holes.
+any page may be the first that is asked for. The two never mix, for a chain has no holes. Questions about the start of a
+sequence come without predecessors in either case, so both are asked then.
 """
 
 from __future__ import annotations
@@ -45,35 +46,43 @@ class Pages:
         self._chained.close()
         self._alone.close()
 
-    def store(self, prefix: Prefix) -> KvStore:
-        """Where pages are kept whose predecessors are known, or are not."""
-        return self._alone if prefix is None else self._chained
-
     def stored(self, keys: Sequence[str], prefix: Prefix) -> int:
         """How many of these pages from the first on are in any tier, as far as this rank needs them."""
-        store = self.store(prefix)
-        if prefix is not None:
-            chain = store.engine_keys(_hashes([*prefix, *keys]))
-            return max(0, store.match(chain, self._shard).length - len(prefix))
-        chain = store.engine_keys(_hashes(keys))
-        missing = (i for i, key in enumerate(chain) if not store.match([key], self._shard).length)
-        return next(missing, len(chain))
+        before = prefix or ()
+        chain = self._chained.engine_keys(_hashes([*before, *keys]))
+        chained = max(0, self._chained.match(chain, self._shard).length - len(before))
+        if prefix is not None or chained == len(keys):
+            return chained
+        single = self._alone.engine_keys(_hashes(keys))
+        missing = (i for i, key in enumerate(single) if not self._alone.match([key], self._shard).length)
+        return max(chained, next(missing, len(single)))
 
     def load(
         self, keys: Sequence[str], prefix: Prefix, planes: Sequence[Plane], page_ids: npt.NDArray[np.int64]
     ) -> list[bool]:
         """Copies pages into the places `page_ids` of the planes; whether each landed."""
-        store, where = self._over(prefix, planes)
-        table = Table(page_ids, where.page_tokens)
+        landed = self._load(self._chained, keys, planes, page_ids)
+        left = [i for i, there in enumerate(landed) if not there]
+        if left and prefix is None:
+            more = self._load(self._alone, [keys[i] for i in left], planes, page_ids[left])
+            for i, there in zip(left, more):
+                landed[i] = there
+        return landed
+
+    def _load(
+        self, store: KvStore, keys: Sequence[str], planes: Sequence[Plane], page_ids: npt.NDArray[np.int64]
+    ) -> list[bool]:
+        where = Planes(store.layout, self._shard, planes)
         chain = store.engine_keys(_hashes(keys))
-        loading = store.load(chain, where, table, layerwise=False, deadline_s=WAIT_S)
+        loading = store.load(chain, where, Table(page_ids, where.page_tokens), layerwise=False, deadline_s=WAIT_S)
         return [outcome is Outcome.HIT for outcome in loading.wait(WAIT_S)]
 
     def save(
         self, keys: Sequence[str], prefix: Prefix, planes: Sequence[Plane], page_ids: npt.NDArray[np.int64]
     ) -> list[bool]:
         """Copies pages out of the planes; whether each is stored. Nothing reads the planes when this returns."""
-        store, where = self._over(prefix, planes)
+        store = self._alone if prefix is None else self._chained
+        where = Planes(store.layout, self._shard, planes)
         size = where.page_tokens
         if prefix is not None:
             chain = store.engine_keys(_hashes([*prefix, *keys]))
@@ -89,10 +98,6 @@ class Pages:
             if not saving.pages_free(WAIT_S):
                 saving.cancel()
         return [outcome is Outcome.HIT for outcome in outcomes]
-
-    def _over(self, prefix: Prefix, planes: Sequence[Plane]) -> tuple[KvStore, Planes]:
-        store = self.store(prefix)
-        return store, Planes(store.layout, self._shard, planes)
 
 
 def _hashes(keys: Sequence[str]) -> list[bytes]:

@@ -292,6 +292,8 @@ def test_pages_that_follow_a_stored_prefix(backend):
     assert one.batch_set_v1(keys[:4], slots(range(4)), start) == [True] * 4
     assert one.batch_set_v1(keys[4:], slots([4, 5]), later) == [True] * 2
     assert one.batch_exists(keys, start) == 6
+    assert one.batch_exists(keys, HiCacheStorageExtraInfo()) == 6  # as SGLang asks at the start of a sequence
+    assert one.batch_get_v1(keys[:2], slots([12, 13]), HiCacheStorageExtraInfo()) == [True] * 2
     assert one.batch_exists(keys[4:], later) == 2
     assert one.batch_get_v1(keys[4:], slots([10, 11]), later) == [True] * 2
     assert torch.equal(pool.page(11), pool.page(5))
@@ -408,7 +410,7 @@ def test_damaged_bytes_are_a_miss(backend, tmp_path):
     pool, keys = fill(MHATokenToKVPoolHost()), hashes(3)
     one = backend(pool)
     assert all(one.batch_set_v1(keys, slots([0, 1, 2])))
-    store = one._canonical["kv"][0].store(None)
+    store = one._canonical["kv"][0]._alone
     chain = store.engine_keys([bytes.fromhex(key) for key in keys])
     with one._cache.core.lease_blocks_resident(chain, store.layout.all_parts) as lease:
         ctypes.memset(lease.buffer(1).address + 100, 0x5A, 8)
