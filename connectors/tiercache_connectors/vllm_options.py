@@ -60,8 +60,8 @@ class Options:
     durable: bool = False
     """Saves are not over before they would survive a power loss."""
     verify: bool = True
-    plan: bool = False
-    """Whether a load is cut where computing is faster, from what tiers and prefill have been measured to take."""
+    plan: bool = True
+    """Whether a load is cut where computing is faster, by what tiers and prefill have been measured to take."""
     collision_resistant: bool = False
     settings: tuple[tuple[str, object], ...] = ()
     """Settings of the cache."""

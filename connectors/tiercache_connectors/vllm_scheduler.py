@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.kv.chain import tokens_keys
+from tiercache_connectors.vllm_advice import Advice
 from tiercache_connectors.vllm_options import LoadMode
 from tiercache_connectors.vllm_table import Requests, Scheduled
 from tiercache_connectors.weights import identify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from tiercache.kv.groups import Usable
     from tiercache.kv.layout import Layout
+    from tiercache.kv.recompute import Load, Plan
     from tiercache.kv.store import KvStore
     from tiercache_connectors.vllm_layout import Groups
     from tiercache_connectors.vllm_options import Options
@@ -56,6 +58,10 @@ class Known:
     """Where leading blocks are, by group, as KvStore.match has it."""
     usable: Usable | None = None
     """What a load may bring."""
+    advice: Plan | None = None
+    """How much of it is worth loading."""
+    load: Load | None = None
+    """The load under way, as the advisor has it."""
     stored: int = 0
     """Leading blocks that were told to routers."""
     ranks: dict[int, int] = field(default_factory=dict)
@@ -76,6 +82,8 @@ class Scheduler:
         self._refused: set[str] = set()
         self._announced: OrderedDict[bytes, Any] = OrderedDict()
         self._events: list[Event] = []
+        self._clock = stores[0].core.clock
+        self._advice = Advice(groups, options) if len(groups.groups) == 1 and options.plan else None
         self.counts: dict[str, float] = {}
 
     # -- requests
@@ -144,7 +152,11 @@ class Scheduler:
         stored = min((len(each) for each in known.present), default=0)
         self._retract(row, stored, wanted)
         reads = stored and not getattr(request, "skip_reading_prefix_cache", False)
-        known.usable = self.groups.model.usable(known.present, wanted) if reads else None
+        most = wanted
+        if reads and self._advice is not None:
+            known.advice = self._advice.ask(known.present[0], request.num_tokens, computed, self._clock.monotonic())
+            most = min(wanted, known.advice.probe_stop)
+        known.usable = self.groups.model.usable(known.present, most) if reads else None
         length = known.usable.length if known.usable is not None else 0
         tokens = self._table.matched(row, computed, length, stored)
         if known.usable is None or tokens < max(1, self.options.min_tokens):
@@ -183,7 +195,13 @@ class Scheduler:
         usable = known.usable
         ranges = usable.ranges if usable is not None else ()
         later = usable is not None and self._is_later(usable, row.asked // self._tokens)
-        self._table.allocated(row, self._by_group(pages), tokens, ranges, later=later)
+        deadline_s = 0.0
+        if tokens > 0 and self._advice is not None and known.advice is not None:
+            if known.load is not None:  # before a preemption
+                self._advice.drop(known.load)
+            known.load = self._advice.begin(known.advice, known.present[0], self._clock.monotonic())
+            deadline_s = known.advice.give_up_s
+        self._table.allocated(row, self._by_group(pages), tokens, ranges, later=later, deadline_s=deadline_s)
         self._count("matched_tokens", tokens)
 
     def sources(self, request: Any, tokens: int) -> tuple[int, int]:
@@ -212,7 +230,11 @@ class Scheduler:
             scheduled.append(
                 self._scheduled(output, name, cached.num_computed_tokens[i], cached.new_block_ids[i], fresh)
             )
-        return self._table.step([each for each in scheduled if each is not None])
+        step = self._table.step([each for each in scheduled if each is not None])
+        if self._advice is not None:
+            one = scheduled[0] if len(output.num_scheduled_tokens) == len(scheduled) == 1 else None
+            self._advice.began(step.number, None if step.loads else one, self._clock.monotonic())
+        return step
 
     def _scheduled(
         self, output: Any, name: str, computed: int, pages: Sequence[Sequence[int]] | None, fresh: bool
@@ -225,8 +247,18 @@ class Scheduler:
         mine = None if pages is None else tuple(list(each) for each in self._by_group(pages))
         return Scheduled(name, computed, count, ids, mine, fresh)
 
-    def heard(self, bad_pages: set[int], failed: Iterable[str], received: Iterable[str], proven: int) -> None:
-        """What the workers have said of a step."""
+    def heard(
+        self,
+        bad_pages: set[int],
+        failed: Iterable[str],
+        received: Iterable[str],
+        proven: int,
+        loads: Mapping[str, float],
+    ) -> None:
+        """What the workers have said of a step. `loads`: seconds that loads took which are over."""
+        now = self._clock.monotonic()
+        if self._advice is not None:
+            self._advice.ended(proven, now)
         if bad_pages:
             self._count("failed_requests", self._table.failed(bad_pages))
         for name in failed:
@@ -235,6 +267,13 @@ class Scheduler:
         for name in received:
             self._table.received(name)
         self._table.proven(proven)
+        for name, seconds in loads.items():
+            row, known = self._table.get(name), self._known.get(name)
+            if known is None or known.load is None or self._advice is None:
+                continue
+            landed = known.load.plan.probe_stop if row is None else min(row.most, known.load.plan.probe_stop)
+            self._advice.loaded(known.load, landed, seconds)
+            known.load = None
 
     def finished(self, request: Any, pages: Sequence[Sequence[int]]) -> bool:
         """A request is over. True: its pages must wait for the workers' word."""
@@ -244,6 +283,9 @@ class Scheduler:
             return False
         self._extend(row, known, max(0, request.num_tokens - 1) // self._tokens)
         held = self._table.finished(name, request.num_tokens, request.num_computed_tokens, self._by_group(pages))
+        if self._advice is not None and known.load is not None:
+            self._advice.drop(known.load)
+            known.load = None
         if not held:
             self._known.pop(name, None)
         return held

@@ -42,6 +42,8 @@ class Order:
     moves: tuple[Move, ...]
     later: bool = False
     """A load that the step does not wait for."""
+    deadline_s: float = 0.0
+    """A load is given up after this; 0: the connector's own deadline."""
 
 
 @dataclass(slots=True)
@@ -151,7 +153,14 @@ class Requests:
         return max(0, min(usable, row.most) * self.block_tokens - computed)
 
     def allocated(
-        self, row: Request, pages: Sequence[Sequence[int]], tokens: int, ranges: Sequence[range], *, later: bool
+        self,
+        row: Request,
+        pages: Sequence[Sequence[int]],
+        tokens: int,
+        ranges: Sequence[range],
+        *,
+        later: bool,
+        deadline_s: float = 0.0,
     ) -> None:
         """The engine has pages for the request, and takes `tokens` tokens of what was matched (0: nothing).
 
@@ -162,7 +171,7 @@ class Requests:
         first, stop = row.asked // self.block_tokens, -(-(row.asked + tokens) // self.block_tokens)
         spans = [range(max(each.start, first), min(each.stop, stop)) for each in ranges]
         moves = tuple(self._move(row, group, span) for group, span in enumerate(spans) if span)
-        row.load = Order(row.name, moves, later)
+        row.load = Order(row.name, moves, later, deadline_s)
         row.receiving = later
         self._loads.append(row)
 

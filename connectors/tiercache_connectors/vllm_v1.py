@@ -58,10 +58,12 @@ class Told(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     proven: int = 0
     stored: dict[int, dict[str, int]] = field(default_factory=dict)
+    loads: dict[str, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, Told)
-        return Told(min(self.proven, other.proven), {**self.stored, **other.stored})
+        loads = {name: max(self.loads.get(name, 0), other.loads.get(name, 0)) for name in self.loads | other.loads}
+        return Told(min(self.proven, other.proven), {**self.stored, **other.stored}, loads)
 
 
 @dataclass
@@ -181,7 +183,7 @@ class TierCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is None:
             return None
         report = self._worker.report()
-        return Told(report.proven, {self._rank(): report.stored} if report.stored else {})
+        return Told(report.proven, {self._rank(): report.stored} if report.stored else {}, report.loads)
 
     def _rank(self) -> int:
         return int(getattr(self._vllm_config.parallel_config, "rank", 0))
@@ -225,7 +227,8 @@ class TierCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         proven = told.proven if isinstance(told, Told) else 0
         failed = getattr(connector_output, "failed_recving", None) or ()
         received = connector_output.finished_recving or ()
-        self._scheduler.heard(connector_output.invalid_block_ids, failed, received, proven)
+        loads = told.loads if isinstance(told, Told) else {}
+        self._scheduler.heard(connector_output.invalid_block_ids, failed, received, proven, loads)
         if isinstance(told, Told):
             ranks = self._vllm_config.parallel_config.world_size
             for rank, stored in told.stored.items():

@@ -66,6 +66,15 @@ class Loaded:
     order: Order
     parts: list[tuple[Lane, Move, Loading | None]]
     began_s: float
+    ends_s: float
+    """What has not landed by then is computed."""
+    landed_s: float = 0.0
+    """When the last of it was seen to be there; 0: not yet."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it is decided."""
+        return all(loading is None or loading.done for _, _, loading in self.parts)
 
 
 @dataclass(slots=True)
@@ -87,6 +96,8 @@ class Report:
     """Loads of steps up to this one are over."""
     stored: dict[str, int] = field(default_factory=dict)
     """Leading blocks of requests that are stored now, as far as this rank knows."""
+    loads: dict[str, float] = field(default_factory=dict)
+    """Seconds that loads of requests took, as far as they are over."""
 
 
 class Worker:
@@ -107,6 +118,7 @@ class Worker:
         self._bad: set[int] = set()
         self._failed: set[str] = set()
         self._stored: dict[str, int] = {}
+        self._loads_s: dict[str, float] = {}
         self.counts: dict[str, float] = {}
 
     # -- a step, in the order of calls
@@ -138,11 +150,13 @@ class Worker:
     def wait_layer(self, name: str) -> None:
         """Waits until a layer of the step's loads has landed. Failures are told at the end of the step."""
         for loaded in self._now:
-            left_s = loaded.began_s + self._options.load_deadline_s - self._clock.monotonic()
+            left_s = max(0.0, loaded.ends_s - self._clock.monotonic())
             for lane, _, loading in loaded.parts:
                 layer = lane.layers.get(name)
                 if layer is not None and loading is not None:
-                    loading.wait_layer(layer, max(0.0, left_s))
+                    loading.wait_layer(layer, left_s)
+            if not loaded.landed_s and loaded.done:
+                loaded.landed_s = self._clock.monotonic()
 
     def save(self) -> None:
         """The forward pass is over: loads of the step end here, and saves begin."""
@@ -174,8 +188,9 @@ class Worker:
 
     def report(self) -> Report:
         """What the scheduler must hear."""
-        stored, self._stored = self._stored, {}
-        return Report(self._taken, stored)
+        report = Report(self._taken, self._stored, self._loads_s)
+        self._stored, self._loads_s = {}, {}
+        return report
 
     def close(self) -> None:
         """Nothing touches the engine's memory any more when this returns."""
@@ -193,7 +208,9 @@ class Worker:
 
     def _begin(self, order: Order) -> Loaded:
         parts: list[tuple[Lane, Move, Loading | None]] = []
-        now = self._clock.monotonic()
+        now, patience_s = self._clock.monotonic(), self._options.load_deadline_s
+        if order.deadline_s:
+            patience_s = min(order.deadline_s, patience_s)
         for move in order.moves:
             lane = self._lanes.get(move.group)
             if lane is None:
@@ -201,11 +218,11 @@ class Worker:
             loading = None
             keys = self._keys.get((order.request, move.group), [])
             if len(keys) >= move.stop and EMPTY_PAGE not in move.pages:
-                loading = self._start_load(lane, keys, move)
+                loading = self._start_load(lane, keys, move, patience_s)
             parts.append((lane, move, loading))
-        return Loaded(order, parts, now)
+        return Loaded(order, parts, now, now + patience_s)
 
-    def _start_load(self, lane: Lane, keys: list[bytes], move: Move) -> Loading | None:
+    def _start_load(self, lane: Lane, keys: list[bytes], move: Move, patience_s: float) -> Loading | None:
         try:
             return lane.store.load(
                 keys,
@@ -214,19 +231,18 @@ class Worker:
                 start=move.start,
                 stop=move.stop,
                 layerwise=self._options.load is not LoadMode.SYNC,
-                deadline_s=self._options.load_deadline_s,
+                deadline_s=patience_s,
             )
         except TierCacheError as error:
             log.warning("a load failed, and is computed instead: %s", error)
             return None
 
     def _is_over(self, loaded: Loaded) -> bool:
-        late = self._clock.monotonic() > loaded.began_s + self._options.load_deadline_s
-        return late or all(loading is None or loading.done for _, _, loading in loaded.parts)
+        return loaded.done or self._clock.monotonic() > loaded.ends_s
 
     def _end(self, loaded: Loaded) -> None:
         """Waits for a load as long as it may take; what has not landed then is computed."""
-        left_s = loaded.began_s + self._options.load_deadline_s - self._clock.monotonic()
+        left_s = loaded.ends_s - self._clock.monotonic()
         for lane, move, loading in loaded.parts:
             blocks = range(move.start, move.stop)
             outcomes = [Outcome.MISS] * len(blocks) if loading is None else loading.wait(max(0.0, left_s))
@@ -237,7 +253,9 @@ class Worker:
             self._count("loaded_blocks", len(blocks) - len(bad))
             self._count("failed_blocks", len(bad))
             self._count("loaded_bytes", 0 if loading is None else loading.moved_bytes)
-        self._count("load_seconds", self._clock.monotonic() - loaded.began_s)
+        seconds = (loaded.landed_s or self._clock.monotonic()) - loaded.began_s
+        self._loads_s[loaded.order.request] = seconds
+        self._count("load_seconds", seconds)
         if self._groups.engine_groups > 1:
             self._bad.clear()  # pages of several groups have no common numbers: vLLM wants the request's name
         elif not loaded.order.later:

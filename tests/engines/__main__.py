@@ -53,6 +53,7 @@ RUNS = [
     Run("faults", "llama"),
     Run("pressure", "llama"),
     Run("groups", "gemma3"),
+    Run("plans", "llama"),
     Run("offload", "llama"),
     Run("refused", "llama"),
     Run("shared", "llama", {"killed": True}, several=True),

@@ -51,7 +51,8 @@ class Engine:
                 kv_connector_module_path=module,
                 kv_role="kv_both",
                 kv_load_failure_policy="recompute",
-                kv_connector_extra_config={**more, **SETTINGS, **extra},
+                # These models compute faster than anything can be loaded: plans have a scenario of their own.
+                kv_connector_extra_config={**more, **SETTINGS, "plan": False, **extra},
             )
         self.llm = LLM(**arguments)
 

@@ -43,9 +43,9 @@ class FaultyWorker(Worker):
         for tensor in self.tensors:
             tensor[pages] = -tensor[pages]
 
-    def _start_load(self, lane: Lane, keys: list[bytes], move: Move) -> Any:
+    def _start_load(self, lane: Lane, keys: list[bytes], move: Move, patience_s: float) -> Any:
         damage(lane.store, [key for key in keys[move.start : move.stop] if RANDOM.random() < FAULTS.get("damage", 0)])
-        return super()._start_load(lane, keys, move)
+        return super()._start_load(lane, keys, move, patience_s)
 
 
 def damage(store: KvStore, keys: list[bytes]) -> None:

@@ -246,6 +246,24 @@ def owner_pid(cache: Any) -> int:
     return int(told["pid"])
 
 
+def plans(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
+    """Loads are cut where computing is faster: whatever is decided, tokens are the same."""
+    prompts = [prompt(200 + 20 * i, i) for i in range(10)]
+    with Engine(model) as engine:
+        right = [engine.tokens([each])[0] for each in prompts]
+    for mode in ("auto", "async"):
+        extra = {"directory": f"{directory}/plans-{mode}", **ALONE, "load": mode, "plan": True, **told}
+        with Engine(model, extra, enable_prefix_caching=False) as engine:
+            equal = all([engine.tokens([each])[0] for each in prompts] == right for _ in range(4))
+            asked, taken = (
+                engine.metric("vllm:tiercache_queried_tokens"),
+                engine.metric("vllm:tiercache_matched_tokens"),
+            )
+            yield case(
+                f"load or recompute, {mode}", engine, equal, note=f"loaded {taken / asked:.0%} of what was asked"
+            )
+
+
 def offload(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
     """vLLM's own OffloadingConnector with our spec: opaque pages."""
     tokens = expected(directory)
@@ -291,7 +309,8 @@ def set_faults(faults: dict[str, float]) -> None:
 
 
 SCENARIOS: dict[str, Callable[[str, str, dict[str, Any]], Iterator[Case | None]]] = {
-    each.__name__: each for each in (write, read, sizes, faults, pressure, groups, shared, owner_dies, offload, refused)
+    each.__name__: each
+    for each in (write, read, sizes, faults, pressure, groups, plans, shared, owner_dies, offload, refused)
 }
 
 
