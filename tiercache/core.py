@@ -211,10 +211,11 @@ class Core(Protocol):
         """As `store`, for blocks of one chain in order."""
         ...
 
-    def probe_chain(self, digests: Sequence[bytes], parts: int) -> bytes:
+    def probe_chain(self, digests: Sequence[bytes], parts: int, *, touch: bool = False) -> bytes:
         """One byte a block for the longest prefix of a chain whose blocks have all these parts (a map; those beyond a
         block do not count): 1 where memory has them, 2 where some are on the SSD alone, 3 where some are in the remote
-        tier alone. Pins, touches and loads nothing; what it saw may be gone by the next call."""
+        tier alone. Pins and loads nothing; what it saw may be gone by the next call. `touch`: what is answered was
+        used, as by `touch_chain`."""
         ...
 
     def touch_chain(self, digests: Sequence[bytes]) -> None:

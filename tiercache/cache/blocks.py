@@ -87,11 +87,12 @@ class Blocks:
 
     # -- look-ups ------------------------------------------------------------------------------------------------------
 
-    def probe(self, digests: Sequence[bytes] | bytes, parts: int, width: int = 0) -> bytes:
+    def probe(self, digests: Sequence[bytes] | bytes, parts: int, width: int = 0, *, touch: bool = False) -> bytes:
         """See Core.probe_chain. Digests as a list, or joined, of this `width`."""
         tiers = self.tiers
         now_s = tiers.clock.wall() if tiers.expiries else 0
-        found = tiers.index.chains.probe(digests, parts, ssd=tiers.ssd_readable, now_s=now_s, width=width)
+        ssd = tiers.ssd_readable
+        found = tiers.index.chains.probe(digests, parts, ssd=ssd, now_s=now_s, width=width, touch=touch)
         if self.beyond is None:
             return found
         if isinstance(digests, bytes):

@@ -41,11 +41,18 @@ class Chains:
         self._slots, self._names = entries.slots, entries.names
 
     def probe(
-        self, digests: Sequence[bytes] | bytes, parts: int, *, ssd: bool, now_s: float = 0, width: int = 0
+        self,
+        digests: Sequence[bytes] | bytes,
+        parts: int,
+        *,
+        ssd: bool,
+        now_s: float = 0,
+        width: int = 0,
+        touch: bool = False,
     ) -> bytes:
         """One byte a block, IN_MEMORY or ON_SSD, for the longest prefix of a chain that has these parts (a map) in
-        memory and, with `ssd`, on the SSD; with `now_s` what expires by then does not count. No pin, no use. Digests
-        as a list, or joined, of this `width`."""
+        memory and, with `ssd`, on the SSD; with `now_s` what expires by then does not count. No pin, and a use only
+        with `touch`. Digests as a list, or joined, of this `width`."""
         if not len(digests):
             return b""
         query, slots = Query(digests, len(digests[0]) if not isinstance(digests, bytes) else width), self._slots
@@ -56,13 +63,15 @@ class Chains:
             payloads = slots.payload.take(rows)
             memory, disk = slots.parts[0].take(payloads), slots.parts[1].take(payloads)
             wanted = self._wanted(rows, payloads, parts)
-            fine: Mask = slots.state.take(rows) >= RESIDENT
-            expiry = slots.expiry_s.take(rows) if now_s else None
-        here = (memory & wanted) == wanted
-        fine &= ((memory | disk) & wanted) == wanted if ssd else here
-        if expiry is not None:
-            fine &= (expiry == 0) | (expiry > now_s)
-        length = len(fine) if fine.all() else int(fine.argmin())
+            here = (memory & wanted) == wanted
+            fine: Mask = ((memory | disk) & wanted) == wanted if ssd else here
+            fine &= slots.state.take(rows) >= RESIDENT
+            if now_s:
+                expiry = slots.expiry_s.take(rows)
+                fine &= (expiry == 0) | (expiry > now_s)
+            length = len(fine) if fine.all() else int(fine.argmin())
+            if touch and length:
+                self._entries.touch(rows[:length])
         return np.where(here[:length], np.uint8(IN_MEMORY), np.uint8(ON_SSD)).tobytes()
 
     def touch(self, digests: Sequence[bytes]) -> None:

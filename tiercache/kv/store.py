@@ -112,7 +112,7 @@ class KvStore:
         if not self.core.recovered:
             self._recall(keys)
         try:
-            tiers = self.core.probe_chain(keys, parts)
+            tiers = self.core.probe_chain(keys, parts, touch=True)
         except UnavailableError:  # the engine goes on without
             tiers = b""
         metrics = self.core.metrics
@@ -121,8 +121,6 @@ class KvStore:
             if count := tiers.count(code):
                 counts.append(("tiercache_kv_matched_blocks_total", count, name, ""))
         metrics.add_all(counts)
-        if tiers:
-            self.core.touch_chain(keys[: len(tiers)])
         return Matched(len(tiers), tiers)
 
     def _recall(self, keys: Sequence[bytes]) -> None:

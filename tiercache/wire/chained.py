@@ -37,16 +37,19 @@ class SharedChains:
             raise ClosedError(self._closed)
         return self._link, self._link.home
 
-    def probe_chain(self, digests: Sequence[bytes], parts: int) -> bytes:
+    def probe_chain(self, digests: Sequence[bytes], parts: int, *, touch: bool = False) -> bytes:
         """What of a chain has these parts, and in which tier; see Core.probe_chain. Nothing while there is no owner."""
         link, _ = self._open()
         if not len(digests):
             return b""
         try:
-            return bytes(link.ask(Op.PROBE, joint.pack_chain(parts & ALL, digests)).body)
+            found = bytes(link.ask(Op.PROBE, joint.pack_chain(parts & ALL, digests)).body)
         except UnavailableError as fault:
             log.debug("the cache's owner does not answer: %s", fault)
             return b""
+        if touch:
+            self.touch_chain(digests[: len(found)])
+        return found
 
     def touch_chain(self, digests: Sequence[bytes]) -> None:
         """The stored prefix of this chain was used."""
