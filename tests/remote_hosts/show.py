@@ -87,23 +87,27 @@ class Hosts:
             "remote_deadline_s": 10,
         }
 
-    def write_and_kill(self, which: int, count: int, *, after: int) -> dict[str, Any]:
-        """Starts a host that writes blocks, and kills it, and its owner, when so many are up; what it said last."""
-        settings = self.settings()
-        child = self._start("write", settings, which, count)
-        assert child.stdout is not None
-        last: dict[str, Any] = {}
-        for line in child.stdout:
-            last |= json.loads(line)
-            if last["uploaded"] >= after or "done" in last:
-                break
-        child.kill()
-        owner = Shared(Path(settings["directory"])).owner if self.share else 0
-        if owner:
-            os.kill(owner, signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        return last
+    def write_and_kill(self, chains: tuple[int, ...], count: int, *, after: int) -> dict[str, Any]:
+        """Starts a host for each chain that writes its blocks, all at once, and kills them, and their owners, when each
+        has so many up, or no more to do; what they said last, added up."""
+        places = [self.settings() for _ in chains]
+        children = [self._start("write", one, which, count) for one, which in zip(places, chains, strict=True)]
+        total = {"put": 0, "uploaded": 0}
+        for child in children:
+            assert child.stdout is not None
+            last: dict[str, Any] = {}
+            for line in child.stdout:
+                last |= json.loads(line)
+                if last["uploaded"] >= after or "done" in last:
+                    break
+            total = {name: total[name] + last[name] for name in total}
+        for child, settings in zip(children, places, strict=True):
+            child.kill()
+            owner = Shared(Path(settings["directory"])).owner if self.share else 0
+            if owner:
+                os.kill(owner, signal.SIGKILL)
+            child.communicate()
+        return total
 
     def read(self, which: int, count: int) -> dict[str, Any]:
         """What another host gets of these blocks."""
@@ -126,20 +130,23 @@ def run(home: Path, *, share: bool = False, rounds: int = 4) -> list[dict[str, A
     with S3Server(home / "s3") as server:
         options = {"endpoint_url": server.url, "anon": True}
 
-        def once(hosts: Hosts, what: str, which: int, count: int, after: int) -> None:
+        def once(hosts: Hosts, what: str, chains: tuple[int, ...], count: int, after: int) -> None:
             with Watch(home / "s3" / hosts.url.removeprefix("s3://")) as watch:
-                last = hosts.write_and_kill(which, count, after=after)
-                found = hosts.read(which, count)
-            facts = {"put": last["put"], "uploaded": last["uploaded"]}
-            rows.append({"what": what, **facts, **found, "bytes_max": watch.bytes_max, "cap_bytes": hosts.cap_bytes})
+                facts = hosts.write_and_kill(chains, count, after=after)
+                found = [hosts.read(which, count) for which in chains]
+            rows.append(
+                {"what": what, **facts, "bytes_max": watch.bytes_max, "cap_bytes": hosts.cap_bytes}
+                | {name: sum(one[name] for one in found) for name in found[0]}
+            )
 
-        for name, cap_bytes in (("small", CAP_BYTES // 2), ("crowded", 4 * CAP_BYTES)):
+        def bucket(name: str, cap_bytes: int) -> Hosts:
             (home / "s3" / name).mkdir()
-            hosts = Hosts(home / name, f"s3://{name}", cap_bytes, share, options)
-            if name == "small":
-                once(hosts, "twice the cap", 0, 240, 240)
-                continue
-            once(hosts, "within the cap", 1, 120, 120)
-            for number in range(rounds):
-                once(hosts, "killed in mid-upload", 2 + number, 200, 10 + 17 * number)
+            return Hosts(home / name, f"s3://{name}", cap_bytes, share, options)
+
+        once(bucket("small", CAP_BYTES // 2), "twice the cap", (0,), 240, 240)
+        once(bucket("shared", CAP_BYTES), "two at once", (100, 101), 240, 240)
+        crowded = bucket("crowded", 4 * CAP_BYTES)
+        once(crowded, "within the cap", (1,), 120, 120)
+        for number in range(rounds):
+            once(crowded, "killed in mid-upload", (2 + number,), 200, 10 + 17 * number)
     return rows

@@ -19,5 +19,6 @@ def test_the_second_host_loads_what_the_first_wrote(tmp_path: Path, share: bool)
         assert row["bytes_max"] <= row["cap_bytes"]
         assert row["remote_hits"] == row["right"]
     assert rows["within the cap"]["right"] == 120
+    assert 120 <= rows["two at once"]["right"] < 480
     assert 60 <= rows["twice the cap"]["right"] < 240
     assert rows["killed in mid-upload"]["right"] >= rows["killed in mid-upload"]["uploaded"] >= 10
