@@ -20,6 +20,7 @@ from tests.shared.conftest import Shared, Worker, eventually
 from tests.unit import test_kv_store as alone
 from tests.unit import test_kv_store_faults as faults
 from tests.unit.test_kv_store import check_nothing_leaked
+from tiercache.sync import wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -237,3 +238,15 @@ def test_the_matrix_by_way_of_an_owner(cache: Any) -> None:
     row = run(cache, "MFA", 144, [Shape(1, 1, 32), Shape(8, 2, 16), Shape(4, 1, 128)])
     assert (row.faults, row.mismatch, row.differs) == ([], 0, 0)
     assert row.stored_bytes == row.moved_bytes == row.logical_bytes
+
+
+def test_rot_in_the_shared_memory_is_seen_by_whoever_loads(cache: Any) -> None:
+    """All blocks are on the SSD, and rot in memory: every load is right, and every damage is counted."""
+    layout = layout_of("MFA")
+    keys, truth = alone.saved(cache, layout, 16 * 8, durable=True)
+    with wait(cache.core.lease_blocks(keys, layout.all_parts), cache.loop) as lease:
+        for block in range(8):
+            lease.buffer(block).array()[block * layout.part_bytes] ^= 1
+    with cache.kv(layout) as store:
+        alone.check_load(store, keys, truth)
+    assert cache.stats()['tiercache_corruptions_total{tier="memory"}'] >= 8
