@@ -175,6 +175,30 @@ class BucketTests:
         with self.place(tmp_path) as at:
             asyncio.run(work(at()))
 
+    def test_small_packs_become_one(self, tmp_path: Path) -> None:
+        async def work(at: Callable[[], Bucket]) -> None:
+            bucket = at()
+            one, two = opened(bucket, pack_bytes=256 << 10), opened(at(), pack_bytes=256 << 10)
+            for number in range(20):
+                assert await put_blocks(one, [number]) == [HIT]
+            one.hide([made_block(3)[0].name.key])
+            await two._catalog.refresh()
+            before = sum(size for _, size in bucket.list("packs/"))
+            await one._writing.tend()
+            ((_, size),) = bucket.list("packs/")
+            assert made_block(3)[0].size < before - size
+            assert one._budget.used_bytes == sum(size for key, size in bucket.list("") if key.startswith(("p", "i")))
+            wanted = [HIT] * 3 + [MISS] + [HIT] * 16
+            assert await read_blocks(one, range(20)) == wanted
+            assert set(await read_blocks(two, range(20))) == {MISS}
+            await two._catalog.refresh()
+            assert await read_blocks(two, range(20)) == wanted
+            await one.close()
+            await two.close()
+
+        with self.place(tmp_path) as at:
+            asyncio.run(work(at))
+
     def test_a_pack_that_is_gone_is_a_miss(self, tmp_path: Path) -> None:
         async def work(bucket: Bucket) -> None:
             remote = opened(bucket)

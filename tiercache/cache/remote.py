@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LINGER_S = 1.0
+LINGER_S = 2.0
 """What is new waits so long for more, so that packs are full; and is not held up longer by what keeps coming."""
 BATCH_SHARE = 8
 """Of memory, what one pack may pin while it is copied."""

@@ -76,7 +76,7 @@ class RemoteBlocks:
         )  # fmt: skip
         self._writing = Writing(
             self._asking, self._catalog, self._budget,
-            clock=clock, metrics=metrics, lifetime_s=lifetime_s, rate_bytes_s=rate_bytes_s,
+            clock=clock, metrics=metrics, pack_bytes=pack_bytes, lifetime_s=lifetime_s, rate_bytes_s=rate_bytes_s,
         )  # fmt: skip
         self._limit_bytes = limit_bytes
         self._tick_s = min(REFRESH_S, lease_s / 6)

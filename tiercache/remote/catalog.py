@@ -113,6 +113,15 @@ class Catalog:
         place = self._where.get(key)
         return (place[0], int(place[0].rows[place[1]]["offset"])) if place is not None else None
 
+    def living(self, pack: Pack) -> Rows:
+        """The rows of a pack that are found there, and whose time is not over."""
+        now_s = self._clock.wall()
+        places = [self._where.get(key) for key in packs.keys_of(pack.rows)]
+        good = [
+            i for i, at in enumerate(places) if at is not None and at[0] is pack and at[1] == i and not _over(at, now_s)
+        ]
+        return pack.rows[good]
+
     def touch(self, pack: Pack) -> None:
         """Somebody reads from it."""
         pack.priority, pack.tick = self.inflation + pack.worth, next(self._ticks)

@@ -12,6 +12,7 @@ Everything here is pure, but for copying bytes.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -271,6 +272,19 @@ def land(key: str, want: Want, pieces: Sequence[tuple[int, memoryview]], target:
         copy(Buffer.of(found), target.slice(start, stop - start))
     good = verify_parts(target, one.part_bytes, one.parts, digests)
     return (Outcome.HIT, digests) if good else (Outcome.CORRUPT, b"")
+
+
+def unpack(key: str, data: memoryview, rows: Rows) -> list[tuple[Payload, Buffer]]:
+    """The records of a whole pack that these rows speak of, with their digests; those whose header is damaged are left
+    out, and the others' bytes are not compared yet."""
+    found: list[tuple[Payload, Buffer]] = []
+    for row in rows:
+        one, offset = payload_of(row), int(row["offset"])
+        body = offset + header_bytes(one.size, one.part_bytes)
+        digests = _digests(bytes(data[offset:body]), one, seed_of(key))
+        if digests is not None and body + one.size <= len(data):
+            found.append((replace(one, digests=digests), Buffer.of(data[body : body + one.size])))
+    return found
 
 
 def _digests(header: bytes, row: Payload, seed: int) -> bytes | None:

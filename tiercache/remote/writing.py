@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tiercache.errors import OriginError, UnavailableError
@@ -38,6 +39,8 @@ SNAPSHOT_PACKS, SNAPSHOT_SHARE = 8, 1 / 8
 """A snapshot is written after so many new packs, or after this share of those that it lists, whichever is more."""
 SWEEP_S = 600.0
 """Objects of writers whom the ledger does not know are looked for so often, and deleted when they are found again."""
+COMPACT_PACKS = 8
+"""So many small packs are worth being written anew as one."""
 REFUSED_S = 60.0
 """A bucket that refused a change is not asked for another one for so long."""
 ROOM_ROUNDS_MAX = 32
@@ -55,12 +58,13 @@ class Writing:
         *,
         clock: Clock,
         metrics: Metrics,
+        pack_bytes: int,
         lifetime_s: float,
         rate_bytes_s: float,
     ) -> None:
         self._asking, self._catalog, self._budget = asking, catalog, budget
         self._clock, self._metrics = clock, metrics
-        self._lifetime_s, self._rate_bytes_s = lifetime_s, rate_bytes_s
+        self._pack_bytes, self._lifetime_s, self._rate_bytes_s = pack_bytes, lifetime_s, rate_bytes_s
         self._lock = asyncio.Lock()
         self._number = 0
         self._checked = False
@@ -102,11 +106,15 @@ class Writing:
     async def _pace(self, size: int) -> None:
         """Waits until the rate allows to send so much more."""
         if self._rate_bytes_s:
-            now_s = self._clock.monotonic()
-            wait_s = self._free_at_s - now_s
-            self._free_at_s = max(now_s, self._free_at_s) + size / self._rate_bytes_s
+            wait_s = self._free_at_s - self._clock.monotonic()
+            self._charge(size)
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
+
+    def _charge(self, size: int) -> None:
+        """So much is sent: what comes next waits for it."""
+        if self._rate_bytes_s:
+            self._free_at_s = max(self._clock.monotonic(), self._free_at_s) + size / self._rate_bytes_s
 
     async def _write(
         self, payloads: Sequence[Payload], sources: Sequence[Buffer], copied: Callable[[], None]
@@ -304,6 +312,7 @@ class Writing:
             target = budget.allotted_bytes - budget.excess_bytes
             while budget.excess_bytes and budget.used_bytes > target and await self._evict():
                 pass
+            await self._compact()
             if self._untold >= max(SNAPSHOT_PACKS, int(len(self._own()) * SNAPSHOT_SHARE)):
                 await self._snapshot()
             if self._clock.monotonic() - self._swept_at_s > SWEEP_S:
@@ -311,6 +320,43 @@ class Writing:
                 await self._sweep()
         if budget.excess_bytes:
             await budget.renew()
+
+    async def _compact(self) -> None:
+        """Writes small packs, as come of little traffic, anew as one, without what nobody finds there any more. Never
+        at the price of another pack."""
+        small = sorted([one for one in self._own() if one.size < self._pack_bytes // 2], key=lambda one: one.tick)
+        group: list[Pack] = []
+        for pack in small:
+            if sum(one.size for one in group) + pack.size > self._pack_bytes:
+                break
+            group.append(pack)
+        size = sum(pack.size for pack in group)
+        if len(group) < COMPACT_PACKS or self.denied or self._budget.excess_bytes:
+            return
+        if self._budget.used_bytes + size > self._budget.share_bytes and not await self._budget.grow(size):
+            return
+        records: list[tuple[Payload, Buffer]] = []
+        for pack in group:
+            data = await self._asking.ask("compact", partial(_whole, key=pack.key), within_s=self._budget.put_s)
+            if data is None:
+                self._catalog.drop(pack.key)
+                return
+            rows = self._catalog.living(pack)
+            records += await self._asking.work(partial(packs.unpack, pack.key, data, rows))
+        self._charge(size)
+        key = self._name(PACKS)
+        payloads, sources = [one for one, _ in records], [source for _, source in records]
+        made, rows = await self._asking.work(partial(packs.encode, key, payloads, sources))
+        if len(made) > size or (len(rows) and not await self._put(key, made)):
+            return
+        if len(rows):
+            self._catalog.add(Listed(key, len(made), rows))
+            self._catalog.used_bytes += len(made)
+            new = self._catalog.packs.get(key)
+            if new is not None:  # it is as old, and as good, as what it was made of
+                new.priority, new.tick = max(pack.priority for pack in group), max(pack.tick for pack in group)
+        for pack in group:
+            await self._delete(pack)
 
     async def _sweep(self) -> None:
         """Deletes what belongs to nobody: no holding counts it. A writer is in the ledger before its first object is in
@@ -379,6 +425,10 @@ class Writing:
                 await self._snapshot()
             if not self._doubts and not self._budget.unlisted:  # else nobody may take it over before its lease is over
                 await self._budget.close()
+
+
+def _whole(bucket: Bucket, key: str) -> memoryview | None:
+    return bucket.get(key)
 
 
 def _create_format(bucket: Bucket) -> bool:
