@@ -39,7 +39,7 @@ BATCH_SHARE = 8
 """Of memory, what one pack may pin while it is copied."""
 BRING_SHARE = 2
 """Of memory, what one call may bring."""
-CLOSE_S = 10.0
+CLOSE_S = 5.0
 """Closing waits so long for uploads, and as long for what the bucket is told at the end."""
 KINDS = (Kind.KV, Kind.TENSOR)
 EVERY = (1 << PARTS_MAX) - 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from tiercache.errors import OriginError, UnavailableError
+from tiercache.errors import TierCacheError
 from tiercache.model import Outcome, Payload
 from tiercache.remote import packs
 from tiercache.remote.asking import READ
@@ -99,7 +100,10 @@ class Reading:
         if not pieces:
             return
         for item in items:
-            answer = await self._asking.work(lambda item=item: gate.land(pack.key, item, pieces))  # type: ignore[misc]
+            try:
+                answer = await self._asking.work(partial(gate.land, pack.key, item, pieces))
+            except TierCacheError:  # it was closed
+                return
             answers[item.at] = answer
             if answer[0] is Outcome.CORRUPT:
                 self._catalog.forget(item.want.payload.name.key, pack)
@@ -114,7 +118,7 @@ class Reading:
                     lambda bucket: bucket.get(pack.key, span.start, span.stop - span.start),
                     within_s=self._asking.deadline_s * REQUEST_SHARE,
                 )
-            except (UnavailableError, OriginError):
+            except (TierCacheError, OSError):
                 return None
         if data is None:
             self._catalog.drop(pack.key)  # it was evicted by its writer

@@ -1,7 +1,7 @@
 """Writing: packs and snapshots into a bucket, never over this writer's share; and what is given up for room.
 
 Bytes are counted from before their PUT until after their deletion. What failed so that nobody knows whether it happened
-is deleted, and counts until a grace period later a listing does not have it.
+is deleted, and counts until a grace period later a listing does not have it. Small packs are written anew as one.
 """
 
 from __future__ import annotations
