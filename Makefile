@@ -83,12 +83,13 @@ bench: venv readers system  ## every benchmark, as JSON under build/bench; those
 	@tools/bench.sh $(if $(ARGS),$(ARGS),$(BENCHES))
 
 .PHONY: nightly
-nightly: venv readers system  ## 1,200 kills, ten minutes of soaking, long seeds, the suite with asserts off
+nightly: venv readers torch system  ## 1,200 kills, ten minutes of soaking, long seeds, the suite with asserts off
 	$(BIN)/python -m tests.crash --kills 1000
 	$(BIN)/python -m tests.crash --owners 200
 	$(BIN)/python -m tests.soak --minutes 10
 	HYPOTHESIS_PROFILE=nightly tools/test.sh -m nightly --timeout 3600
 	tools/test.sh --optimized
+	tools/sglang.sh && $(BIN)/python -m tests.sglang_engine || echo "SGLang as an engine: FAILED (an unsupported set-up)"
 
 .PHONY: clean
 clean:  ## everything that make made
