@@ -112,11 +112,11 @@ class Client:
         self.sequences.append(keys)
         return {"seconds": seconds, "cpu_s": cpu}
 
-    def load(self, verify: bool, which: int = -1) -> dict[str, Any]:
+    def load(self, verify: bool, which: int = -1, layerwise: bool = True) -> dict[str, Any]:
         """Loads a stored sequence into other pages."""
         keys = self.sequences[which]
         start, cpu = time.perf_counter(), time.process_time()
-        outcomes = self.stores[verify].load(keys, self.planes, self.target).wait(WAIT_S)
+        outcomes = self.stores[verify].load(keys, self.planes, self.target, layerwise=layerwise).wait(WAIT_S)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         _all_hit("load", outcomes)
         return {"seconds": seconds, "cpu_s": cpu}

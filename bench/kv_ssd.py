@@ -22,6 +22,11 @@ KEPT = 4
 """Sequences that are stored; memory has room for less than two, so that the oldest is on the SSD alone."""
 SHAPES_HERE = ("step3", "llama_8b", "qwen3_32b")
 ORDER = "LBNHC"
+KINDS = {
+    "read": "SSD to engine memory, verified, block after block",
+    "layerwise": "the same, first layers of all blocks first: they are usable long before the last",
+    "write": "engine memory to SSD, synced",
+}
 
 Opens = Callable[[Path, Mapping[str, Json]], AbstractContextManager[Process]]
 
@@ -54,35 +59,34 @@ def ssd_figures(
     if shutil.which("fio") is None:
         note = "fio is not installed (Debian: apt-get install fio)"
         return [Figure("kv_ssd_ratio", None, 0.85, at_most=False, note=note)], {}
-    size = (64 if quick else 256) * MIB
+    size = (64 if quick else 512) * MIB
     taken: dict[str, dict[str, list[float]]] = {}
     for shape in SHAPES_HERE:
         home = work / f"ssd-{shape}"
         taken[shape] = one_shape(home, shape, size, rounds, client)
         shutil.rmtree(home, ignore_errors=True)
     figures = []
-    for kind in ("read", "write"):
-        ratios = {shape: median_ratio(row[f"fio_{kind}"], row[kind]) for shape, row in taken.items()}
+    for kind, what in KINDS.items():
+        fios = "fio_write" if kind == "write" else "fio_read"
+        ratios = {shape: median_ratio(row[fios], row[kind]) for shape, row in taken.items()}
         worst = min(ratios, key=ratios.__getitem__)
         speeds = ", ".join(
             f"{shape} {ratios[shape]:.2f} ({row['bytes'][0] / median(row[kind]) / 1e9:.2f} of "
-            f"{row['bytes'][0] / median(row[f'fio_{kind}']) / 1e9:.2f} GB/s)"
+            f"{row['bytes'][0] / median(row[fios]) / 1e9:.2f} GB/s)"
             for shape, row in taken.items()
         )
         raw: dict[str, Json] = {
-            shape: {"bytes": row["bytes"][0], "seconds": row[kind], "seconds_fio": row[f"fio_{kind}"]}
+            shape: {"bytes": row["bytes"][0], "seconds": row[kind], "seconds_fio": row[fios]}
             for shape, row in taken.items()
         }
-        what = "SSD to engine memory, verified" if kind == "read" else "engine memory to SSD, synced"
         note = f"{what}; {THREADS} at a time; {speeds}"
-        figures.append(
-            Figure(f"kv_ssd_{kind}_ratio", ratios[worst], 0.85, at_most=False, unit="ratio", raw=raw, note=note)
-        )
-    value = min(figure.value for figure in figures if figure.value is not None)
-    figures.insert(
-        0, Figure("kv_ssd_ratio", value, 0.85, at_most=False, unit="ratio", note="the worse of read and write")
-    )
-    return figures, taken
+        figures.append(_figure(f"kv_ssd_{kind}_ratio", ratios[worst], note, raw))
+    value = min(figure.value for figure in figures if figure.value is not None and "layerwise" not in figure.name)
+    return [_figure("kv_ssd_ratio", value, "the worse of read and write", {}), *figures], taken
+
+
+def _figure(name: str, value: float, note: str, raw: dict[str, Json]) -> Figure:
+    return Figure(name, value, None if "layerwise" in name else 0.85, at_most=False, unit="ratio", raw=raw, note=note)
 
 
 def one_shape(home: Path, shape: str, size: int, rounds: int, client: Opens) -> dict[str, list[float]]:
@@ -91,7 +95,14 @@ def one_shape(home: Path, shape: str, size: int, rounds: int, client: Opens) -> 
         "memory_bytes": 3 * size // 2, "ssd_bytes": KEPT * size * 2, "ssd_threads": THREADS, "linger_s": 1.0,
         "queue_bytes": min(128 * MIB, size), "disk_free_floor_bytes": 1 << 30,
     }  # fmt: skip
-    taken: dict[str, list[float]] = {"bytes": [], "read": [], "write": [], "fio_read": [], "fio_write": []}
+    taken: dict[str, list[float]] = {
+        "bytes": [],
+        "read": [],
+        "layerwise": [],
+        "write": [],
+        "fio_read": [],
+        "fio_write": [],
+    }
     block = SHAPES[shape].block_bytes
     with client(home, options) as ours:
         total = ours.ask(do="setup", shape=shape, order=ORDER, total_bytes=size)["bytes"]
@@ -104,7 +115,8 @@ def one_shape(home: Path, shape: str, size: int, rounds: int, client: Opens) -> 
             sides = {
                 "write": lambda: float(ours.ask(do="store", durable=True, keep=KEPT)["seconds"]),
                 "fio_write": lambda: fio("write", block, total, beside),
-                "read": lambda: cold_load(ours),
+                "read": lambda: cold_load(ours, layerwise=False),
+                "layerwise": lambda: cold_load(ours, layerwise=True),
                 "fio_read": lambda: fio("randread", block, total, segments(home)),
             }
             names = list(sides)[::-1] if turn % 2 else list(sides)
@@ -119,12 +131,12 @@ def one_shape(home: Path, shape: str, size: int, rounds: int, client: Opens) -> 
     return taken
 
 
-def cold_load(ours: Process) -> float:
-    """Loads the oldest sequence, of which nothing may be in memory."""
+def cold_load(ours: Process, *, layerwise: bool) -> float:
+    """Loads a sequence of which nothing is in memory."""
     for which in range(KEPT):
         found = ours.ask(do="tiers", which=which)
         if found["tiers"][1] == found["blocks"]:
-            seconds = float(ours.ask(do="load", verify=True, which=which)["seconds"])
+            seconds = float(ours.ask(do="load", verify=True, which=which, layerwise=layerwise)["seconds"])
             ours.ask(do="compare")
             return seconds
     raise SystemExit("no sequence is on the SSD alone")
