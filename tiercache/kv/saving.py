@@ -187,7 +187,7 @@ class Saving:
             most = max(1, GATHER_BYTES // each)
             for at in range(0, len(blocks), most):
                 some = blocks[at : at + most]
-                with self._work.fence, ticket.writing():
+                with ticket.writing(), self._work.fence:  # waiting for an owner holds nobody up
                     rows = moving.gather_digested(
                         self._stretch.planes,
                         self._stretch.table,
