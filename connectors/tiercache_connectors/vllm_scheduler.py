@@ -19,7 +19,7 @@ from tiercache_connectors.vllm_table import Requests, Scheduled
 from tiercache_connectors.weights import identify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tiercache.kv.groups import Usable
     from tiercache.kv.layout import Layout
@@ -82,9 +82,15 @@ class Scheduler:
         self._refused: set[str] = set()
         self._announced: OrderedDict[bytes, Any] = OrderedDict()
         self._events: list[Event] = []
+        self._evict: Callable[[set[int]], object] | None = None
         self._clock = stores[0].core.clock
         self._advice = Advice(groups, options) if len(groups.groups) == 1 and options.plan else None
         self.counts: dict[str, float] = {}
+
+    def bind(self, block_pool: Any) -> None:
+        """The engine's pool of pages."""
+        if len(self.groups.groups) == 1:
+            self._evict = getattr(block_pool, "evict_blocks", None)
 
     # -- requests
 
@@ -261,6 +267,9 @@ class Scheduler:
             self._advice.ended(proven, now)
         if bad_pages:
             self._count("failed_requests", self._table.failed(bad_pages))
+            if self._evict is not None:
+                # vLLM offers what was computed on a failed load to other requests until it has computed it again.
+                self._evict(set(self._table.suspect))
         for name in failed:
             self._table.failed_request(name)
             self._count("failed_requests", 1)

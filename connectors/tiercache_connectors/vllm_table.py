@@ -9,6 +9,8 @@ layers (see vllm_layout.Group). Rules that it keeps, each of which was somebody'
   learns of a failed load after the step that used it.
 - Pages that the engine is about to write (`Step.written`) are named in the very step in which it does, whatever freed
   them: preemption, a finished or aborted request, a window that has moved on.
+- What was computed on a failed load is not believed, whoever finds it in the engine's own prefix cache afterwards
+  (vLLM leaves it there), until it has been computed again.
 - What is not known to be true of a token is not saved: tokens that were drafted, or are still in flight.
 """
 
@@ -118,6 +120,10 @@ class Requests:
         self._rows: dict[str, Request] = {}
         self._ending: dict[str, Request] = {}
         self._unproven: dict[int, set[int]] = {}
+        self._lists: dict[int, list[list[int]]] = {}
+        """Page lists (of group 0) of what ran in steps whose loads have not come through, as they were then."""
+        self.suspect: set[int] = set()
+        """Pages (of group 0) that hold what was computed on a failed load."""
         self._loads: list[Request] = []
         self._dropped: list[str] = []
         self._number = 0
@@ -194,6 +200,8 @@ class Requests:
         rows = [(one, self._rows[one.request]) for one in scheduled if one.request in self._rows]
         for one, row in rows:
             self._advance(step, one, row)
+        if self._unproven:
+            self._lists[step.number] = [row.pages[0] for _, row in rows]
         for _, row in rows:
             self._save(step, row, min(row.reach // self.block_tokens, len(row.keys[0])))
         for row in list(self._ending.values()):
@@ -219,15 +227,29 @@ class Requests:
             row.doubt = -1
         if one.fresh and one.pages is not None:
             row.pages = [list(each) for each in one.pages]
-            step.written.extend(page for pages in row.pages for page in pages[row.own_page :])
-        elif one.pages is not None:
-            for mine, new in zip(row.pages, one.pages):
-                mine.extend(new)
-                step.written.extend(new)
+            new = [pages[row.own_page :] for pages in row.pages]
+        else:
+            new = [list(each) for each in one.pages or ()]
+            for mine, more in zip(row.pages, new):
+                mine.extend(more)
+        step.written.extend(page for pages in new for page in pages)
         row.reach = min(one.computed + one.scheduled, one.known)
+        if self.suspect:
+            self._clear(row, one.computed, new[0] if new else [])
+
+    def _clear(self, row: Request, computed: int, new: list[int]) -> None:
+        """Pages that the request has for itself, or computes again from their first token on, are as good as what they
+        rest on."""
+        self.suspect.difference_update(new)
+        size, pages = self.page_tokens[0], row.pages[0]
+        again = range(-(-computed // size), row.reach // size)
+        if self.suspect.isdisjoint(pages[: again.start]):
+            self.suspect.difference_update(pages[again.start : again.stop])
+        else:
+            self.suspect.update(pages[again.start :])
 
     def _save(self, step: Step, row: Request, stop: int) -> None:
-        if stop <= row.saved or row.doubt >= 0 or self._is_unproven(row):
+        if stop <= row.saved or self._is_suspect(row) or self._is_unproven(row):
             return
         groups = range(len(row.pages))
         moves = tuple(self._move(row, group, range(row.saved, stop)) for group in groups)
@@ -248,20 +270,32 @@ class Requests:
         loads = self._unproven.values()
         return any(not pages.isdisjoint(mine) for pages in loads for mine in row.pages) if loads else False
 
+    def _is_suspect(self, row: Request) -> bool:
+        """Whether anything of the request rests on a load that has failed."""
+        if row.doubt >= 0 or not self.suspect:
+            return row.doubt >= 0
+        # What its last page has, if that is not full, the request has computed itself.
+        return not self.suspect.isdisjoint(row.pages[0][: row.reach // self.page_tokens[0]])
+
     # -- what workers say ----------------------------------------------------------------------------------------------
 
     def proven(self, number: int) -> None:
         """The loads of all steps up to `number` are over on every rank; call it after `failed`."""
-        for each in [one for one in self._unproven if one <= number]:
-            del self._unproven[each]
+        for steps in (self._unproven, self._lists):
+            for each in [one for one in steps if one <= number]:
+                del steps[each]
 
     def failed(self, pages: set[int]) -> int:
         """Loads into these pages (of group 0) failed. Returns how many requests that concerns: all that have them."""
         concerned = 0
+        for listed in [one for lists in self._lists.values() for one in lists]:
+            first = next((i for i, page in enumerate(listed) if page in pages), len(listed))
+            self.suspect.update(listed[first:])
         for row in [*self._rows.values(), *self._ending.values()]:
             bad = next((i for i, page in enumerate(row.pages[0]) if page in pages), None)
             if bad is not None:
                 concerned += 1
+                self.suspect.update(row.pages[0][bad:])
                 self._cut(row, bad * self.page_tokens[0] // self.block_tokens)
         return concerned
 

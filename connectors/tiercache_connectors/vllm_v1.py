@@ -196,6 +196,10 @@ class TierCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._off(reasons[0])
         self._ready = self._scheduler is not None and bool(metadata)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind(gpu_block_pool)
+
     def on_new_request(self, request: Any) -> None:
         if self._ready and self._scheduler is not None:
             self._scheduler.begin(request)

@@ -53,6 +53,8 @@ RUNS = [
     Run("faults", "llama"),
     Run("pressure", "llama"),
     Run("groups", "gemma3"),
+    Run("tenants", "llama"),
+    Run("told_to_others", "llama"),
     Run("plans", "llama"),
     Run("offload", "llama"),
     Run("refused", "llama"),

@@ -60,11 +60,12 @@ class Engine:
         """Greedy tokens after each prompt, all at once."""
         return [list(each.outputs[0].token_ids) for each in self.outputs(prompts, count, **options)]
 
-    def outputs(self, prompts: list[list[int]], count: int = 16, **options: Any) -> list[Any]:
+    def outputs(self, prompts: list[list[int]], count: int = 16, salt: str = "", **options: Any) -> list[Any]:
         from vllm import SamplingParams
 
         asked = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
-        return self.llm.generate([{"prompt_token_ids": each} for each in prompts], asked, use_tqdm=False)
+        salted = {"cache_salt": salt} if salt else {}
+        return self.llm.generate([{"prompt_token_ids": each, **salted} for each in prompts], asked, use_tqdm=False)
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels, 0 where it never counted."""

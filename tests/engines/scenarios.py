@@ -246,6 +246,82 @@ def owner_pid(cache: Any) -> int:
     return int(told["pid"])
 
 
+def tenants(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
+    """Requests with different salts never meet; with the same one they do, across engines."""
+    with Engine(model) as engine:
+        (right,) = engine.tokens([LONG])
+    extra = {"directory": f"{directory}/tenants", **ALONE, **told}
+    seen = []
+    for salts in (("", "a"), ("b", "a", "")):
+        with Engine(model, extra, enable_prefix_caching=False) as engine:
+            for salt in salts:
+                before = engine.hits
+                equal = engine.tokens([LONG], salt=salt)[0] == right
+                engine.settle()
+                seen.append((salt, engine.hits - before))
+                yield Case(f"salt {salt!r}, engine {1 if len(seen) < 3 else 2}", equal, seen[-1][1], equal)
+    wanted = [("", 0), ("a", 0), ("b", 0), ("a", 288), ("", 288)]
+    yield Case("tenants never meet", seen == wanted, note=str(seen) if seen != wanted else "")
+
+
+def told_to_others(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
+    """What routers hear (KV events) and what is on the page of metrics."""
+    from vllm.config import KVEventsConfig
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+    extra = {"directory": f"{directory}/told", **ALONE, "ssd_bytes": 0, **told}
+    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    with Engine(model, extra, kv_events_config=events) as engine:
+        scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+        heard: list[Any] = []
+        scheduler.kv_event_publisher.publish = lambda batch: heard.extend(batch.events)
+        engine.tokens([LONG])
+        engine.settle()
+        ours = [each for each in heard if isinstance(each, BlockStored) and each.medium == "CPU"]
+        theirs = [each for each in heard if isinstance(each, BlockStored) and each.medium == "GPU"]
+        mine = [block for each in ours for block in each.block_hashes]
+        known = [block for each in theirs for block in each.block_hashes]
+        tokens = [token for each in ours for token in each.token_ids]
+        good = mine == known[: len(mine)] and len(mine) == 9 and tokens == LONG[:288] and ours[0].block_size == 32
+        yield Case("events of stored blocks", good, note=f"{len(mine)} blocks")
+        cache = scheduler.get_kv_connector()._cache
+        forget_all(cache)
+        heard.clear()
+        engine.llm.reset_prefix_cache()
+        engine.tokens([LONG])
+        gone = [
+            block
+            for each in heard
+            if isinstance(each, BlockRemoved) and each.medium == "CPU"
+            for block in each.block_hashes
+        ]
+        yield Case("events of blocks that went away", gone == mine, note=f"{len(gone)} blocks")
+        saved = engine.metric("vllm:tiercache_saved_blocks")
+        yield Case("metrics", saved >= 18, note=f"{saved:.0f} blocks saved")
+
+
+def forget_all(cache: Any) -> None:
+    """Evicts everything from the cache's memory."""
+    import asyncio
+
+    asyncio.run_coroutine_threadsafe(cache.core.call("evict", {"keep": 0}), cache.loop).result(30)
+
+
+def ranks(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
+    """Two tensor-parallel ranks store what one reads, and the other way; each has one of two KV heads."""
+    tokens = expected(directory)
+    for name, first, then in (("1 rank reads 2", 2, 1), ("2 ranks read 1", 1, 2)):
+        extra = {"directory": f"{directory}/ranks-{first}", **told}
+        with Engine(model, extra, tensor_parallel_size=first) as engine:
+            engine.tokens([LONG])
+            engine.settle()
+            engine.settle()
+            flush(extra["directory"])
+        with Engine(model, extra, tensor_parallel_size=then) as engine:
+            equal = engine.tokens([LONG])[0] == tokens["long"]
+            yield case(name, engine, equal, least=288)
+
+
 def plans(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
     """Loads are cut where computing is faster: whatever is decided, tokens are the same."""
     prompts = [prompt(200 + 20 * i, i) for i in range(10)]
@@ -310,7 +386,22 @@ def set_faults(faults: dict[str, float]) -> None:
 
 SCENARIOS: dict[str, Callable[[str, str, dict[str, Any]], Iterator[Case | None]]] = {
     each.__name__: each
-    for each in (write, read, sizes, faults, pressure, groups, plans, shared, owner_dies, offload, refused)
+    for each in (
+        write,
+        read,
+        sizes,
+        faults,
+        pressure,
+        groups,
+        tenants,
+        told_to_others,
+        ranks,
+        plans,
+        shared,
+        owner_dies,
+        offload,
+        refused,
+    )
 }
 
 
