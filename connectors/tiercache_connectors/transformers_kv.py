@@ -11,7 +11,9 @@ of log says why. A prefix is reused by whole blocks of tokens, and at least one 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +111,22 @@ class Stored:
             saving.cancel()
 
 
+_unsaved: dict[int, Stored] = {}
+"""What `generate` has left to the background: a program that ends without `close` waits for that."""
+
+
+def _finish() -> None:
+    for stored in list(_unsaved.values()):
+        try:
+            stored.wait()
+        except TierCacheError:  # its cache was closed before
+            pass
+
+
+# Callbacks of `atexit` come when no thread may be given work any more; those of `threading` come before that.
+getattr(threading, "_register_atexit", atexit.register)(_finish)
+
+
 class TransformersKV:
     """See the module. One thread at a time, as the model."""
 
@@ -163,7 +181,9 @@ class TransformersKV:
         output = self.model.generate(input_ids, past_key_values=past, **options)
         sequence = getattr(output, "sequences", output)[0].tolist()
         try:
-            self._pending.append(self.store(past, sequence[: past.get_seq_length()], start=reused.tokens))
+            stored = self.store(past, sequence[: past.get_seq_length()], start=reused.tokens)
+            self._pending.append(stored)
+            _unsaved[id(stored)] = stored
         except TierCacheError as fault:
             self._say(str(fault))
         return output
@@ -213,7 +233,11 @@ class TransformersKV:
     def flush(self, timeout_s: float = WAIT_S) -> bool:
         """Whether everything that `generate` computed is stored, waiting at most `timeout_s`."""
         pending, self._pending = self._pending, []
-        stored = [each.wait(timeout_s) for each in pending]
+        try:
+            stored = [each.wait(timeout_s) for each in pending]
+        finally:
+            for each in pending:
+                _unsaved.pop(id(each), None)
         return all(stored)
 
     def close(self) -> None:
@@ -244,6 +268,7 @@ class TransformersKV:
             return False
         identity = self._fingerprint.identity()
         if identity != self._identity:
+            self.flush()
             self._forget()
             made = layouts(self.model, self._shapes, identity, **self._shape)
             self._stores = [self._cache.kv(layout) for layout in made]

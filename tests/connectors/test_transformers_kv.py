@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ from tiercache_connectors.transformers_kv import TransformersKV  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 16
 PROMPT = 300
 NEW = 12
@@ -167,6 +171,46 @@ def test_a_killed_process_leaves_its_prefix_to_another(tmp_path, capfd):
     """The demo in small: the first process and its cache's owner die by kill -9, the second reads from the SSD."""
     assert demo_kv.run(str(tmp_path / "cache"), "small"), capfd.readouterr().out
     assert "killed with -9, and the owner of its cache with it" in capfd.readouterr().out
+
+
+THREE_LINES = """
+import sys
+import torch, tiercache
+from tests.connectors.test_transformers_kv import greedy, made, prompt
+from tiercache_connectors.transformers_kv import TransformersKV
+model, input_ids = made(), prompt()
+reuse = TransformersKV(tiercache.open(sys.argv[1], memory_bytes="64MiB", ssd_bytes=0, share=True), model)
+output = reuse.generate(input_ids, **greedy(input_ids))
+print(reuse.reused.tokens)
+"""
+
+
+def test_a_program_of_three_lines_that_closes_nothing(tmp_path):
+    """What it has computed is stored all the same, and the next program finds it with the owner."""
+    try:
+        for reused in (0, WHOLE):
+            words = [sys.executable, "-c", THREE_LINES, str(tmp_path / "cache")]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+            assert int(done.stdout.split()[-1]) == reused, done.stderr
+    finally:
+        demo_kv.kill_owner(str(tmp_path / "cache"))
+
+
+def test_an_owner_killed_between_two_calls_costs_hits_alone(tmp_path):
+    directory = str(tmp_path / "cache")
+    model, ids = made(), prompt()
+    truth = model.generate(ids, **greedy(ids))
+    shared = tiercache.open(directory, memory_bytes=64 * MIB, ssd_bytes=0, share=True)
+    with shared as cache, TransformersKV(cache, model) as reuse:
+        for _ in range(3):
+            assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
+            assert demo_kv.kill_owner(directory)
+        assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
+        reuse.flush()
+        assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
+        assert reuse.reused.tokens == WHOLE
+    demo_kv.kill_owner(directory)
 
 
 # -- nobody gets another's KV ------------------------------------------------------------------------------------------
