@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from tiercache.clock import system_random
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.kv.chain import tokens_keys
 from tiercache_connectors.vllm_advice import Advice
@@ -79,7 +80,8 @@ class Scheduler:
         self._table = Requests(self._tokens, [each.page_tokens for each in groups.groups])
         self._known: dict[str, Known] = {}
         self._namespaces: OrderedDict[tuple[str, str], tuple[Layout, ...]] = OrderedDict()
-        self._refused: set[str] = set()
+        self._adapters: dict[tuple[int, str, str], str | None] = {}
+        self._epoch = ""
         self._announced: OrderedDict[bytes, Any] = OrderedDict()
         self._events: list[Event] = []
         self._evict: Callable[[set[int]], object] | None = None
@@ -105,23 +107,37 @@ class Scheduler:
 
     def _layouts_of(self, request: Any) -> tuple[Layout, ...] | None:
         """The groups' layouts in the namespace of the request's adapter and salt."""
-        adapter = getattr(request, "lora_request", None)
-        salt = getattr(request, "cache_salt", None) or ""
-        path = adapter.lora_path if adapter is not None else ""
-        if path in self._refused:
+        adapter, salt = getattr(request, "lora_request", None), getattr(request, "cache_salt", None) or ""
+        lora = self._adapter(adapter) if adapter is not None else ""
+        if lora is None:
             return None
-        if (path, salt) not in self._namespaces:
-            try:
-                lora = ":".join(identify(path)) if path else ""
-            except (ConfigError, OSError) as error:
-                self._refused.add(path)
-                log.warning("KV of the adapter %s is not reused: %s", path, error)
-                return None
-            layouts = tuple(replace(each, lora=lora, salt=salt) for each in self.groups.layouts)
-            self._namespaces[path, salt] = layouts
+        if (lora, salt) not in self._namespaces:
+            marked = f"{salt}|{self._epoch}" if self._epoch else salt
+            layouts = tuple(replace(each, lora=lora, salt=marked) for each in self.groups.layouts)
+            self._namespaces[lora, salt] = layouts
             if len(self._namespaces) > NAMESPACES_MAX:
                 self._namespaces.popitem(last=False)
-        return self._namespaces[path, salt]
+        return self._namespaces[lora, salt]
+
+    def _adapter(self, adapter: Any) -> str | None:
+        """What an adapter's weights are, found out when the engine first hears of it, for then it reads them; None
+        where that cannot be found out."""
+        known = (adapter.lora_int_id, adapter.lora_name, adapter.lora_path)
+        if known not in self._adapters or getattr(adapter, "load_inplace", False):
+            try:
+                self._adapters[known] = ":".join(identify(adapter.lora_path))
+            except (ConfigError, OSError) as error:
+                self._adapters[known] = None
+                log.warning("KV of the adapter %s is not reused: %s", adapter.lora_name, error)
+        return self._adapters[known]
+
+    def reset(self) -> None:
+        """The engine's weights may be others from now on: nothing that was stored before is found by this engine, and
+        nothing that it stores is found by others."""
+        self._epoch = system_random().randbytes(16).hex()
+        self._namespaces.clear()
+        self._known.clear()
+        self._table.forget()
 
     def _extend(self, row: Request, known: Known, blocks: int) -> None:
         """Makes sure of the keys of the request's first blocks."""

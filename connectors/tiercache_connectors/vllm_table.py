@@ -316,6 +316,13 @@ class Requests:
         row.reach = row.doubt = min(row.reach, blocks * self.block_tokens)
         row.final = min(row.final, blocks)
 
+    def forget(self) -> None:
+        """No request that is known now is loaded or saved any more."""
+        for row in self._rows.values():
+            self._dropped.extend([row.name] if any(row.told) else [])
+        self._rows.clear()
+        self._loads.clear()
+
     def finished(self, name: str, known: int, computed: int, pages: Sequence[Sequence[int]]) -> bool:
         """A request is over, done or aborted. True: its pages must wait until the workers say so.
 

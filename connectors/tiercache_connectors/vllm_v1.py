@@ -277,6 +277,11 @@ class TierCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             lora_name=event.lora,
         )
 
+    def reset_cache(self) -> bool | None:
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
     # -- both
 
     def get_kv_connector_stats(self) -> Any:

@@ -198,8 +198,9 @@ class Worker:
             for _, _, loading in loaded.parts:
                 if loading is not None:
                     loading.cancel()
+        ends_s = self._clock.monotonic() + self._options.fence_s
         for each in self._saves:  # what was computed is worth keeping, as far as there is time for it
-            each.saving.wait(self._options.fence_s)
+            each.saving.wait(max(0.0, ends_s - self._clock.monotonic()))
         self._now, self._later, self._saves = [], {}, []
         for store in self._stores:
             store.close()
