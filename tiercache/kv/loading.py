@@ -1,8 +1,8 @@
 """Loading: blocks on their way from the cache into engine memory; and prefetching, which stops in the cache's memory.
 
-What is in memory as a whole is leased once and copied layer group by layer group. For the rest each lease asks for some
-layer groups only, first layers first and more of them each time, so that an SSD brings the parts of layer 0 of all
-blocks before those of the last layer of any.
+What is in memory as a whole is leased once and copied by layer groups, a few and then more at a time. For the rest each
+lease asks for some layer groups only, first layers first and more of them each time, so that an SSD brings the parts of
+layer 0 of all blocks before those of the last layer of any.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tiercache.kv import moving
 from tiercache.model import Name, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from tiercache.core import Core
@@ -36,8 +36,8 @@ SCATTER_BYTES = 32 << 20
 LEASE_BYTES = 64 << 20
 """Parts that one lease brings from the SSD; the next one is under way while they are copied."""
 GROWTH = 4
-"""So many times more layer groups each lease asks for than the one before: small reads for the first layers, which are
-waited for, large ones, which an SSD serves a third faster, for the rest."""
+"""So many times more layer groups each lease asks for, or each copy moves, than the one before: little of the first
+layers, which are waited for, much of the rest, which an SSD serves a third faster and two cores copy at once."""
 END_S_MAX = 5.0
 """A cancelled load needs no longer to give back what it holds."""
 
@@ -128,28 +128,30 @@ class Loading:
         return groups
 
     def _resident(self, lease: Lease, blocks: Sequence[int], groups: Sequence[Group]) -> Steps:
-        """Everything is in memory: one lease, layer group by layer group."""
+        """Everything is in memory: one lease, first layers first."""
         sources = {block: (lease.buffer(i), lease.digests(i)) for i, block in enumerate(blocks)}
-        for group in groups if self._layerwise else [_joined(groups)]:
+        for group in self._bundles(groups):
             again = yield from self._scatter(self._living(blocks), sources, group)
             if again:
-                yield from self._fetch(again, [group])
+                yield from self._fetch(again, group)
             self._land(group[0].stop)
 
     def _brought(self, blocks: Sequence[int], groups: Sequence[Group]) -> Steps:
-        """Some of it has to be brought to memory: 1, 4, 16, ... layer groups of all blocks, first layers first."""
-        if not self._layerwise:
-            groups = [_joined(groups)]
-        at, count = 0, 1
+        """Some of it has to be brought to memory, first layers first."""
+        for group in self._bundles(groups):
+            yield from self._fetch(self._living(blocks), group)
+            self._land(group[0].stop)
+
+    def _bundles(self, groups: Sequence[Group]) -> Iterator[Group]:
+        """1, 4, 16, ... layer groups as one, so that the first layers come soon and the rest in large copies."""
+        at, count = 0, 1 if self._layerwise else len(groups)
         while at < len(groups):
-            bundle = groups[at : at + count]
-            yield from self._fetch(self._living(blocks), bundle)
-            self._land(bundle[-1][0].stop)
+            yield _joined(groups[at : at + count])
             at, count = at + count, GROWTH * count
 
-    def _fetch(self, blocks: Sequence[int], groups: Sequence[Group]) -> Steps:
-        """Leases these groups of blocks and copies them, some blocks at a time, the next lease under way meanwhile."""
-        parts = _joined(groups)[1]
+    def _fetch(self, blocks: Sequence[int], group: Group) -> Steps:
+        """Leases this group of blocks and copies it, some blocks at a time, the next lease under way meanwhile."""
+        parts = group[1]
         most = max(1, LEASE_BYTES // (parts.bit_count() * self._stretch.layout.part_bytes))
         queue = deque(list(blocks[at : at + most]) for at in range(0, len(blocks), most))
         asked: deque[tuple[list[int], Future[Lease]]] = deque()
@@ -165,22 +167,18 @@ class Loading:
                 continue
             self._leases.append(lease)
             outcomes = dict(zip(some, lease.outcomes, strict=True))
-            again = yield from self._copied(lease, some, groups)
+            again = yield from self._copied(lease, some, group)
             self._leases.remove(lease)
             lease.release()
             queue.extendleft(self._refused(outcomes))
             if again:
                 queue.append(again)
 
-    def _copied(self, lease: Lease, some: list[int], groups: Sequence[Group]) -> Generator[Awaited, None, list[int]]:
-        """Copies groups of what is a hit in a lease; answers what was damaged for the first time."""
+    def _copied(self, lease: Lease, some: list[int], group: Group) -> Generator[Awaited, None, list[int]]:
+        """Copies a group of what is a hit in a lease; answers what was damaged for the first time."""
         hits = [(i, block) for i, block in enumerate(some) if lease.outcomes[i] is Outcome.HIT]
         sources = {block: (lease.buffer(i), lease.digests(i)) for i, block in hits}
-        again: list[int] = []
-        for group in groups:
-            left = [block for block in self._living(sources) if block not in again]
-            again += yield from self._scatter(left, sources, group)
-        return again
+        return (yield from self._scatter(self._living(sources), sources, group))
 
     def _refused(self, outcomes: dict[int, Outcome]) -> list[list[int]]:
         """Of a leased batch: what there was no room or no pin for, in halves, as long as that helps. The rest of what

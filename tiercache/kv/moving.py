@@ -18,7 +18,8 @@ import xxhash
 
 from tiercache.buffers import Buffer, digest_rows
 from tiercache.errors import ConfigError
-from tiercache.kv.tiles import TILE_BYTES, plan
+from tiercache.kv.lanes import LANES
+from tiercache.kv.tiles import WIDE_BYTES, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _SPACE = memoryview((ctypes.c_uint8 * (1 << 62)).from_address(0)).cast("B")
 _digest = xxhash.xxh3_64_intdigest
 _threads = threading.local()
+_SCRATCH = 0
+"""Stands for an address in a thread's scratch, which is aligned as blocks are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,7 @@ def gather(
 ) -> None:
     """Copies parts and pieces (byte ranges that the planes hold) of these blocks out of the engine's memory to their
     places in `targets`, which span whole blocks. The rest of the targets is left alone."""
-    _gather(planes, table, blocks, targets, parts=parts, pieces=pieces)
+    _gather(planes, table, blocks, targets, parts=parts, pieces=pieces, hashed=False)
 
 
 def gather_digested(
@@ -92,18 +95,14 @@ def gather_digested(
     pieces: Pieces = (),
 ) -> list[Digests]:
     """As `gather`, and the digests of what was written, one a block."""
-    digests: list[Digests] = []
-    _gather(planes, table, blocks, targets, parts=parts, pieces=pieces, digests=digests)
-    return digests
+    return _gather(planes, table, blocks, targets, parts=parts, pieces=pieces, hashed=True)
 
 
 def digests_of(
     planes: Planes, table: Table, blocks: Sequence[int], *, parts: Parts = None, pieces: Pieces = ()
 ) -> list[Digests]:
     """What `gather_digested` would answer, without storing anything: what replicas compare."""
-    digests: list[Digests] = []
-    _gather(planes, table, blocks, None, parts=parts, pieces=pieces, digests=digests)
-    return digests
+    return _gather(planes, table, blocks, None, parts=parts, pieces=pieces, hashed=True)
 
 
 def scatter(
@@ -153,33 +152,37 @@ def _gather(
     *,
     parts: Parts,
     pieces: Pieces,
-    digests: list[Digests] | None = None,
-) -> None:
-    """Copies to `targets`, or to a scratch where they are None; with `digests`, appends those of every block."""
+    hashed: bool,
+) -> list[Digests]:
+    """Copies to `targets`, or to a scratch of each thread where they are None; answers digests where `hashed`."""
     layout = planes.layout
     positions = _positions(planes, table, blocks, None)
-    if targets is None:
-        scratch = _scratch(planes)
-        addresses = [scratch.address] * len(blocks)
-    else:
-        addresses = _addresses(planes, blocks, targets)
-    plans = _plans(planes, addresses, parts, pieces, hashed=digests is not None, scratch=targets is None)
+    addresses = [_SCRATCH] * len(blocks) if targets is None else _addresses(planes, blocks, targets)
+    plans = _plans(planes, addresses, parts, pieces, hashed=hashed, scratch=targets is None)
     count, memory, digest = layout.parts, _SPACE, _digest
     pack = digest_rows(count).pack
-    for positioned, address, (tiles, shift) in zip(positions, addresses, plans):
-        place = (address >> shift) - 1
-        values = [0] * (count + len(pieces))
-        for tile in tiles:
-            for where, first, rows in positioned:
-                for stored, engine, which in tile.whole if rows == layout.rows else tile.rows(first, rows):
-                    stored[place] = engine[where[which]]
-            if digests is not None:
-                # A tile in the scratch begins at its address, any other at its own offset in the block.
-                base = address - tile.box.start if targets is None else address
-                for part, start, stop in tile.box.hashed:
-                    values[part] = digest(memory[base + start : base + stop])
-        if digests is not None:
-            digests.append(Digests(pack(*values[:count]), tuple(values[count:])))
+
+    def some(begin: int, end: int) -> list[Digests]:
+        digests: list[Digests] = []
+        scratch = _scratch(planes) if targets is None else None
+        for positioned, address, (tiles, shift) in zip(positions[begin:end], addresses[begin:end], plans[begin:end]):
+            at = address if scratch is None else scratch.address
+            place = (at >> shift) - 1
+            values = [0] * (count + len(pieces))
+            for tile in tiles:
+                for where, first, rows in positioned:
+                    for stored, engine, which in tile.whole if rows == layout.rows else tile.rows(first, rows):
+                        stored[place] = engine[where[which]]
+                if hashed:
+                    # A tile in the scratch begins at its address, any other at its own offset in the block.
+                    base = at if scratch is None else at - tile.box.start
+                    for part, start, stop in tile.box.hashed:
+                        values[part] = digest(memory[base + start : base + stop])
+            if hashed:
+                digests.append(Digests(pack(*values[:count]), tuple(values[count:])))
+        return digests
+
+    return LANES.spread(len(blocks), _bytes(planes, plans), some)
 
 
 def _scatter(
@@ -203,27 +206,39 @@ def _scatter(
     wanted = [unpack(row) for row in digests] if digests is not None else [()] * len(blocks)
     if len(wanted) != len(blocks):
         raise ConfigError(f"{len(wanted)} rows of digests for {len(blocks)} blocks")
-    memory, digest, good = _SPACE, _digest, []
-    for positioned, address, (tiles, shift), values in zip(positions, addresses, plans, wanted):
-        place = (address >> shift) - 1
-        right = True
-        for tile in tiles:
-            for where, first, rows in positioned:
-                for stored, engine, which in tile.whole if rows == layout.rows else tile.rows(first, rows):
-                    engine[where[which]] = stored[place]
-            if values:
-                for part, start, stop in tile.box.hashed:
-                    if digest(memory[address + start : address + stop]) != values[part]:
-                        right = False
-            if not right:
-                break
-        good.append(right)
-    return good
+    memory, digest = _SPACE, _digest
+
+    def some(begin: int, end: int) -> list[bool]:
+        good = []
+        todo = zip(positions[begin:end], addresses[begin:end], plans[begin:end], wanted[begin:end])
+        for positioned, address, (tiles, shift), values in todo:
+            place = (address >> shift) - 1
+            right = True
+            for tile in tiles:
+                for where, first, rows in positioned:
+                    for stored, engine, which in tile.whole if rows == layout.rows else tile.rows(first, rows):
+                        engine[where[which]] = stored[place]
+                if values:
+                    for part, start, stop in tile.box.hashed:
+                        if digest(memory[address + start : address + stop]) != values[part]:
+                            right = False
+                if not right:
+                    break
+            good.append(right)
+        return good
+
+    return LANES.spread(len(blocks), _bytes(planes, plans), some)
+
+
+def _bytes(planes: Planes, plans: Sequence[tuple[list[Tile], int]]) -> int:
+    """About as many as these copies move."""
+    units = sum(len(tile.box.layers) * len(tile.box.heads) for tiles, _ in plans[:1] for tile in tiles)
+    return len(plans) * units * planes.layout.unit_bytes
 
 
 def _scratch(planes: Planes) -> Buffer:
     """Memory of this thread for one tile, kept for the next call."""
-    size = max(TILE_BYTES, planes.layout.part_bytes)
+    size = max(WIDE_BYTES, planes.layout.part_bytes)
     found: Buffer | None = getattr(_threads, "scratch", None)
     if found is None or found.length < size:
         found = Buffer.of(np.empty(size, np.uint8).data, writable=True)
