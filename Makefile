@@ -89,6 +89,8 @@ nightly: venv readers torch system  ## 1,200 kills, ten minutes of soaking, long
 	$(BIN)/python -m tests.soak --minutes 10
 	HYPOTHESIS_PROFILE=nightly tools/test.sh -m nightly --timeout 3600
 	tools/test.sh --optimized
+	tools/engines.sh --old
+	.venv-engines/bin/python -m tests.engines --old
 	tools/sglang.sh && $(BIN)/python -m tests.sglang_engine || echo "SGLang as an engine: FAILED (an unsupported set-up)"
 
 .PHONY: clean

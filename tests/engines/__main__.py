@@ -61,6 +61,8 @@ RUNS = [
     Run("shared", "llama", {"killed": True}, several=True),
     Run("shared", "llama", {"again": True}, several=True),
     Run("owner_dies", "llama", several=True),
+    Run("ranks", "llama", several=True),
+    Run("ranks", "step3", several=True),
 ]
 OLD = [
     Run("write", "llama", {"killed": True}, old=True),
