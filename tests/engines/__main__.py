@@ -63,6 +63,7 @@ RUNS = [
     Run("owner_dies", "llama", several=True),
     Run("ranks", "llama", several=True),
     Run("ranks", "step3", several=True),
+    Run("ranks", "mla", several=True),
 ]
 OLD = [
     Run("write", "llama", {"killed": True}, old=True),
