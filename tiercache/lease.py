@@ -165,10 +165,14 @@ class Lease:
     `release()`; a forgotten lease ends when it is collected. Views keep their bytes beyond the release.
     """
 
-    __slots__ = ("__weakref__", "_end", "_extents", "_holders", "_locations", "outcomes")
+    __slots__ = ("__weakref__", "_end", "_extents", "_held", "_holders", "_locations", "outcomes")
 
-    def __init__(self, outcomes: list[Outcome], locations: Locations, extents: Extents, end: End) -> None:
-        """`locations[i]` is read only where `outcomes[i]` is HIT. `end` is called exactly once."""
+    def __init__(
+        self, outcomes: list[Outcome], locations: Locations, extents: Extents, end: End, held_bytes: int = -1
+    ) -> None:
+        """`locations[i]` is read only where `outcomes[i]` is HIT. `end` is called exactly once. `held_bytes`, where
+        they are known, are those of all items."""
+        self._held = held_bytes
         self.outcomes = outcomes
         self._locations: Locations | None = locations
         self._extents = extents
@@ -193,6 +197,8 @@ class Lease:
         """Bytes of memory that it keeps in place, whole blocks of ALIGN_BYTES; 0 once it was released."""
         if self._locations is None:
             return 0
+        if self._held >= 0:
+            return self._held
         held = self._extents.buffers([at for at in self.locations if at >= 0])
         return sum([extent_bytes(one.length) for one in held])
 

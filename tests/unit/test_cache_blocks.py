@@ -13,6 +13,7 @@ import xxhash
 
 import tiercache
 from tiercache.buffers import Buffer, copy_parts, part_digests
+from tiercache.cache import blocks
 from tiercache.errors import CapacityError, ClosedError, ConfigError
 from tiercache.keys import chain, namespace
 from tiercache.lease import PageRun
@@ -523,6 +524,52 @@ def test_a_block_that_lost_its_extent_while_it_was_filled_is_filled_again(cache:
         check(lease, names, 0x03)
     wait(cache.core.delete([Name(name) for name in names]), cache.loop)
     assert used(cache) == before
+
+
+def test_pieces_that_wait_are_forgotten_with_their_extents(cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "WAITING_MAX", 2)
+    core, names = cache.core, digests(6)
+    for round_ in range(2):
+        for name in names:
+            ticket = join(cache, [name], 0, [(0, 100)])
+            data = value(name)[:100]
+            poke(ticket, 0, 0, data)
+            assert ticket.commit([], [(0, 0, 100, xxhash.xxh3_64_intdigest(data))]) == [HIT]
+            ticket.end()
+            if not round_:
+                core.quarantine([Name(name)])  # the extent goes, and what is remembered of it
+                assert join_and_end(cache, name) == [HIT]
+    assert len(core.blocks._waiting) <= 2
+    assert set(core.blocks._waiting) == set(core.blocks._fills)
+
+
+def join_and_end(cache: Any, name: bytes) -> list[Outcome]:
+    ticket = join(cache, [name], 1)
+    ticket.end()
+    return list(ticket.outcomes)
+
+
+def test_nothing_is_loaded_into_a_frozen_extent(disk: Any) -> None:
+    """Somebody of before may still be writing there."""
+    core, names = disk.core, digests(3)
+    fill(disk, names, 0x0F)
+    disk.flush()
+    drop_from_memory(disk, names)
+    fill(disk, names, 0x30)
+    places = [core.tiers.index.look([slot])[0].memory_location for slot in slots_of(core, names)]
+    core.blocks.freeze(places)
+    lease = wait(core.lease_blocks(names, 0x3F), disk.loop)
+    assert lease.outcomes == [MISS] * 3
+    lease.release()
+    core.blocks.thaw()
+    with wait(core.lease_blocks(names, 0x3F), disk.loop) as lease:
+        check(lease, names, 0x3F)
+
+
+def slots_of(core: Any, names: list[bytes]) -> list[int]:
+    match = core.tiers.index.chains.match(names)
+    core.tiers.release(match)
+    return [int(slot) for slot in match.slots]
 
 
 def test_frozen_extents_are_written_by_nobody(cache: Any) -> None:

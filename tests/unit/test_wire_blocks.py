@@ -196,6 +196,61 @@ def test_what_is_over_the_share_is_busy(tmp_path: Path) -> None:
     play(tmp_path, scene, limits=Limits(4 * SIZE + 100))
 
 
+def test_joins_that_come_at_once_share_one_share(tmp_path: Path) -> None:
+    """Each is dealt with bit by bit, and none of them may count room that another one has got meanwhile."""
+
+    async def scene(house: House) -> None:
+        one = await house.visitor()
+        many = [chain(namespace("blocks", str(run)), [str(i).encode() for i in range(100)]) for run in range(4)]
+        asks = [ASK._replace(ticket=run + 1, digests=names) for run, names in enumerate(many)]
+        made = await asyncio.gather(*(join(one, ask) for ask in asks))
+        assert sum(at >= 0 for joined in made for at in joined.locations) == 120
+        one.line.tell(Op.ABANDON, frames.pack_u64([1, 2, 3, 4]))
+        again = await join(one, ASK._replace(ticket=9, digests=many[0]))  # what was given up makes room at once
+        assert again.known == 100
+
+    play(tmp_path, scene, limits=Limits(120 * SIZE))
+
+
+def test_a_join_of_nothing_holds_nothing(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        one = await house.visitor()
+        for number in range(1, 6):
+            assert (await join(one, ASK._replace(ticket=number, digests=[]))).ticket == 0
+        assert (await join(one, ASK._replace(ticket=6))).claims == [0x0F] * 3
+
+    play(tmp_path, scene, limits=Limits(1 << 30, tickets=2))
+
+
+def test_others_are_answered_while_many_blocks_are_joined_compared_and_given_up(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        names = chain(namespace("blocks", "many"), [str(i).encode() for i in range(600)])
+        one, two = await house.visitor(), await house.visitor()
+
+        async def pings(until: asyncio.Future[Any]) -> int:
+            count = 0
+            while not until.done():
+                await two.ping()
+                count += 1
+            return count
+
+        asked = asyncio.ensure_future(join(one, ASK._replace(digests=names, claim=1, size=PART)))
+        assert await pings(asked) > 3
+        rows = [Landed(i, 1, bytes(8)) for i in range(600)]
+        compared = asyncio.ensure_future(one.ask(Op.COMPARE, frames.pack_landed(1, 0, rows)))
+        assert await pings(compared) > 3
+        assert joint.unpack_maps(await compared, 600) == [0] * 600
+        landed = asyncio.ensure_future(land(one, 1, rows))  # little in bytes, and many
+        await pings(landed)
+        assert await landed == [CORRUPT] * 600
+        one.line.tell(Op.ABANDON, frames.pack_u64([1]))
+        again = asyncio.ensure_future(join(one, ASK._replace(ticket=2, digests=names, claim=1, size=PART)))
+        assert await pings(again) > 3
+        assert (await again).claims == [1] * 600
+
+    play(tmp_path, scene)
+
+
 def raw_join(**fields: int) -> bytes:
     """A JOIN whose head says anything."""
     head = {"ticket": 9, "kind": 1, "width": 16, "scope": 0, "expiry": 0, "size": SIZE, "part": PART, "claim": 1}

@@ -20,7 +20,7 @@ from tiercache.cache.tiers import whole
 from tiercache.errors import ConfigError
 from tiercache.index import Reservation
 from tiercache.lease import Lease, check_blocks
-from tiercache.model import Name, Outcome, State, TierId
+from tiercache.model import ALIGN_BYTES, Name, Outcome, State, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     Pieces = Sequence[tuple[int, int]]
 
 REMOTE = b"\3"
+ALL = (1 << 64) - 1
+STEP_BLOCKS = 16
+"""Blocks that are joined, shown or given back in one go: no lock is held for longer than some 0.5 ms."""
 WAITING_MAX = 1 << 16
 """Blocks with pieces of parts that no living ticket fills which are remembered."""
 
@@ -109,7 +112,9 @@ class Blocks:
             return None
         match, places = found
         tiers.metrics.add("tiercache_hits_total", len(places), tier="memory", kind="block")
-        return Lease([Outcome.HIT] * len(places), places, tiers.memory, tiers.end_of(match))
+        sizes = tiers.index.sizes(match.slots).astype(np.int64)  # of thousands, and an owner asks
+        held = int((-(-np.maximum(sizes, 1) // ALIGN_BYTES) * ALIGN_BYTES).sum())
+        return Lease([Outcome.HIT] * len(places), places.tolist(), tiers.memory, tiers.end_of(match), held)
 
     async def lease(self, digests: Sequence[bytes], parts: int) -> Lease:
         """See Core.lease_blocks."""
@@ -128,6 +133,8 @@ class Blocks:
 
     def taken(self, slot: int, location: int) -> int:
         """Parts of this slot, in this extent, that nobody but a ticket may write. Takes no lock."""
+        if location in self._frozen:  # nor a ticket, so far
+            return ALL
         fill = self._fills.get(slot)
         return fill.taken if fill is not None and fill.location == location else 0
 
@@ -150,11 +157,26 @@ class Blocks:
             raise ConfigError("the digests of a chain are of one width: 16 or 32 bytes")
         if len(set(digests)) < len(digests):
             raise ConfigError("these digests are no chain: one stands there twice")
-        index, names = self.tiers.index, [Name(digest) for digest in digests]
-        if not names or not (claim or pieces):  # to compare alone: nothing is begun
+        ticket = BlockTicket(self, Reservation(_NONE, np.zeros(0, bool), None), size, part_bytes)
+        try:
+            step = max(1, STEP_BLOCKS // max(1, len(pieces)))
+            for at in range(0, len(digests), step):
+                some = digests[at : at + step]
+                ticket.absorb(self._join_some(some, (size, part_bytes), (claim, pieces), terms, parent))
+                parent = some[-1]
+        except BaseException:
+            ticket.end()
+            raise
+        return ticket
+
+    def _join_some(
+        self, digests: Sequence[bytes], shape: tuple[int, int], ask: tuple[int, Pieces], terms: Terms, parent: bytes
+    ) -> BlockTicket:
+        """A ticket for a few blocks below `parent`."""
+        index, names, (size, part_bytes) = self.tiers.index, [Name(digest) for digest in digests], shape
+        if not any(ask):  # to compare alone: nothing is begun
             match = index.chains.match(digests)
-            there = Reservation(match.slots, np.zeros(len(names), bool), match.pin)
-            return BlockTicket(self, there, size, part_bytes)
+            return BlockTicket(self, Reservation(match.slots, np.zeros(len(names), bool), match.pin), size, part_bytes)
         self._storing.prepare(names, [size], terms)
         with self.lock:
             reservation = index.reserve_chain(
@@ -171,21 +193,27 @@ class Blocks:
             ticket = BlockTicket(self, reservation, size, part_bytes)
             found: list[Fill | None] = [None] * len(names)
             try:
-                self._find_extents(ticket, names, found, (claim, pieces))
+                self._find_extents(ticket, reservation, names, found, ask)
                 with self._flights.lock:
                     for item, fill in enumerate(found):
                         if fill is not None:
-                            self._grant(ticket, item, fill, (claim, pieces))
+                            self._grant(ticket, item, fill, ask)
             except BaseException:
-                self._end(ticket, [fill for fill in found if fill is not None and not fill.tickets])
+                unused = [fill for fill in found if fill is not None and not fill.tickets]
+                self._end(ticket, reservation, range(len(names)), unused)
                 raise
         return ticket
 
     def _find_extents(
-        self, ticket: BlockTicket, names: Sequence[Name], found: list[Fill | None], ask: tuple[int, Pieces]
+        self,
+        ticket: BlockTicket,
+        reservation: Reservation,
+        names: Sequence[Name],
+        found: list[Fill | None],
+        ask: tuple[int, Pieces],
     ) -> None:
         """Finds the fill of every block that lacks something; else its outcome. The lock is held."""
-        tiers, fresh = self.tiers, ticket.reservation.fresh
+        tiers, fresh = self.tiers, reservation.fresh
         facts = tiers.index.facts(ticket.slots)
         ssd = facts.ssd_parts if tiers.ssd_readable else np.zeros_like(facts.ssd_parts)
         ticket.present = (facts.memory_parts | ssd).tolist()
@@ -198,6 +226,7 @@ class Blocks:
             fill = self._fills.get(slot)
             if fill is not None and fill.placed and fill.location != location:
                 del self._fills[slot]  # the block lost the extent that was being filled
+                self._waiting.pop(slot, None)
                 fill = None
             if slot <= 0:
                 ticket.outcomes[item] = Outcome.FULL
@@ -212,13 +241,18 @@ class Blocks:
             else:
                 wanting.append(item)
         if wanting:
-            self._take_extents(ticket, names, found, wanting)
+            self._take_extents(ticket, fresh, names, found, wanting)
 
     def _take_extents(
-        self, ticket: BlockTicket, names: Sequence[Name], found: list[Fill | None], items: list[int]
+        self,
+        ticket: BlockTicket,
+        fresh: npt.NDArray[np.bool_],
+        names: Sequence[Name],
+        found: list[Fill | None],
+        items: list[int],
     ) -> None:
         """New extents, for blocks that have none in memory."""
-        tiers, count, fresh = self.tiers, len(items), ticket.reservation.fresh
+        tiers, count = self.tiers, len(items)
         some = [names[item] for item in items]
         places = tiers.reserve(some, [ticket.size] * count, [ticket.part_bytes] * count)
         housed = [(item, place) for item, place in zip(items, places, strict=True) if place >= 0]
@@ -267,6 +301,12 @@ class Blocks:
 
     def land(self, rows: Sequence[tuple[Fill, int, bytes]]) -> list[bool]:
         """Parts lie in their extents with these digests: shows them. False where the block has lost its extent."""
+        shown: list[bool] = []
+        for at in range(0, len(rows), STEP_BLOCKS):
+            shown += self._land_some(rows[at : at + STEP_BLOCKS])
+        return shown
+
+    def _land_some(self, rows: Sequence[tuple[Fill, int, bytes]]) -> list[bool]:
         memory, index = self.tiers.memory, self.tiers.index
         with self.lock:
             locations = [fill.location for fill, _, _ in rows]
@@ -306,12 +346,12 @@ class Blocks:
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
-    def end(self, ticket: BlockTicket) -> None:
-        """Gives up what a ticket claims; see the module."""
+    def end(self, ticket: BlockTicket, reservation: Reservation, items: range) -> None:
+        """Gives up what a ticket claims of these items, which are those of one reservation; see the module."""
         with self.lock:
-            left = self._end(ticket)
+            left = self._end(ticket, reservation, items)
         self.note_stored(left, ended=True)
-        outcomes = ticket.outcomes
+        outcomes = ticket.outcomes[items.start : items.stop]
         self.tiers.metrics.add_all(
             [
                 ("tiercache_puts_total", outcomes.count(Outcome.HIT), "", "block"),
@@ -319,13 +359,16 @@ class Blocks:
             ]
         )
 
-    def _end(self, ticket: BlockTicket, unused: Sequence[Fill] = ()) -> list[Fill]:
+    def _end(
+        self, ticket: BlockTicket, reservation: Reservation, items: range, unused: Sequence[Fill] = ()
+    ) -> list[Fill]:
         """Answers fills that nobody is at any more, and of which something landed; `unused` never came to be. The lock
         is held."""
         tiers, index = self.tiers, self.tiers.index
         left: list[Fill] = []
         gone = list(unused)
-        for item, fill in enumerate(ticket.fills):
+        for item in items:
+            fill = ticket.fills[item]
             if fill is None:
                 continue
             fill.give_up(ticket.claims[item], ticket.pieces[item], ticket.part_bytes)
@@ -336,7 +379,7 @@ class Blocks:
         if homeless := [fill for fill in gone if not fill.placed]:
             tiers.memory.free([fill.location for fill in homeless])
             index.abandon(np.array(sorted(fill.slot for fill in homeless), np.int64))
-        tiers.release(ticket.reservation)
+        tiers.release(reservation)
         placed = [fill.slot for fill in reversed(gone) if fill.placed]  # children before their parents
         if placed:  # nothing came into these extents
             empty = [slot for slot, look in zip(placed, index.look(placed), strict=True) if not look.memory_parts]
@@ -359,6 +402,7 @@ class Blocks:
             return True
         if current:
             del self._fills[slot]
+            self._waiting.pop(slot, None)
         return fill.placed and bool(index.look([slot])[0].memory_parts)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
@@ -385,6 +429,9 @@ class Blocks:
         """Ends that thread, after what was given to it."""
         if self._worker is not None:
             self._worker.shutdown()
+
+
+_NONE = np.empty(0, np.int64)
 
 
 def _lacks(there: int, part_bytes: int, claim: int, pieces: Pieces) -> bool:

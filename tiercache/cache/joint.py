@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
 
 from tiercache.buffers import part_digests, same_digests
 from tiercache.errors import ClosedError, ConfigError
@@ -11,12 +14,11 @@ from tiercache.model import Outcome
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
     from typing import Any
 
-    import numpy as np
     import numpy.typing as npt
 
     from tiercache.buffers import Buffer
@@ -113,7 +115,7 @@ class Lands(Protocol):
         """See Blocks."""
         ...
 
-    def end(self, ticket: BlockTicket) -> None:
+    def end(self, ticket: BlockTicket, reservation: Reservation, items: range) -> None:
         """See Blocks."""
         ...
 
@@ -127,7 +129,8 @@ class BlockTicket:
 
     def __init__(self, blocks: Lands, reservation: Reservation, size: int, part_bytes: int) -> None:
         """Owns the reservation; `end` gives it back."""
-        self._blocks, self.reservation, self.size, self.part_bytes = blocks, reservation, size, part_bytes
+        self._blocks, self.size, self.part_bytes = blocks, size, part_bytes
+        self._steps = [(reservation, range(len(reservation.slots)))]
         self.slots: npt.NDArray[np.int64] = reservation.slots
         count = len(self.slots)
         self.outcomes = [Outcome.HIT] * count
@@ -138,6 +141,19 @@ class BlockTicket:
         self._committed = [0] * count
         self._pending: list[Future[list[Outcome]]] = []
         self._ended = False
+
+    def absorb(self, more: Self) -> None:
+        """Takes over a ticket for the blocks that follow, before anything is done with either."""
+        count = len(self.slots)
+        self._steps += [(held, range(count + some.start, count + some.stop)) for held, some in more._steps]
+        more._steps, more._ended = [], True
+        self.slots = np.concatenate((self.slots, more.slots))
+        self.outcomes += more.outcomes
+        self.claims += more.claims
+        self.pieces += more.pieces
+        self.present += more.present
+        self.fills += more.fills
+        self._committed += more._committed
 
     @property
     def locations(self) -> list[int]:
@@ -192,7 +208,7 @@ class BlockTicket:
 
     def _show(self, rows: list[tuple[Fill, int, bytes]], whose: list[tuple[int, int]], outcomes: list[Outcome]) -> None:
         shown = self._blocks.land(rows)
-        with self._blocks.lock:
+        with self._blocks.lock:  # for a microsecond a row
             for (fill, parts, _), (at, item), there in zip(rows, whose, shown, strict=True):
                 fill.claimed &= ~parts
                 self.claims[item] &= ~parts
@@ -286,12 +302,19 @@ class BlockTicket:
 
     def end(self) -> None:
         """See core.BlockTicket."""
-        if self._ended:
-            return
-        for future in self._pending:
-            future.exception()  # returns when it is done
+        for _ in self.ending():
+            pass
+
+    def ending(self) -> Iterator[None]:
+        """Ends it, a few blocks at a time, the last ones of the chain first. From the first one on it has ended; see
+        that all is done."""
+        if self._pending and not self._ended:
+            wait(self._pending)
         self._ended = True
-        self._blocks.end(self)
+        while self._steps:
+            reservation, items = self._steps.pop()
+            self._blocks.end(self, reservation, items)
+            yield
 
 
 def _hash(extent: Buffer, start: int, stop: int) -> int:

@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,9 @@ REFUSED_S, REFUSED_AGAIN_S = 60.0, 1.0
 """How long an owner that takes over tries to open the SSD, and how often: then it is for its clients to start one."""
 AGAIN_S = 0.2
 """When a client may just be connecting, the end is thought over so much later."""
+SWITCH_S = 0.2e-3
+"""A thread that hashes or shows a batch gives the interpreter to the loop after so long (CPython's own 5 ms would be
+what every other client waits)."""
 GOOD, TAKEN, FAILED = 0, 3, 1
 """Exit codes: served and went; somebody else has the directory; it could not be served at all."""
 
@@ -74,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         starting.trim_log(directory)
         if listener is None:
             listener = _listen(directory, group=settings.share_group)
+        sys.setswitchinterval(SWITCH_S)
         with asyncio.Runner(loop_factory=eager_loop) as runner:
             return runner.run(Owner(settings, listener).run())
     except (TierCacheError, OSError) as fault:

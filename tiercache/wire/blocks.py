@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 from tiercache.errors import CapacityError, ClosedError, ConfigError, ProtocolError
@@ -16,7 +16,7 @@ from tiercache.lease import check_blocks
 from tiercache.model import Outcome
 from tiercache.wire import frames, joint
 from tiercache.wire.frames import Landed, Op
-from tiercache.wire.joint import DIGESTS_MAX, PIECES_MAX, JoinAsk, LandAsk
+from tiercache.wire.joint import DIGESTS_MAX, PIECES_ALL_MAX, PIECES_MAX, JoinAsk, LandAsk
 from tiercache.wire.puts import DURABLE, SCOPE_MAX, STEP_BYTES
 from tiercache.wire.sockets import Lost
 
@@ -65,6 +65,8 @@ def checked(ask: JoinAsk, terms: Terms) -> JoinAsk:
         raise ConfigError("these digests are no chain: one stands there twice")
     if len(ask.digests) > DIGESTS_MAX or len(ask.pieces) > PIECES_MAX:
         raise CapacityError(f"at most {DIGESTS_MAX} blocks and {PIECES_MAX} pieces of each are joined at a time")
+    if len(ask.digests) * len(ask.pieces) > PIECES_ALL_MAX:
+        raise CapacityError(f"at most {PIECES_ALL_MAX} pieces of all blocks together are claimed at a time")
     if not 0 <= terms.scope <= SCOPE_MAX:
         raise ConfigError(f"scope must be a whole number from 0 to {SCOPE_MAX}, not {terms.scope!r}")
     if not 0 <= terms.cost_s < float("inf"):
@@ -179,8 +181,7 @@ class SharedBlockTicket:
         if last:
             self._abandon()
         elif not self._link.revive.here:
-            for future in waits:
-                future.exception()  # returns when it is done
+            wait(waits)
 
     def _abandon(self) -> None:
         if self._known:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     Answered = Callable[[Session, Post, int, memoryview], bytes | None]
 
-INLINE_BLOCKS_MAX = 64
-"""A JOIN of more looks for extents in a thread."""
+STEP_BLOCKS = 16
+"""More blocks than these, or rows, are dealt with bit by bit, so that others are answered in between."""
 
 
 class Joining:
@@ -49,7 +49,7 @@ class Joining:
         if ask.kind not in Kind.__members__.values():
             raise ProtocolError(f"there is no kind {ask.kind}")
         session.ask_put(ask.ticket)
-        if self._core.recovered and len(ask.digests) <= INLINE_BLOCKS_MAX:
+        if self._core.recovered and len(ask.digests) <= _step(ask) and not session.endings:
             try:
                 return self._joined(session, ask, self._begin(session, ask))
             finally:
@@ -58,19 +58,36 @@ class Joining:
         return None
 
     async def _join_later(self, session: Session, ask: JoinAsk) -> bytes:
-        made: list[JointTicket | None] = []
+        ticket: JointTicket | None = None
+        held = 0
         try:
+            await session.all_ended()  # what it has given up just now makes room
             if not self._core.recovered:
                 names = [Name(digest) for digest in ask.digests]
                 await self._serving.recall([*names, Name(ask.parent)] if ask.parent else names)
-            await in_thread(lambda: made.append(self._begin(session, ask)))
-            return self._joined(session, ask, made.pop())
-        except BaseException:
-            for ticket in made:  # the client has gone meanwhile
-                if ticket is not None:
-                    ticket.end()
+            step, left = _step(ask), ask
+            while left.digests:
+                some = left._replace(digests=left.digests[:step])
+                more = self._begin(session, some)
+                if more is None:
+                    break
+                pinned, known = _extents(more), len(more.outcomes)
+                held, session.pinned_bytes = held + pinned, session.pinned_bytes + pinned
+                if ticket is None:
+                    ticket = more
+                else:
+                    ticket.absorb(more)
+                if known < len(some.digests):
+                    break
+                left = left._replace(digests=left.digests[step:], parent=some.digests[-1])
+                await asyncio.sleep(0)
+            return self._joined(session, ask, ticket)
+        except BaseException:  # the client has gone meanwhile
+            if ticket is not None:
+                ticket.end()
             raise
         finally:
+            session.pinned_bytes -= held
             session.unask_put(ask.ticket)
 
     def _begin(self, session: Session, ask: JoinAsk) -> JointTicket | None:
@@ -78,7 +95,7 @@ class Joining:
         fits = len(ask.digests)
         if (ask.claim or ask.pieces) and ask.size <= self._serving.entry_bytes_max:  # else refused, with the reason
             fits = min(fits, max(0, session.room_bytes) // extent_bytes(ask.size))
-        if session.ended or not session.may_put or (ask.digests and not fits):
+        if session.ended or not session.may_put or not fits:
             return None
         terms = Terms(Kind(ask.kind), ask.scope, ask.cost_s, ask.expiry_s)
         return self._serving.join(
@@ -101,7 +118,7 @@ class Joining:
             count - rest,
         )
         packed = joint.pack_joined(answer)
-        session.begin_put(ask.ticket, ticket, sum(at >= 0 for at in locations) * extent_bytes(ask.size), joint=True)
+        session.begin_put(ask.ticket, ticket, _extents(ticket), joint=True)
         return packed
 
     # -- landing -------------------------------------------------------------------------------------------------------
@@ -123,7 +140,8 @@ class Joining:
             return None
         size = sum(one.parts.bit_count() for one in ask.landed) * ticket.part_bytes
         size += sum(stop - start for _, start, stop, _ in ask.pieces)
-        if size <= INLINE_BYTES_MAX and session.is_free(ask.ticket):
+        rows = len(ask.landed) + len(ask.pieces)
+        if size <= INLINE_BYTES_MAX and rows <= STEP_BLOCKS and session.is_free(ask.ticket):
             return frames.pack_outcomes(ticket.commit(ask.landed, ask.pieces))
         session.work("put", post, number, lambda: self._land_later(session, ask), len(body))
         return None
@@ -137,13 +155,24 @@ class Joining:
         async with session.turn(number):
             return frames.pack_outcomes(await session.joint(number).saved())
 
-    def _compare(self, session: Session, post: Post, number: int, body: memoryview) -> bytes:
+    def _compare(self, session: Session, post: Post, number: int, body: memoryview) -> bytes | None:
         ticket_number, flags, rows = frames.unpack_landed(body)
         ticket = session.joint(ticket_number)
         if flags:
             raise ProtocolError(f"no such flags of a COMPARE: {flags}")
         _check_rows(rows, len(ticket.outcomes))
-        return joint.pack_maps(ticket.compare(rows))
+        if len(rows) <= STEP_BLOCKS:
+            return joint.pack_maps(ticket.compare(rows))
+        session.work("put", post, number, lambda: self._compare_later(session, ticket_number, rows), len(body))
+        return None
+
+    async def _compare_later(self, session: Session, number: int, rows: Sequence[Landed]) -> bytes:
+        async with session.turn(number):
+            ticket, maps = session.joint(number), list[int]()
+            for at in range(0, len(rows), STEP_BLOCKS):
+                maps += ticket.compare(rows[at : at + STEP_BLOCKS])
+                await asyncio.sleep(0)
+            return joint.pack_maps(maps)
 
     # -- look-ups ------------------------------------------------------------------------------------------------------
 
@@ -175,6 +204,16 @@ class Joining:
 
         session.work("lease", post, number, later, len(body))
         return None
+
+
+def _step(ask: JoinAsk) -> int:
+    """Blocks to join in one go."""
+    return max(1, STEP_BLOCKS // max(1, len(ask.pieces)))
+
+
+def _extents(ticket: JointTicket) -> int:
+    """Bytes of memory in which there is something for the client to write."""
+    return sum(at >= 0 for at in ticket.locations) * extent_bytes(ticket.size)
 
 
 def _check_rows(rows: Sequence[Landed], items: int) -> None:

@@ -25,6 +25,8 @@ DIGESTS_MAX = 1 << 16
 """Blocks of one message."""
 PIECES_MAX = 256
 """Pieces of one block that one JOIN claims."""
+PIECES_ALL_MAX = 1 << 18
+"""And of all its blocks."""
 
 _JOIN = struct.Struct("<QBBHfIIIQIB3x32s")
 """ticket, kind, width of digests, scope, cost_s, expiry_s, size, part_bytes, claim, pieces, width of parent, parent"""
@@ -87,8 +89,8 @@ def unpack_join(body: memoryview) -> JoinAsk:
         check_blocks(size, part_bytes, claim, pieces)
     except (ConfigError, CapacityError) as fault:
         raise ProtocolError(str(fault)) from None
-    if len(set(digests)) < len(digests):
-        raise ProtocolError("a chain with one block twice")
+    if len(set(digests)) < len(digests) or count * len(digests) > PIECES_ALL_MAX:
+        raise ProtocolError(f"a chain with one block twice, or with {count * len(digests)} pieces")
     return JoinAsk(ticket, kind, scope, cost_s, expiry_s, size, part_bytes, claim, pieces, parent[:above], digests)
 
 
@@ -108,9 +110,9 @@ class Joined(NamedTuple):
 def pack_joined(joined: Joined) -> bytes:
     """Answer to JOIN."""
     count = len(joined.outcomes)
-    rows = [_GRANTED.pack(item, *one) for item, some in enumerate(joined.pieces) for one in some]
-    columns = (*joined.locations, *joined.claims, *joined.present, *joined.outcomes)
-    packed = struct.pack(f"<{count}q{count}Q{count}Q{count}b", *columns)
+    rows = [_GRANTED.pack(item, *one) for item, some in enumerate(joined.pieces) if some for one in some]
+    columns = ((joined.locations, "<i8"), (joined.claims, "<u8"), (joined.present, "<u8"), (joined.outcomes, "<i1"))
+    packed = b"".join([np.array(column, kind).tobytes() for column, kind in columns])
     return _JOINED.pack(joined.ticket, count, joined.known) + packed + b"".join(rows)
 
 

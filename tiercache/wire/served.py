@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from tiercache.core import BlockTicket, Core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from tiercache.lease import Lease
     from tiercache.model import Name, Outcome, Terms
@@ -61,6 +61,14 @@ class JointTicket(BlockTicket, Protocol):
     @property
     def part_bytes(self) -> int:
         """Bytes of each part."""
+        ...
+
+    def absorb(self, more: Self) -> None:
+        """Takes over a ticket for the blocks that follow, before anything is done with either."""
+        ...
+
+    def ending(self) -> Iterator[None]:
+        """As `end`, a few blocks at a time. From the first one on it has ended; see that all is done."""
         ...
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EARLY_MAX = 1024
+ENDED_MAX = 16
+"""A ticket of more blocks is ended bit by bit, so that others are answered in between."""
 LAST, DURABLE = 1, 2
 """Flags of COMMIT."""
 
@@ -43,14 +45,15 @@ class _Held(NamedTuple):
 class _Put:
     """A ticket, of a RESERVE or of a JOIN, and who works on it."""
 
-    __slots__ = ("end", "joint", "over", "size", "turn", "whole")
+    __slots__ = ("end", "ended", "joint", "many", "over", "size", "turn", "whole")
 
     def __init__(self, ticket: Ticket | JointTicket, size: int, *, joint: bool) -> None:
         self.size, self.end = size, ticket.end
         self.whole = cast("Ticket", None if joint else ticket)
         self.joint = cast("JointTicket", ticket if joint else None)
+        self.many = joint and len(ticket.outcomes) > ENDED_MAX
         self.turn = asyncio.Lock()
-        self.over = False
+        self.over = self.ended = False
 
 
 class _Question(NamedTuple):
@@ -131,6 +134,8 @@ class Session:
         self._lanes: dict[str, _Lane] = {}
         self._waiting = self._waiting_bytes = 0
         self._tasks: dict[asyncio.Task[None], Post] = {}
+        self.endings: set[asyncio.Task[None]] = set()
+        """Tickets of many blocks on their way out."""
 
     # -- accounts ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +311,7 @@ class Session:
                 return await put.whole.save(outcomes) if flags & DURABLE else outcomes
         finally:
             if put.over:
-                put.end()
+                self._end(put)
             elif flags & LAST:
                 self.end_put(number)
 
@@ -332,7 +337,7 @@ class Session:
                 yield
         finally:
             if put.over:
-                put.end()
+                self._end(put)
 
     def _put(self, number: int) -> _Put:
         put = self._puts.get(number)
@@ -353,10 +358,35 @@ class Session:
         put = self._puts.pop(number, None)
         if put is None:
             return
-        self.pinned_bytes -= put.size
         put.over = True
         if not put.turn.locked():  # else whoever works on it ends it
+            self._end(put)
+
+    def _end(self, put: _Put) -> None:
+        """Nobody works on a ticket that is over. Idempotent."""
+        if put.ended:
+            return
+        put.ended = True
+        if not put.many:
+            self.pinned_bytes -= put.size
             put.end()
+            return
+        task = asyncio.get_running_loop().create_task(self._ending(put))
+        self.endings.add(task)
+        task.add_done_callback(self.endings.discard)
+
+    async def _ending(self, put: _Put) -> None:
+        try:
+            for _ in put.joint.ending():
+                await asyncio.sleep(0)
+        finally:
+            put.end()  # what is left of it, where this was cancelled
+            self.pinned_bytes -= put.size
+
+    async def all_ended(self) -> None:
+        """Returns when what it has given up so far is free."""
+        if self.endings:
+            await asyncio.wait(list(self.endings))
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -456,9 +486,9 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a task of this session still runs."""
-        return bool(self._tasks)
+        return bool(self._tasks or self.endings)
 
     async def settled(self) -> None:
         """Returns when no task of this session runs any more."""
-        while self._tasks:
-            await asyncio.wait(list(self._tasks))
+        while self._tasks or self.endings:
+            await asyncio.wait([*self._tasks, *self.endings])
