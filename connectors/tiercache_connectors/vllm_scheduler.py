@@ -59,6 +59,8 @@ class Known:
     """Where leading blocks are, by group, as KvStore.match has it."""
     usable: Usable | None = None
     """What a load may bring."""
+    later: bool = False
+    """Whether the engine was told that it need not wait for the load."""
     advice: Plan | None = None
     """How much of it is worth loading."""
     load: Load | None = None
@@ -183,7 +185,8 @@ class Scheduler:
         tokens = self._table.matched(row, computed, length, stored)
         if known.usable is None or tokens < max(1, self.options.min_tokens):
             return 0, False
-        return tokens, self._is_later(known.usable, computed // self._tokens)
+        known.later = self._is_later(known.usable, computed // self._tokens)
+        return tokens, known.later
 
     def _present(self, row: Request, wanted: int) -> tuple[bytes, ...]:
         """Where the first `wanted` blocks are, by group; nothing where the cache cannot be asked."""
@@ -216,14 +219,13 @@ class Scheduler:
             known.usable = self.groups.model.usable(known.present, blocks)  # the engine takes less than it could
         usable = known.usable
         ranges = usable.ranges if usable is not None else ()
-        later = usable is not None and self._is_later(usable, row.asked // self._tokens)
         deadline_s = 0.0
         if tokens > 0 and self._advice is not None and known.advice is not None:
             if known.load is not None:  # before a preemption
                 self._advice.drop(known.load)
             known.load = self._advice.begin(known.advice, known.present[0], self._clock.monotonic())
             deadline_s = known.advice.give_up_s
-        self._table.allocated(row, self._by_group(pages), tokens, ranges, later=later, deadline_s=deadline_s)
+        self._table.allocated(row, self._by_group(pages), tokens, ranges, later=known.later, deadline_s=deadline_s)
         self._count("matched_tokens", tokens)
 
     def sources(self, request: Any, tokens: int) -> tuple[int, int]:
