@@ -34,6 +34,10 @@ class Advice:
         """A load of as much as was planned begins."""
         return self._advisor.begin(plan, tiers, now_s)
 
+    def deadline_s(self, plan: Plan) -> float:
+        """When to give a load up, in seconds after it began; 0 while nobody knows what computing would take."""
+        return plan.give_up_s if self._advisor.prefill.known else 0.0
+
     def loaded(self, load: Load, landed: int, seconds: float) -> None:
         """It is over, after so many seconds: the first `landed` blocks are there."""
         self._advisor.end(load, landed, load.began_s + seconds)

@@ -224,7 +224,7 @@ class Scheduler:
             if known.load is not None:  # before a preemption
                 self._advice.drop(known.load)
             known.load = self._advice.begin(known.advice, known.present[0], self._clock.monotonic())
-            deadline_s = known.advice.give_up_s
+            deadline_s = self._advice.deadline_s(known.advice)
         self._table.allocated(row, self._by_group(pages), tokens, ranges, later=known.later, deadline_s=deadline_s)
         self._count("matched_tokens", tokens)
 
