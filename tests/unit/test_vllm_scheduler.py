@@ -20,6 +20,7 @@ from tiercache.model import Outcome
 from tiercache_connectors.vllm_layout import Group, Groups, Unusable, layer_number
 from tiercache_connectors.vllm_options import LoadMode, Options
 from tiercache_connectors.vllm_scheduler import Scheduler
+from tiercache_connectors.vllm_table import Scheduled
 
 MIB = 1 << 20
 LAYOUT = Layout("m", heads=2, layers=2, k_dim=8, v_dim=8, dtype="float32")
@@ -87,6 +88,41 @@ def test_modes_and_least_lengths(cache: Any) -> None:
     one = scheduler(cache)
     one.begin(asked)
     assert one.match(asked, 0) == (0, False), "who wants logprobs of the prompt computes it"
+
+
+def test_what_is_computed_faster_is_not_loaded(cache: Any) -> None:
+    store(cache, keys(scheduler(cache), request("a", 200))[:9])
+    one = scheduler(cache, plan=True)
+    asked = request("b", 200)
+    one.begin(asked)
+    assert one.match(asked, 0)[0] == 144, "nothing is known of prefill yet"
+    one.allocated(asked, [list(range(1, 8))], 144)
+    (load,) = one.step(planned()).loads
+    assert load.deadline_s == 0, "so there is nothing to give it up for"
+    one.heard(set(), (), (), 1, {"b": 0.001})
+    for number in range(2, 20):
+        learn(one, number, 1e-6)
+    assert one.match(asked, 0) == (0, False)
+    for number in range(20, 60):
+        learn(one, number, 30.0)
+    assert one.match(asked, 0)[0] == 144
+    one.allocated(asked, [list(range(1, 8))], 144)
+    (load,) = one.step(planned()).loads
+    assert 0 < load.deadline_s < 30
+    one.finished(asked, [list(range(1, 8))])
+    assert not one._known
+
+
+def planned() -> Any:
+    """A step of vLLM that runs nothing."""
+    cached = SimpleNamespace(req_ids=[], resumed_req_ids=set(), num_computed_tokens=[], new_block_ids=[])
+    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, num_scheduled_tokens={})
+
+
+def learn(one: Scheduler, number: int, seconds: float) -> None:
+    """A prefill of 192 tokens took so long."""
+    one._advice.began(number, Scheduled("x", 0, 192, 192), 0.0)
+    one._advice.ended(number, seconds)
 
 
 def test_what_else_decides_the_bytes_is_in_the_keys(cache: Any, tmp_path: Path) -> None:
