@@ -229,3 +229,38 @@ def test_encoder_outputs(tmp_path: Path) -> None:
     worker.clear_connector_metadata()
     worker.shutdown()
     scheduler.shutdown()
+
+
+def test_a_policy_that_makes_errors_of_faults_is_warned_of() -> None:
+    import logging
+
+    from tiercache_connectors.vllm_v1 import TierCacheConnector
+
+    said: list[str] = []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, heard = logging.getLogger("vllm.tiercache"), Heard()
+    logger.addHandler(heard)
+    try:
+        for policy in ("recompute", "fail"):
+            config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy))
+            TierCacheConnector._warn(SimpleNamespace(), config)
+    finally:
+        logger.removeHandler(heard)
+    (line,) = said
+    assert '"fail"' in line
+    assert '"recompute"' in line
+
+
+def test_it_is_no_producer_that_must_deliver() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA
+
+    from tiercache_connectors.vllm_v1 import TierCacheConnector
+
+    assert issubclass(TierCacheConnector, SupportsHMA)
+    assert TierCacheConnector.requires_kv_delivery.fget(SimpleNamespace()) is False
+    assert TierCacheConnector.requires_piecewise_for_cudagraph({})
+    assert not TierCacheConnector.requires_piecewise_for_cudagraph({"load": "async"})
