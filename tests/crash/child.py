@@ -15,6 +15,7 @@ import rocksdict
 
 import tiercache
 import tiercache.ssd.tier
+from tests.crash import joint
 from tests.crash.ledger import FILE_PAGES, FILE_SIZE, PAGE_BYTES, PART_BYTES, Ledger, page_of, value_of
 from tiercache import keys
 from tiercache.buffers import Buffer
@@ -56,7 +57,7 @@ class Child:
         self.say("v", checked + more_checked, present + more_present)
         workers = [
             threading.Thread(target=self.work, args=(work, f"{self.seed}/{i}"), daemon=True)
-            for i, work in enumerate([self.put_some, self.put_some, self.read_pages])
+            for i, work in enumerate([self.put_some, self.put_some, self.read_pages, self.blocks])
         ]
         for worker in workers:
             worker.start()
@@ -176,6 +177,13 @@ class Child:
         self.page_read(rng.randrange(FILES), ordinals, [rng.randrange(1, 4) << rng.randrange(2) for _ in ordinals])
         if rng.random() < 0.1:
             self.flush()
+
+    def blocks(self, rng: random.Random, _mine: list[int]) -> None:
+        """Blocks that are filled part by part."""
+        if rng.random() < 0.5:
+            joint.write(self.cache, rng)
+        else:
+            joint.read(self.cache, rng, lambda text: self.say("w", text))
 
     def flush(self) -> None:
         number = next(self.flush_numbers)

@@ -20,6 +20,7 @@ from pathlib import Path
 import fsspec
 
 import tiercache
+from tests.crash import joint
 from tests.crash.ledger import value_of
 from tiercache.errors import UnavailableError
 from tiercache.model import Outcome
@@ -58,7 +59,7 @@ class Client:
         self.numbers = itertools.count(self.first)
         self.durable: list[int] = []
         self.seed, self.stop, self.lock = seed, threading.Event(), threading.Lock()
-        self.counts = {"hits": 0, "misses": 0, "refused": 0, "views": 0, "pages": 0}
+        self.counts = {"hits": 0, "misses": 0, "refused": 0, "views": 0, "pages": 0, "parts": 0, "blocks": 0}
         self.cache = tiercache.open(directory, share=True, **OPTIONS)
         self.files = sorted(Path(files).iterdir())
         self.filesystem = fsspec.filesystem(
@@ -73,7 +74,7 @@ class Client:
 
     def live(self) -> None:
         """Until the parent closes stdin."""
-        steps: list[Callable[[random.Random], None]] = [self.write, self.read, self.hold, self.read_file]
+        steps: list[Callable[[random.Random], None]] = [self.write, self.read, self.hold, self.read_file, self.blocks]
         beats = [0] * len(steps)
         threads = [
             threading.Thread(target=self.work, args=(i, steps[i], beats), daemon=True) for i in range(len(steps))
@@ -168,6 +169,14 @@ class Client:
             if got != file.read(stop - start):
                 self.say("w", f"{path.name} [{start}, {stop}) differs")
         self.counts["pages"] += 1
+
+    def blocks(self, rng: random.Random) -> None:
+        """Blocks of chains that all clients fill together."""
+        self.stop.wait(rng.uniform(0, 0.05))
+        if rng.random() < 0.5:
+            self.counts["parts"] += joint.write(self.cache, rng)
+        else:
+            self.counts["blocks"] += joint.read(self.cache, rng, lambda text: self.say("w", text))
 
     def check_all(self) -> None:
         """With the owner left alone at last, everything durable must be there."""

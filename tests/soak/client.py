@@ -19,9 +19,10 @@ from pathlib import Path
 import fsspec
 
 import tiercache
+from tests.crash import joint
 from tests.crash.ledger import value_of
 from tiercache.errors import UnavailableError
-from tiercache.model import Outcome
+from tiercache.model import Name, Outcome
 
 MIB = 1 << 20
 NAMES = 400
@@ -136,6 +137,16 @@ class Client:
                 self.say("wrong", f"{path.name} [{start}, {stop})")
         self.counts["read"] += 1
 
+    def blocks(self, rng: random.Random) -> None:
+        """Blocks of chains that all clients fill together; some are deleted."""
+        if rng.random() < 0.5:
+            self.counts["parts"] += joint.write(self.cache, rng)
+        else:
+            self.counts["blocks"] += joint.read(self.cache, rng, lambda text: self.say("wrong", text))
+        if rng.random() < 0.05:
+            names = joint.names_of(rng.randrange(joint.CHAINS))
+            self.cache.delete([Name(name) for name in rng.sample(names, 3)])
+
     def fork(self, rng: random.Random) -> None:
         """A child that opens anew, puts and gets, and goes: by closing, or just so."""
         pid = os.fork()
@@ -173,7 +184,7 @@ class Client:
 
     def live(self) -> None:
         """Until stdin ends. The last client comes and goes all the while; each forks now and then."""
-        several = [self.put, self.put, self.get, self.get, self.lease, self.delete, self.read]
+        several = [self.put, self.put, self.get, self.get, self.lease, self.delete, self.read, self.blocks, self.blocks]
         threads = [threading.Thread(target=self.work, args=(i, several)) for i in range(2)]
         ended = threading.Event()
         threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
@@ -202,7 +213,7 @@ class Client:
     def visit(self, how: str) -> None:
         """Comes, does a little, and goes, or works until it is killed."""
         rng = random.Random(os.getpid())
-        steps = [self.put, self.get, self.lease, self.read]
+        steps = [self.put, self.get, self.lease, self.read, self.blocks]
         turn = 0
         while how == "stay" or turn < 30:
             rng.choice(steps)(rng)

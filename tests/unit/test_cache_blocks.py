@@ -526,6 +526,39 @@ def test_a_block_that_lost_its_extent_while_it_was_filled_is_filled_again(cache:
     assert used(cache) == before
 
 
+def test_pieces_of_another_division_are_forgotten_once_their_writers_are_gone(cache: Any) -> None:
+    """An engine that comes again with another number of stages."""
+    core, name = cache.core, digests(1)[0]
+
+    def piece(ticket: Any, start: int, stop: int) -> list[Outcome]:
+        data = value(name)[start:stop]
+        poke(ticket, 0, start, data)
+        return list(ticket.commit([], [(0, start, stop, xxhash.xxh3_64_intdigest(data))]))
+
+    old = join(cache, [name], 0, [(0, 100)])
+    assert piece(old, 0, 100) == [HIT]
+    assert refused(cache, [name], 0, [(50, 200)]) == [BUSY]  # its writer lives
+    old.end()
+    new = join(cache, [name], 0, [(50, 200), (200, PART)])
+    assert new.pieces == [[(50, 200), (200, PART)]]
+    assert piece(new, 50, 200) == [HIT]
+    assert piece(new, 200, PART) == [HIT]
+    assert core.probe_chain([name], 1) == b""
+    rest = join(cache, [name], 0, [(0, 50)])
+    assert piece(rest, 0, 50) == [HIT]
+    with core.lease_blocks_resident([name], 1) as lease:
+        check(lease, [name], 1)
+    rest.end()
+    new.end()
+
+
+def test_a_ticket_of_a_closed_cache_commits_nothing(tmp_path: Path) -> None:
+    with tiercache.open(tmp_path, memory_bytes=8 * MIB, ssd_bytes=0, share=False) as cache:
+        ticket = join(cache, digests(2), 1)
+    with pytest.raises(ClosedError):
+        ticket.commit_soon([(0, 1, bytes(8))])
+
+
 def test_pieces_that_wait_are_forgotten_with_their_extents(cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "WAITING_MAX", 2)
     core, names = cache.core, digests(6)

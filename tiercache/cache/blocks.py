@@ -17,10 +17,10 @@ import numpy as np
 
 from tiercache.cache.joint import BlockTicket, Fill
 from tiercache.cache.tiers import whole
-from tiercache.errors import ConfigError
+from tiercache.errors import ClosedError, ConfigError
 from tiercache.index import Reservation
 from tiercache.lease import Lease, check_blocks
-from tiercache.model import ALIGN_BYTES, Name, Outcome, State, TierId
+from tiercache.model import ALIGN_BYTES, Form, Name, Outcome, State, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -85,6 +85,7 @@ class Blocks:
         self._waiting: dict[int, None] = {}  # slots among them with pieces, and without a living ticket
         self._frozen: frozenset[int] = frozenset()
         self._worker: ThreadPoolExecutor | None = None
+        self._closed = False
         self.beyond: Beyond | None = None
         """Where blocks may be that no local tier has."""
 
@@ -133,8 +134,8 @@ class Blocks:
 
     def taken(self, slot: int, location: int) -> int:
         """Parts of this slot, in this extent, that nobody but a ticket may write. Takes no lock."""
-        if location in self._frozen:  # nor a ticket, so far
-            return ALL
+        if location in self._frozen and self.tiers.index.forms(np.array([slot]))[0] == Form.BLOCK:
+            return ALL  # nor a ticket, so far
         fill = self._fills.get(slot)
         return fill.taken if fill is not None and fill.location == location else 0
 
@@ -195,8 +196,10 @@ class Blocks:
             try:
                 self._find_extents(ticket, reservation, names, found, ask)
                 with self._flights.lock:
+                    here = index.facts(ticket.slots).memory_parts.tolist()  # a load may just have landed
                     for item, fill in enumerate(found):
                         if fill is not None:
+                            ticket.present[item] |= here[item]
                             self._grant(ticket, item, fill, ask)
             except BaseException:
                 unused = [fill for fill in found if fill is not None and not fill.tickets]
@@ -421,12 +424,16 @@ class Blocks:
     def soon(self, work: Callable[[], Any]) -> Future[Any]:
         """Runs work in a thread of its own, in order."""
         with self.lock:
+            if self._closed:
+                raise ClosedError("this cache was closed: open it again with tiercache.open(...)")
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "tiercache-commit")
-        return self._worker.submit(work)
+            return self._worker.submit(work)
 
     def close(self) -> None:
         """Ends that thread, after what was given to it."""
+        with self.lock:
+            self._closed = True
         if self._worker is not None:
             self._worker.shutdown()
 

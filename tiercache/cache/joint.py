@@ -67,12 +67,21 @@ class Fill:
         return granted, bool(parts & busy)
 
     def claim_piece(self, part: int, start: int, stop: int) -> bool | None:
-        """Claims a piece: None where it lies there already, False where somebody else has some of it."""
-        done = [(a, b) for a, b, _ in self.landed.get(part, ())]
-        if any(a <= start and stop <= b for a, b in done):
+        """Claims a piece: None where it lies there already, False where somebody else has some of it. Other pieces that
+        lie there are forgotten for it where no ticket lives: a writer who divides the part otherwise (an engine of
+        another shape) would wait for their rest for ever."""
+        done = self.landed.get(part, [])
+        if any(a <= start and stop <= b for a, b, _ in done):
             return None
-        if self.claimed >> part & 1 or any(a < stop and start < b for a, b in (*done, *self.open.get(part, ()))):
+        if self.claimed >> part & 1 or any(a < stop and start < b for a, b in self.open.get(part, ())):
             return False
+        clash = [one for one in done if one[0] < stop and start < one[1]]
+        if clash and self.tickets:
+            return False
+        if clash:
+            self.landed[part] = [one for one in done if one not in clash]
+            if not self.landed[part]:
+                del self.landed[part]
         self.open.setdefault(part, []).append((start, stop))
         return True
 
