@@ -111,4 +111,9 @@ CONNECTORS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
         None,
         {"spec_name": "TierCacheOffloadingSpec", "spec_module_path": "tiercache_connectors.vllm_offload"},
     ),
+    "faulty offload": (
+        "OffloadingConnector",
+        None,
+        {"spec_name": "FaultyOffloadingSpec", "spec_module_path": "tests.engines.faulty"},
+    ),
 }

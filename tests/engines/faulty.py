@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from tiercache.kv.store import KvStore
+from tiercache_connectors.vllm_offload import Books, Mover, TierCacheOffloadingSpec
+from tiercache_connectors.vllm_pages import keys_of
 from tiercache_connectors.vllm_table import Move
 from tiercache_connectors.vllm_v1 import TierCacheConnector
 from tiercache_connectors.vllm_worker import Lane, Worker
@@ -73,3 +75,45 @@ class FaultyConnector(TierCacheConnector):
         assert self._worker is not None, self._reason
         self._worker.__class__ = FaultyWorker
         self._worker.tensors = list(kv_caches.values())
+
+
+class FaultyMover(Mover):
+    """The worker of the offloading spec, with FAULTS."""
+
+    tensors: list[torch.Tensor]
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        if not FAULTS.get("poison"):
+            return super().submit_store(job_id, src_spec, dst_spec)
+        pages = sorted(set(src_spec.block_ids.tolist()))
+        for tensor in self.tensors:
+            tensor[pages] = ~tensor[pages]
+        done = super().submit_store(job_id, src_spec, dst_spec)
+        self.wait({job_id})
+        for tensor in self.tensors:
+            tensor[pages] = ~tensor[pages]
+        return done
+
+
+class FaultyBooks(Books):
+    """The manager of the offloading spec, with FAULTS."""
+
+    def lookup(self, key: Any, req_context: Any) -> Any:
+        if FAULTS.get("damage"):
+            damage(self._store, keys_of(self._store, [key]))
+        return super().lookup(key, req_context)
+
+
+class FaultyOffloadingSpec(TierCacheOffloadingSpec):
+    """The offloading spec with both."""
+
+    def get_manager(self) -> Any:
+        books = super().get_manager()
+        books.__class__ = FaultyBooks
+        return books
+
+    def get_worker(self, kv_caches: Any) -> Any:
+        mover = super().get_worker(kv_caches)
+        mover.__class__ = FaultyMover
+        mover.tensors = [each.tensor for each in kv_caches.tensors]
+        return mover

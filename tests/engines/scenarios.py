@@ -376,6 +376,23 @@ def offload(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
             engine.settle()
             equal = equal and engine.tokens([OTHER])[0] == tokens["other"]
             yield Case(f"offload spec, {step}", equal and (step == "store" or engine.hits >= 288), engine.hits, equal)
+    bad = {**extra, "directory": f"{directory}/offload-poisoned"}
+    set_faults({"poison": 1})
+    with Engine(model, bad, door="faulty offload") as engine:
+        engine.tokens([LONG])
+        engine.settle()
+        flush(bad["directory"], **ALONE)
+    set_faults({})
+    with Engine(model, bad, door="offload") as engine:
+        differs = engine.tokens([LONG])[0] != tokens["long"]
+        yield Case("offload spec, poison before digests", differs and engine.hits >= 288, engine.hits, not differs)
+    set_faults({"damage": 1})
+    healed = {**extra, "directory": f"{directory}/offload"}
+    with Engine(model, healed, door="faulty offload") as engine:
+        equal = engine.tokens([LONG])[0] == tokens["long"]
+        found = corruptions(healed["directory"], **ALONE)
+        name = "offload spec, poison after digests"
+        yield Case(name, equal and found > 0, engine.hits, equal, f"{found:.0f} corrupt: not promised")
 
 
 def refused(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
