@@ -7,9 +7,11 @@ their own, several engines in each; see scenarios.py. Needs the environment that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,18 +82,26 @@ def execute(run: Run, root: Path, scratch: Path) -> list[dict[str, Any]]:
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     command = [sys.executable, "-m", "tests.engines.scenarios", run.scenario, str(root / run.model), str(directory)]
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            [*command, json.dumps(run.told)], env=environment, cwd=scratch, capture_output=True, text=True,
-            timeout=PATIENCE_S, check=False,
+    log = scratch / "log"
+    with log.open("w") as told:
+        # Files and a session of its own: a killed engine leaves processes behind that would hold a pipe open.
+        process = subprocess.Popen(
+            [*command, json.dumps(run.told)], env=environment, cwd=scratch, stdout=told, stderr=told, text=True,
+            start_new_session=True,
         )  # fmt: skip
-        output, errors = done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        output, errors = (str(each or b"", "utf-8", "replace") for each in (late.stdout, late.stderr))
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            print(f"{run.title}: {run.scenario} did not end within {PATIENCE_S:.0f} s", file=sys.stderr)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    output = log.read_text(errors="replace")
     lines = [line.removeprefix("CASE ") for line in output.splitlines() if line.startswith("CASE ")]
     cases = [json.loads(line) for line in lines if line != "end"]
     if "end" not in lines:
-        tail = [line for line in (output + errors).splitlines() if not any(word in line for word in NOISE)][-40:]
+        tail = [line for line in output.splitlines() if not any(word in line for word in NOISE)][-40:]
         print("\n".join(tail), file=sys.stderr)
         cases.append({"name": f"{run.scenario} ended early", "ok": False, "hits": 0, "equal": None, "note": ""})
     seconds = time.monotonic() - began
