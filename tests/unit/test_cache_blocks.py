@@ -17,7 +17,7 @@ from tiercache.cache import blocks
 from tiercache.errors import CapacityError, ClosedError, ConfigError
 from tiercache.keys import chain, namespace
 from tiercache.lease import PageRun
-from tiercache.model import Kind, Name, Outcome, Terms
+from tiercache.model import Kind, Name, Outcome, Terms, TierId
 from tiercache.sync import wait
 from tiercache.testing.simloop import SimLoop
 from tiercache.testing.world import World
@@ -557,6 +557,29 @@ def test_a_ticket_of_a_closed_cache_commits_nothing(tmp_path: Path) -> None:
         ticket = join(cache, digests(2), 1)
     with pytest.raises(ClosedError):
         ticket.commit_soon([(0, 1, bytes(8))])
+
+
+def test_what_is_found_damaged_as_it_is_leased_is_no_hit(disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the load and the lease another thread may quarantine the copy, and somebody begin a new one."""
+    core, names = disk.core, digests(2)
+    fill(disk, names)
+    disk.flush()
+    drop_from_memory(disk, names)
+    ensure = core._filling.ensure
+    tickets = []
+
+    async def raced(*given: Any) -> list[Outcome]:
+        outcomes: list[Outcome] = await ensure(*given)
+        core.quarantine([Name(name) for name in names])
+        core.tiers.lose(np.array(slots_of(core, names[1:]), np.int64), TierId.SSD)
+        tickets.append(join(disk, names[1:], 1))
+        return outcomes
+
+    monkeypatch.setattr(core._filling, "ensure", raced)
+    lease = wait(core.lease_blocks(names, ALL), disk.loop)
+    assert lease.outcomes == [MISS] * 2
+    lease.release()
+    tickets[0].end()
 
 
 def test_pieces_that_wait_are_forgotten_with_their_extents(cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,18 +353,18 @@ class Cache(Chained):
 
     async def _lease(self, pin: Match | Reservation, wanted: Sequence[int], load: Load | None, kind: str) -> Lease:
         tiers, slots = self.tiers, pin.slots.tolist()
-        outcomes = [Outcome.MISS if load is None else Outcome.FULL] * len(slots)
-        locations: Sequence[int] = ()
+        outcomes, hit = [Outcome.MISS if load is None else Outcome.FULL] * len(slots), Outcome.HIT
         try:
             need, late = dict[int, int](), self._late(pin.slots)  # a name may stand twice; a slot is filled once
             for i, slot in enumerate(slots):
                 if slot >= 0 and i not in late:
                     need[slot] = need.get(slot, 0) | wanted[i]
             filled = dict(zip(need, await self._filling.ensure([*need], [*need.values()], load, kind), strict=True))
-            for i, slot in enumerate(slots):
-                if slot >= 0 and i not in late:
+            looks = tiers.index.look(slots)
+            locations = [look.memory_location for look in looks]
+            for i, (slot, look) in enumerate(zip(slots, looks)):  # what was found damaged since it came is no HIT
+                if slot >= 0 and i not in late and (filled[slot] is not hit or not wanted[i] & ~look.memory_parts):
                     outcomes[i] = filled[slot]
-            locations = tiers.index.memory_locations(slots)
         except BaseException:
             tiers.release(pin)  # also gives up what was reserved here and not filled
             raise
