@@ -237,8 +237,13 @@ def owner_dies(model: str, directory: str, told: dict[str, Any]) -> Iterator[Cas
             equal = engine.tokens([LONG])[0] == tokens["long"] and engine.tokens([OTHER])[0] == tokens["other"]
             yield Case(f"killed owner, round {round_ + 1}", equal, engine.hits, equal)
             engine.llm.reset_prefix_cache()
-        equal = engine.tokens([LONG])[0] == tokens["long"]
-        yield case("after its death the next owner is used", engine, equal, least=16)
+        before, equal = engine.hits, True
+        for _ in range(STEPS_MAX):  # the next one takes its time to start
+            equal = equal and engine.tokens([LONG])[0] == tokens["long"]
+            if engine.hits > before:
+                break
+            engine.llm.reset_prefix_cache()
+        yield case("after its death the next owner is used", engine, equal, least=before + 1)
 
 
 def owner_pid(cache: Any) -> int:
