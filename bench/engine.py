@@ -161,7 +161,7 @@ def overhead_figure(one: Process, directory: Path, options: argparse.Namespace) 
 
 
 def ssd_part(options: argparse.Namespace, directory: Path, taken: Taken) -> None:
-    """A second engine after the owner was killed: what it finds is on the SSD. Each prefix is cold only once."""
+    """A second engine after the owner has ended: what it finds is on the SSD. Each prefix is cold only once."""
     end_owner(directory)
     with engine(options, "tiercache", {"directory": str(directory), **SETTINGS}, several=False) as one:
         one.ask(do="ask", length=256, count=4)
@@ -175,10 +175,10 @@ def ssd_part(options: argparse.Namespace, directory: Path, taken: Taken) -> None
 
 
 def end_owner(directory: Path) -> None:
-    """kill -9: its memory is lost."""
+    """As a restart of the machine's services does: its memory is gone then, and no file is in the page cache."""
     if owner := owner_of(directory):
-        os.kill(owner, signal.SIGKILL)
-        end = time.monotonic() + 10
+        os.kill(owner, signal.SIGTERM)
+        end = time.monotonic() + 30
         while owner_of(directory) == owner and time.monotonic() < end:
             time.sleep(0.05)
     for path in directory.rglob("*"):
