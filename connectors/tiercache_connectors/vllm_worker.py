@@ -153,8 +153,10 @@ class Worker:
             left_s = max(0.0, loaded.ends_s - self._clock.monotonic())
             for lane, _, loading in loaded.parts:
                 layer = lane.layers.get(name)
-                if layer is not None and loading is not None:
-                    loading.wait_layer(layer, left_s)
+                if layer is not None and loading is not None and not loading.wait_layer(layer, left_s):
+                    # Others of the batch may share blocks that have not failed, and nobody will have those computed
+                    # again: what is a hit in the end must lie there before it is looked at.
+                    loading.wait(max(0.0, loaded.ends_s - self._clock.monotonic()))
             if not loaded.landed_s and loaded.done:
                 loaded.landed_s = self._clock.monotonic()
 
