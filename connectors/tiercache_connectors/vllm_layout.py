@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from tiercache.errors import ConfigError
 from tiercache.kv.groups import Model
@@ -87,10 +88,13 @@ def read_groups(vllm_config: Any, kv_cache_config: Any, options: Options) -> Gro
         if type(spec).__name__ not in DENSE:
             raise Unusable(f"KV of kind {type(spec).__name__} has no block of tokens that could be reused")
     layouts = _layouts(vllm_config, specs[0], options)
-    found = []
+    found, seen = [], set[int]()
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         names = {layer_number(name): name for name in group.layer_names}
         left = set(names)
+        if len(names) < len(group.layer_names) or not seen.isdisjoint(names):
+            raise Unusable("two layers have the same number: the cache of a draft model beside the model's own?")
+        seen |= left
         for layout in layouts:
             ours = [i for i in layout.layer_ids if i in left]
             left -= set(ours)
@@ -147,7 +151,7 @@ def _layouts(vllm_config: Any, spec: Any, options: Options) -> list[Layout]:
     """Layouts of the whole model, the same in every process of every engine that runs it."""
     config, dtype = vllm_config.model_config, _dtype(vllm_config, spec)
     try:
-        weights = _weights(config, options)
+        weights = _weights(vllm_config, options)
     except ConfigError as error:
         raise Unusable(str(error)) from error
     latent = type(spec).__name__ == "MLAAttentionSpec"
@@ -165,33 +169,59 @@ def _layouts(vllm_config: Any, spec: Any, options: Options) -> list[Layout]:
         if type(spec).__name__ != "FullAttentionSpec":
             raise Unusable(str(error)) from error
         layouts = [_by_hand(config, spec, common)]
+    layouts = [replace(each, rope=each.rope + _long_rope(config, each.rope)) for each in layouts]
     return [replace(each, scales="1") for each in layouts] if dtype.startswith("float8") else layouts
+
+
+def _long_rope(config: Any, rope: str) -> str:
+    """Which factors of a "longrope" vLLM takes for all requests, short ones too: that goes by its longest request."""
+    if '"longrope"' not in rope:
+        return ""
+    facts = config.hf_config.get_text_config()
+    given = getattr(facts, "rope_parameters", None) or getattr(facts, "rope_scaling", None) or {}
+    first = given.get("original_max_position_embeddings") or getattr(facts, "original_max_position_embeddings", None)
+    if not first:
+        return f" up to {config.max_model_len}"
+    return " long" if config.max_model_len > first else " short"
+
+
+def _told(config: Any) -> str:
+    """All that a model's configuration says and that may change KV, as text."""
+    fields = {name: value for name, value in config.hf_config.to_dict().items() if not name.startswith("_")}
+    for name in ("transformers_version", "dtype", "torch_dtype"):
+        fields.pop(name, None)
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def _by_hand(config: Any, spec: Any, common: dict[str, Any]) -> Layout:
     """A model that is not known by name, but whose layers are all alike: vLLM has the numbers, and all else that its
     configuration says goes into the keys."""
-    fields = {name: value for name, value in config.hf_config.to_dict().items() if not name.startswith("_")}
-    for name in ("transformers_version", "dtype", "torch_dtype"):
-        fields.pop(name, None)
     layers = config.get_total_num_hidden_layers()
     return Layout(
         heads=config.get_total_num_kv_heads(),
         layers=layers,
         k_dim=spec.head_size,
         v_dim=getattr(spec, "head_size_v", spec.head_size),
-        rope=json.dumps(fields, sort_keys=True, default=str),
+        rope=_told(config),
         layer_ids=tuple(range(layers)),
         **common,
     )
 
 
-def _weights(config: Any, options: Options) -> Weights:
+def _weights(vllm_config: Any, options: Options) -> Weights:
+    """What was loaded, and what the engine was told to make of it."""
+    config = vllm_config.model_config
     weights = (
         Weights(options.model, options.revision) if options.model else identify(config.model, config.revision or "")
     )
-    quantized = config.quantization if getattr(config.hf_config, "quantization_config", None) is None else None
-    return weights._replace(revision=f"{weights.revision}+{quantized}") if quantized else weights
+    marks = []
+    if config.quantization and getattr(config.hf_config, "quantization_config", None) is None:
+        marks.append(str(config.quantization))
+    if getattr(config, "hf_overrides", None):  # of anything: numbers of experts, windows, epsilons
+        marks.append(xxhash.xxh3_128_hexdigest(_told(config).encode()))
+    if getattr(getattr(vllm_config, "load_config", None), "load_format", "") == "dummy":
+        marks.append("dummy")
+    return weights._replace(revision="+".join([weights.revision, *marks])) if marks else weights
 
 
 def _dtype(vllm_config: Any, spec: Any) -> str:

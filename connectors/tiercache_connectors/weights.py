@@ -23,6 +23,9 @@ THREADS = 4
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Patterns of files with weights: the first that matches anything counts, for directories may have copies in others."""
 
+CONFIGS = ("config.json", "adapter_config.json")
+"""What else decides KV: of a model, and of an adapter (its scaling, say)."""
+
 _SNAPSHOT = re.compile(r"/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 
 
@@ -68,12 +71,14 @@ def _commit(name: str, revision: str) -> str:
 
 
 def digest(directory: Path) -> str:
-    """xxh3-128, in hex, over a directory's config.json and the names, sizes and contents of its files with weights."""
+    """xxh3-128, in hex, over a directory's configuration and names, sizes and contents of its files with weights."""
     files = next((found for pattern in WEIGHTS if (found := sorted(directory.glob(pattern)))), [])
     if not files:
         raise ConfigError(f"{directory} holds no weights ({', '.join(WEIGHTS)}): say model= and revision= instead")
-    config = directory / "config.json"
-    hashed = xxhash.xxh3_128(config.read_bytes() if config.exists() else b"")
+    hashed = xxhash.xxh3_128()
+    for name in CONFIGS:
+        if (config := directory / name).exists():
+            hashed.update(config.read_bytes())
     with ThreadPoolExecutor(THREADS) as threads:
         for file, each in zip(files, threads.map(_file_digest, files)):
             hashed.update(f"\n{file.name} {each}".encode())

@@ -88,3 +88,11 @@ def test_a_directory_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no weights"):
         identify(str(tmp_path))
+
+
+def test_an_adapter_with_another_scaling_is_another_one(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16}')
+    before = identify(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 32}')
+    assert identify(str(tmp_path)) != before
