@@ -17,11 +17,13 @@ Further settings in the extra configuration: `model` and `revision` (what the we
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, PoolName, PoolTransferResult
 
 import tiercache
@@ -54,11 +56,15 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         extra = dict(storage_config.extra_config or {})
         self._config, self._salt = storage_config, str(extra.get("salt", ""))
         self._canonical_wanted = bool(extra.get("interface_v1", 0))
+        revision, changes = _told()
+        revision = extra.get("revision", "") or revision
         self._weights = (
             Weights(extra["model"], extra.get("revision", ""))
             if extra.get("model")
-            else identify(storage_config.model_name or "", extra.get("revision", ""))
+            else identify(storage_config.model_name or "", revision)
         )
+        if changes:
+            self._weights = self._weights._replace(revision=f"{self._weights.revision}+{changes}")
         self._cache = tiercache.open(extra.get("directory"), **extra.get("settings", {}))
         self._pools: dict[str, Any] = {}
         self._canonical: dict[str, tuple[Pages, list[Plane]]] = {}
@@ -287,6 +293,24 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         if line not in self._said:
             self._said[line] = None
             logger.warning("tiercache: %s", line)
+
+
+def _told() -> tuple[str, str]:
+    """The revision of the weights that this SGLang was told to load, and what it was told to make of them; both empty
+    where that is nothing, or outside of an engine."""
+    runtime = sys.modules.get("sglang.srt.runtime_context")
+    try:
+        args = runtime.get_server_args() if runtime is not None else None
+    except (AttributeError, RuntimeError, ValueError):  # a version without, or not told yet
+        args = None
+    overrides = getattr(args, "json_model_override_args", None) or "{}"
+    load_format = getattr(args, "load_format", "")
+    changes = [
+        "" if overrides == "{}" else xxhash.xxh3_128_hexdigest(overrides.encode()),
+        getattr(args, "quantization", None) or "",
+        load_format if load_format == "dummy" else "",
+    ]
+    return getattr(args, "revision", None) or "", "+".join(each for each in changes if each)
 
 
 def _prefix(extra_info: Any) -> Prefix:

@@ -386,6 +386,30 @@ def test_other_weights_never_meet(backend, change, interface):
     assert reader.batch_exists(keys) == 0
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"json_model_override_args": '{"rope_theta": 500000.0}'},
+        {"quantization": "fp8"},
+        {"load_format": "dummy"},
+    ],
+    ids=json.dumps,
+)
+def test_what_sglang_makes_of_the_weights_makes_others(backend, monkeypatch, told):
+    """What it was told is known to its own processes alone: its storage's configuration does not say."""
+    pool, keys = fill(MHATokenToKVPoolHost()), hashes(2)
+    plain = {"json_model_override_args": "{}", "quantization": None, "load_format": "auto", "revision": None}
+
+    def of(args):
+        runtime = types.SimpleNamespace(get_server_args=lambda: types.SimpleNamespace(**args))
+        monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", runtime)
+        return backend(pool)
+
+    assert all(of(plain).batch_set_v1(keys, slots([0, 1])))
+    assert of(plain).batch_exists(keys) == 2
+    assert of(plain | told).batch_exists(keys) == 0
+
+
 def test_other_dtypes_and_page_sizes_never_meet(backend):
     keys = hashes(2)
     assert all(backend(fill(MHATokenToKVPoolHost())).batch_set_v1(keys, slots([0, 1])))
