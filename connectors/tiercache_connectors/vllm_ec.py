@@ -23,11 +23,12 @@ from tiercache.buffers import verify_parts
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.kv.tensors import Tensor, Tensors, tensor_key
 from tiercache.model import Name, Outcome, all_parts, part_bytes_for
+from tiercache_connectors.vllm_layout import weights_of
 from tiercache_connectors.vllm_options import Options
-from tiercache_connectors.weights import Weights, identify
 
 if TYPE_CHECKING:
     from tiercache.lease import Lease
+    from tiercache_connectors.weights import Weights
 
 log = logging.getLogger("vllm.tiercache")
 
@@ -55,7 +56,7 @@ class TierCacheEcConnector(ECConnectorBase):  # type: ignore[misc]
         self._dtype = str(model.dtype).removeprefix("torch.")
         self._weights: Weights | None = None
         try:
-            self._weights = Weights(options.model, options.revision) if options.model else identify(model.model)
+            self._weights = weights_of(vllm_config, options)
         except ConfigError as error:
             log.warning("tiercache: no encoder output is reused: %s", error)
         self._wanted: list[str] = []

@@ -151,7 +151,7 @@ def _layouts(vllm_config: Any, spec: Any, options: Options) -> list[Layout]:
     """Layouts of the whole model, the same in every process of every engine that runs it."""
     config, dtype = vllm_config.model_config, _dtype(vllm_config, spec)
     try:
-        weights = _weights(vllm_config, options)
+        weights = weights_of(vllm_config, options)
     except ConfigError as error:
         raise Unusable(str(error)) from error
     latent = type(spec).__name__ == "MLAAttentionSpec"
@@ -208,14 +208,14 @@ def _by_hand(config: Any, spec: Any, common: dict[str, Any]) -> Layout:
     )
 
 
-def _weights(vllm_config: Any, options: Options) -> Weights:
-    """What was loaded, and what the engine was told to make of it."""
+def weights_of(vllm_config: Any, options: Options) -> Weights:
+    """What was loaded, and what the engine was told to make of it. Raises ConfigError, see identify."""
     config = vllm_config.model_config
     weights = (
         Weights(options.model, options.revision) if options.model else identify(config.model, config.revision or "")
     )
     marks = []
-    if config.quantization and getattr(config.hf_config, "quantization_config", None) is None:
+    if getattr(config, "quantization", None) and getattr(config.hf_config, "quantization_config", None) is None:
         marks.append(str(config.quantization))
     if getattr(config, "hf_overrides", None):  # of anything: numbers of experts, windows, epsilons
         marks.append(xxhash.xxh3_128_hexdigest(_told(config).encode()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tiercache_connectors.vllm_layout import Groups, Unusable, read_groups
+from tiercache_connectors.vllm_layout import Groups, Unusable, read_groups, weights_of
 from tiercache_connectors.vllm_options import Options
 
 LLAMA = {
@@ -85,3 +85,13 @@ def test_layers_of_a_draft_model_do_not_pass_for_the_models_own() -> None:
         groups(LLAMA, names=([*NAMES, draft],))
     with pytest.raises(Unusable, match="same number"):
         groups(LLAMA, names=(NAMES, [draft]))
+
+
+def test_weights_are_those_of_the_revision_that_was_loaded() -> None:
+    def named(revision: str, **more: Any) -> str:
+        facts = {"model": "org/model", "revision": revision, "quantization": None, "hf_config": Config(**LLAMA)}
+        return weights_of(SimpleNamespace(model_config=SimpleNamespace(**facts | more)), Options.of({})).revision
+
+    assert named("a" * 40) == "a" * 40
+    assert named("b" * 40) == "b" * 40
+    assert named("a" * 40, quantization="fp8") == "a" * 40 + "+fp8"
