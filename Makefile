@@ -20,9 +20,9 @@ venv:  ## .venv with the package (editable) and everything that tests and benchm
 readers: venv  ## .venv-duckdb15, the second environment of the reader tests and of bench.lake
 	@tools/venv.sh .venv-duckdb15 -e '.[s3]' duckdb==1.5.5 duckdb-extension-httpfs pandas pyarrow pytest==9.2.0
 
-# What bench.local measures beside us; large (torch comes along), so only for whoever wants those rows.
+# What bench.local, bench.kv and bench.engine measure beside us; large (torch comes along), so only for whoever wants those rows.
 .PHONY: peers
-peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for bench.local
+peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for bench.local, bench.kv and bench.engine
 	@UNCONSTRAINED=1 tools/venv.sh .venv-peers torch==2.13.0 mooncake-transfer-engine-non-cuda==0.3.13.post1 lmcache==0.5.6 redis
 
 # For tests of transformers and of SGLang's interface, the demo's KV half, and a DataLoader's processes in bench.jobs.
@@ -55,6 +55,7 @@ test-engines:  ## real engines: vLLM on the CPU over the cache, as a table of mo
 	@tools/engines.sh
 	@.venv-engines/bin/python -m pytest -q tests/engines
 	@.venv-engines/bin/python -m tests.engines $(ARGS)
+	@.venv-engines/bin/python -m tests.kv_cross
 
 .PHONY: quick
 quick: venv  ## the suite without slow tests, against the working tree
