@@ -250,16 +250,18 @@ def test_an_answer_that_trickles_in_has_one_deadline() -> None:
 
 def test_a_signal_that_raises_ends_a_channel() -> None:
     here, there = socket.socketpair()
-    channel = Channel(here)
+    channel, caught = Channel(here), threading.Event()
 
     def interrupt() -> None:
         there.recv(100)  # the question has come: the main thread waits for its answer
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        while not caught.wait(0.2):  # a signal that comes just before a system call does not interrupt it
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
     with pytest.raises(KeyboardInterrupt):
+        thread.start()
         channel.ask(ECHO)
+    caught.set()
     thread.join()
     assert channel.closed
     there.close()
