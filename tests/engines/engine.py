@@ -12,6 +12,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 MIB = 1 << 20
+STEPS_MAX = 100
 SETTINGS = {
     "memory_bytes": 96 * MIB,
     "ssd_bytes": 512 * MIB,
@@ -85,6 +86,13 @@ class Engine:
     def settle(self) -> None:
         """Lets the engine take steps until saves of finished requests are over: a request that shares nothing."""
         self.tokens([[499] * 3], 2)
+
+    def settle_saved(self, blocks: int) -> None:
+        """As `settle`, until the workers have told of so many saved blocks together: each is told in a later step."""
+        for _ in range(STEPS_MAX):
+            self.settle()
+            if self.metric("vllm:tiercache_saved_blocks") >= blocks:
+                return
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.engines.engine import MIB, SETTINGS, Engine, prompt
+from tests.engines.engine import MIB, SETTINGS, STEPS_MAX, Engine, prompt
 
 LONG, OTHER = prompt(300), prompt(150) + prompt(100, 7)
 """OTHER shares half of LONG."""
 
-STEPS_MAX, STEPS_FEW = 100, 5
 
 MODES = ("sync", "layerwise", "async")
 ALONE = {"share": False}
@@ -218,6 +217,7 @@ def shared(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case | 
     with Engine(model, extra) as engine:
         equal = engine.tokens([LONG])[0] == tokens["long"]
         yield Case("several processes", equal and engine.hits >= least, engine.hits, equal)
+        engine.settle_saved(0 if least else 18)
         equal = engine.tokens([OTHER])[0] == tokens["other"]
         yield case("several processes, shared prefix", engine, equal, least=16)
         engine.settle()
@@ -329,8 +329,7 @@ def ranks(model: str, directory: str, told: dict[str, Any]) -> Iterator[Case]:
         bind_ranks(first)
         with Engine(model, extra, tensor_parallel_size=first) as engine:
             engine.tokens([LONG])
-            for _ in range(STEPS_FEW):
-                engine.settle()
+            engine.settle_saved(first * 18)
             flush(extra["directory"])
         bind_ranks(then)
         with Engine(model, extra, tensor_parallel_size=then) as engine:
