@@ -220,6 +220,37 @@ def test_what_waits_goes_up_at_the_end() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_closing_while_something_goes_up_loses_nothing(seed: int) -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket = MemoryBucket()
+        async with Host(loop, bucket, "first", memory_bytes=4 * MIB) as host:
+            await host.cache.put_chain(KEYS, [value(key) for key in KEYS])
+            await asyncio.sleep(derive(seed, "moment").uniform(0, 0.1) + 2.0 * (seed % 2))
+        async with Host(loop, bucket, "second") as host:
+            assert await matched(host) == len(KEYS)
+
+    run(main, seed)
+
+
+def test_children_go_up_though_their_parents_were_dropped() -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket = MemoryBucket()
+        async with Host(loop, bucket, "first", memory_bytes=16 * MIB) as host:
+            host.door.down = True
+            await host.cache.put_chain(KEYS[:10], [value(key) for key in KEYS[:10]])
+            await asyncio.sleep(30)
+            assert host.count("uploads_dropped_total") == 10
+            host.door.down = False
+            await asyncio.sleep(120)
+            await host.cache.put_chain(KEYS[:12], [value(key) for key in KEYS[:12]])
+            await host.uploaded(12)
+        async with Host(loop, bucket, "second") as host:
+            assert await matched(host, KEYS[:12]) == 12
+
+    run(main)
+
+
 def test_uploads_are_dropped_first() -> None:
     async def main(loop: SimLoop) -> None:
         bucket = MemoryBucket()

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.cache.blocks import Blocks
+    from tiercache.cache.far import Far
     from tiercache.cache.joint import BlockTicket
-    from tiercache.cache.remote import Far
     from tiercache.cache.storing import Storing
     from tiercache.cache.tiers import Tiers
     from tiercache.lease import Lease

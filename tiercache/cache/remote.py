@@ -8,15 +8,17 @@ have an origin. Loads fill extents as any writer of blocks does (see blocks.py):
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tiercache.cache.tiers import whole
 from tiercache.errors import TierCacheError
 from tiercache.model import PARTS_MAX, Form, Kind, Name, Outcome, Payload, State, Terms, all_parts, part_bytes_for
+from tiercache.tier import Health
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
 
     from tiercache.buffers import Buffer
     from tiercache.cache.blocks import Blocks
+    from tiercache.cache.far import Far, Ticket
     from tiercache.cache.storing import Storing
     from tiercache.cache.tasks import Tasks
     from tiercache.cache.tiers import Tiers
-    from tiercache.tier import TierStatus
 
 log = logging.getLogger(__name__)
 
@@ -46,76 +48,14 @@ EVERY = (1 << PARTS_MAX) - 1
 """The map of all parts that an entry may have."""
 
 
-class Store(Protocol):
-    """The port of object storage; remote/blocks.py has it."""
-
-    pack_bytes: int
-
-    def find(self, keys: Sequence[bytes]) -> list[Payload | None]:
-        """See RemoteBlocks."""
-        ...
-
-    def prefix(self, keys: Sequence[bytes]) -> int:
-        """See RemoteBlocks."""
-        ...
-
-    def missed(self) -> None:
-        """See RemoteBlocks."""
-        ...
-
-    async def read(self, wanted: Sequence[Payload], targets: Sequence[Buffer]) -> list[tuple[Outcome, bytes]]:
-        """See RemoteBlocks."""
-        ...
-
-    async def write(
-        self, payloads: Sequence[Payload], sources: Sequence[Buffer], copied: Callable[[], None]
-    ) -> list[Outcome]:
-        """See RemoteBlocks."""
-        ...
-
-    async def run(self) -> None:
-        """See RemoteBlocks."""
-        ...
-
-    async def close(self) -> None:
-        """See RemoteBlocks."""
-        ...
-
-
-class Far(Store, Protocol):
-    """What else it can say, and be told."""
-
-    async def known(self) -> None:
-        """See RemoteBlocks."""
-        ...
-
-    def hide(self, keys: Sequence[bytes]) -> None:
-        """See RemoteBlocks."""
-        ...
-
-    def status(self) -> TierStatus:
-        """See RemoteBlocks."""
-        ...
-
-
-class Ticket(Protocol):
-    """What loads need of the tickets of blocks and of lone entries."""
-
-    def commit(self, landed: list[tuple[int, int, bytes]]) -> list[Outcome]:
-        """Takes (item, parts, digests)."""
-        ...
-
-    def end(self) -> None:
-        """Gives up what was not committed."""
-        ...
-
-
 class Queued(NamedTuple):
     """One entry that waits for its upload."""
 
     slot: int
     location: int
     size: int
+    again: bool = False
+    """Whether it went back into the queue with those before it, which the bucket lacked: it does so once."""
 
 
 class Remote:
@@ -132,6 +72,7 @@ class Remote:
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing = asyncio.Event()
         self._coming: dict[bytes, asyncio.Future[None]] = {}
 
     def begin(self, tasks: Tasks) -> None:
@@ -144,16 +85,28 @@ class Remote:
 
     async def close(self) -> None:
         """Uploads what waits, as far as that is done in time, and leaves the bucket in order."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        for work in (self._drain, self.store.close):
+        self._closing.set()
+        self._wake.set()
+        for work in (self._finish, self.store.close):
             try:
                 async with asyncio.timeout(CLOSE_S):
                     await work()
             except TimeoutError:
                 log.warning("closing without waiting for the remote tier any longer")
+
+    async def _finish(self) -> None:
+        """What is on its way, and then what waits, goes up; nothing of that is interrupted before its time."""
+        try:
+            if self._tasks:
+                keeping, uploading = self._tasks
+                keeping.cancel()
+                await asyncio.wait([keeping, uploading])
+            await self._drain()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     # -- uploads -------------------------------------------------------------------------------------------------------
 
@@ -210,10 +163,12 @@ class Remote:
 
     async def _upload(self) -> None:
         """Uploads for as long as the cache is open."""
-        while True:
+        while not self._closing.is_set():
             await self._wake.wait()
             if self._bytes < self._batch_bytes:
-                await asyncio.sleep(LINGER_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_S):
+                        await self._closing.wait()
             self._wake.clear()
             await self._drain()
 
@@ -266,23 +221,62 @@ class Remote:
 
     def _admitted(self, payloads: Sequence[Payload], batch: Sequence[Queued]) -> list[int]:
         """Which of these are worth uploading, parents first: a block is of use only with those before it. Where the one
-        before it still waits for its own upload, it waits as well."""
-        order = sorted(range(len(payloads)), key=lambda i: payloads[i].name.ordinal)
-        parents = [payloads[i].parent for i in order]
-        there = self.store.find(parents)
-        slots = self._slots_of([parent for parent in parents if parent])
+        before it waits for its own upload, it waits as well; where that was dropped, but is here, both wait."""
+        there = self.store.find([one.parent for one in payloads])
+        slots = self._slots_of([one.parent for one in payloads if one.parent])
         admitted: list[int] = []
-        keys: set[bytes] = set()
-        for i, parent, found in zip(order, parents, there, strict=True):
-            if not parent or found is not None or parent in keys:
+        keys, left = set[bytes](), set[bytes]()
+        well = self.store.status().health is Health.HEALTHY
+        for i in _parents_first(payloads):
+            parent = payloads[i].parent
+            if not parent or there[i] is not None or parent in keys:
                 admitted.append(i)
                 keys.add(payloads[i].name.key)
                 continue
             with self._lock:
-                if slots[parent] in self._queue and batch[i].slot not in self._queue:
-                    self._queue[batch[i].slot] = batch[i]
-                    self._bytes += batch[i].size
+                queued = slots[parent] in self._queue
+            if queued:
+                self._put_back([batch[i]])
+            elif above := [] if not well or batch[i].again or parent in left else self._above(slots[parent]):
+                self._put_back([one._replace(again=True) for one in (*above, batch[i])])
+                self._wake.set()
+            else:
+                left.add(payloads[i].name.key)
         return admitted
+
+    def _put_back(self, some: Sequence[Queued]) -> None:
+        with self._lock:
+            for one in some:
+                if one.slot not in self._queue:
+                    self._queue[one.slot] = one
+                    self._bytes += one.size
+
+    def _above(self, slot: int) -> list[Queued]:
+        """A block and those before it that the bucket lacks, first ones first; empty where one of them is not whole in
+        memory, or they would fill more than half of the queue."""
+        index, found = self._tiers.index, list[Queued]()
+        room = self._tiers.settings.queue_bytes // 2 - self._bytes
+        while slot >= 0:
+            pin = index.hold([slot], readable=True)
+            try:
+                if not len(pin.slots):
+                    return []
+                facts = index.facts(pin.slots)
+                if (facts.memory_location < 0)[0] or facts.memory_parts[0] != whole(facts.size, facts.part_bytes)[0]:
+                    return []
+                found.append(Queued(slot, int(facts.memory_location[0]), int(facts.size[0])))
+                parent = index.parents(pin.slots)[0]
+            finally:
+                self._tiers.release(pin)
+            room -= found[-1].size
+            if room < 0:
+                return []
+            if not parent or self.store.find([parent])[0] is not None:
+                return found[::-1]
+            slot = self._slots_of([parent])[parent]
+            if slot in self._queue or any(one.slot == slot for one in found):
+                return found[::-1]
+        return []
 
     def _slots_of(self, keys: Sequence[bytes]) -> dict[bytes, int]:
         match = self._tiers.index.match([Name(one) for one in keys])
@@ -420,6 +414,22 @@ class Remote:
         tiers.metrics.observe("tiercache_read_seconds", tiers.clock.monotonic() - began_s, tier="remote")
         tiers.metrics.add("tiercache_hits_total", len(landed), tier="remote", kind="block")
         return len(landed) == len(claims)
+
+
+def _parents_first(payloads: Sequence[Payload]) -> list[int]:
+    """Places of these in an order in which each comes after the one before it in its chain."""
+    places = {one.name.key: i for i, one in enumerate(payloads)}
+    done: set[int] = set()
+    order: list[int] = []
+    for i in range(len(payloads)):
+        path: list[int] = []
+        at: int | None = i
+        while at is not None and at not in done:
+            done.add(at)
+            path.append(at)
+            at = places.get(payloads[at].parent)
+        order += reversed(path)
+    return order
 
 
 def _with_parts(one: Payload, parts: int) -> Payload:
