@@ -56,15 +56,27 @@ def build(
     from tiercache.index import Index
     from tiercache.policy import POLICIES
 
-    if settings.policy not in POLICIES:
-        raise ConfigError(f"policy must be one of {', '.join(sorted(POLICIES))}, not {settings.policy!r}")
+    _check(settings)
+    remote = _open_remote(settings, clock, metrics) if settings.remote_url else None  # before anything is held
     ssd = _open_ssd(settings, clock, ssd_again) if settings.ssd_bytes else None
     policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
     memory = MemoryTier(settings.memory_bytes, arena_id=arena_id)
     cache = Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
-    if settings.remote_url:
-        cache.reach(_open_remote(settings, clock, metrics))
+    if remote is not None:
+        cache.reach(remote)
     return cache
+
+
+def _check(settings: Settings) -> None:
+    """Raises ConfigError for what no cache can be made of, before a process is started or a directory is held."""
+    from tiercache.policy import POLICIES
+
+    if settings.policy not in POLICIES:
+        raise ConfigError(f"policy must be one of {', '.join(sorted(POLICIES))}, not {settings.policy!r}")
+    if settings.remote_url:
+        from tiercache.remote.bucket import open_bucket, parse_options
+
+        open_bucket(settings.remote_url, parse_options(settings.remote_options))
 
 
 def _open_remote(settings: Settings, clock: Clock, metrics: Metrics) -> RemoteBlocks:
@@ -113,6 +125,7 @@ def _join(settings: Settings) -> Core | None:
     be. Blocking: it waits for the owner, never for this process's loop."""
     if not settings.share:
         return None
+    _check(settings)
     try:
         if not hasattr(os, "memfd_create"):
             raise ConfigError("this system has no memory files")

@@ -50,6 +50,7 @@ ON_LOOP_S = 1.0
 OWNERS_SETTINGS = (
     "memory_bytes", "ssd_bytes", "ssd_files_max", "disk_free_floor_bytes", "ssd_threads", "ssd_deadline_s",
     "queue_bytes", "high_mark", "low_mark", "slots_max", "policy", "segment_bytes", "client_share", "linger_s",
+    "remote_url", "remote_options", "remote_bytes", "remote_lifetime_s", "remote_rate_bytes_s", "remote_deadline_s",
 )  # fmt: skip
 """What belongs to the directory. How files are read and what is verified is each process's own affair."""
 OPENED_BEFORE_FORK = (
