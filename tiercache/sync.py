@@ -241,7 +241,9 @@ class BlockingCache:
         """Forgets values in every tier: HIT for each that was there, GONE where there was none.
 
         Nobody reads them from now on. Durable after the next `flush`, or about a second later: if the machine or the
-        process that owns the cache dies before that, what was on the SSD may come back.
+        process that owns the cache dies before that, what was on the SSD may come back. With a remote tier, what the
+        bucket has of them is hidden in the process that owns the cache only: other hosts, and this one after a restart,
+        can find it until it is evicted or its lifetime is over.
         """
         return wait(self.core.delete(as_names(names)), self.loop)
 

@@ -105,8 +105,12 @@ class StoreBucket:
         if not keys:
             return
         paths = [self._prefix + key for key in keys]
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self._ask(keys[0], lambda obstore, _: obstore.delete(self._store, paths))
+        except FileNotFoundError:  # some stores stop at the first one that is not there
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    self._ask(key, lambda obstore, path: obstore.delete(self._store, path))
 
     def _ask(self, key: str, call: Callable[[Any, str], Any]) -> Any:
         """One request; FileNotFoundError and what a condition says pass, all else is translated."""

@@ -222,6 +222,11 @@ class Budget:
         """An object is not in the bucket, and cannot come there any more. Those that are not counted are ignored."""
         self._used_bytes -= self._objects.pop(key, 0)
 
+    @property
+    def counted(self) -> set[str]:
+        """All objects that are counted."""
+        return set(self._objects)
+
     def _count(self, key: str, size: int) -> None:
         self.give(key)
         self._objects[key] = size

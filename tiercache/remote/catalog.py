@@ -76,7 +76,11 @@ class Catalog:
         """Objects that are no packs, or damaged, by size: they are not asked again while they are there."""
         self._told: set[str] = set()
         """Snapshots that were read."""
-        self._hidden: dict[bytes, None] = {}
+        self._hidden: dict[bytes, int] = {}  # and which deletion it was
+        self.deletions = 0
+        """How many there were so far; see `show`."""
+        self.gone: set[str] = set()
+        """Packs that others have deleted, until somebody clears it."""
         self._ticks = itertools.count(1)
         self._round = 0
         self._listing = asyncio.Lock()
@@ -159,16 +163,19 @@ class Catalog:
 
     def hide(self, keys: Sequence[bytes]) -> None:
         """These are not to be found, in any pack, until they are shown again."""
-        for key in keys:
-            if self._where.pop(key, None) is not None:
-                self._hidden[key] = None
+        self.deletions += 1
+        for key in keys:  # also those of which nothing is known yet: they may be in the bucket, or on their way there
+            self._where.pop(key, None)
+            self._hidden.pop(key, None)
+            self._hidden[key] = self.deletions
         while len(self._hidden) > HIDDEN_MAX:
             del self._hidden[next(iter(self._hidden))]
 
-    def show(self, keys: Sequence[bytes]) -> None:
-        """These may be found again."""
+    def show(self, keys: Sequence[bytes], deletions: int) -> None:
+        """These may be found again, unless they were deleted since there were so many deletions."""
         for key in keys if self._hidden else ():
-            self._hidden.pop(key, None)
+            if self._hidden.get(key, 0) <= deletions:
+                self._hidden.pop(key, None)
 
     def forget(self, key: bytes, pack: Pack) -> None:
         """What lies there as this entry is damaged."""
@@ -187,6 +194,7 @@ class Catalog:
             listing = {key: size for key, size in found if PART_MARK not in key and key.count("/") == 2}
             for key in [one.key for one in self.packs.values() if one.key not in listing and one.since < self._round]:
                 self.drop(key)
+                self.gone.add(key)
             self.used_bytes = sum(listing.values())
             self.bad = {key: size for key, size in self.bad.items() if key in listing}
             await self._learn(listing)

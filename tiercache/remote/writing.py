@@ -128,7 +128,7 @@ class Writing:
                 or not await self._room(packs.pack_bytes(payloads), {one.parent for one in payloads})
             ):
                 return [Outcome.FULL] * len(payloads)
-            key = self._name(PACKS)
+            key, began = self._name(PACKS), self._catalog.deletions
             pack, rows = await self._asking.work(lambda: packs.encode(key, payloads, sources))
             copied()
             if not len(rows):
@@ -145,7 +145,7 @@ class Writing:
         if not made:
             return [Outcome.FULL] * len(payloads)
         self._refused_at_s = 0.0
-        self._catalog.show([one.name.key for one in payloads])
+        self._catalog.show([one.name.key for one in payloads], began)
         self._catalog.add(Listed(key, len(pack), rows))
         self._catalog.used_bytes += len(pack)
         self._untold += 1
@@ -172,9 +172,9 @@ class Writing:
         except BaseException:
             self._doubts[key] = self._clock.monotonic()
             raise
-        if not made:
-            budget.give(key)
-            log.warning("%s has %s already: nobody else should write there", self._asking.bucket.place, key)
+        if not made:  # a proxy, or a client, sent it twice, and this is the second answer: it may well be there
+            self._doubts[key] = self._clock.monotonic()
+            log.warning("%s has %s already: it is deleted", self._asking.bucket.place, key)
         return made
 
     @property
@@ -241,7 +241,7 @@ class Writing:
 
     async def _remove(self, keys: Sequence[str]) -> None:
         if keys:
-            await self._asking.ask("delete", lambda bucket: bucket.delete(keys))
+            await self._asking.ask("delete", lambda bucket: bucket.delete(keys), within_s=LIST_S)
 
     @property
     def _mine(self) -> set[str]:
@@ -304,6 +304,11 @@ class Writing:
                 return
             await self._settle_heritage()
             await self._settle_doubts()
+            for key in (
+                self._catalog.gone - self._doubts.keys()
+            ):  # somebody else deleted them: a rule of the bucket, say
+                budget.give(key)
+            self._catalog.gone.clear()
             now_s = self._clock.wall()
             for pack in self._own():
                 if 0 < pack.until_s <= now_s:
@@ -340,6 +345,8 @@ class Writing:
             data = await self._asking.ask("compact", partial(_whole, key=pack.key), within_s=self._budget.put_s)
             if data is None:
                 self._catalog.drop(pack.key)
+                if pack.key not in self._doubts:
+                    self._budget.give(pack.key)
                 return
             rows = self._catalog.living(pack)
             records += await self._asking.work(partial(packs.unpack, pack.key, data, rows))
@@ -359,12 +366,19 @@ class Writing:
             await self._delete(pack)
 
     async def _sweep(self) -> None:
-        """Deletes what belongs to nobody: no holding counts it. A writer is in the ledger before its first object is in
-        the bucket, and as long as the last one is."""
+        """Deletes what belongs to nobody: no holding counts it, or this writer's does not though it is in a folder of
+        its own (a PUT came late, after its writer was taken over). A writer is in the ledger before its first object is
+        in the bucket, and as long as the last one is. What is counted and is not there is not counted any longer."""
         found = [*await self._list(PACKS), *await self._list(INDEX)]
+        there = {key.partition(PART_MARK)[0] for key, _ in found}
+        for key in self._budget.counted - there - self._doubts.keys():
+            self._budget.give(key)
+            self._catalog.drop(key)
         known = await self._budget.writers()  # after the listing: who came meanwhile is in it
         strange = {key for key, _ in found if key.count("/") == 2 and writer_of(key) not in known}
         again = [key for key in strange if writer_of(key) in self._strange]
+        mine, counted = self._mine - set(self._budget.unlisted), self._budget.counted
+        again += [key for key, _ in found if writer_of(key) in mine and key.partition(PART_MARK)[0] not in counted]
         self._strange = {writer_of(key) for key in strange}
         for key in again:
             self._catalog.drop(key)
