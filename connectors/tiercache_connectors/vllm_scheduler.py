@@ -138,6 +138,9 @@ class Scheduler:
         nothing that it stores is found by others."""
         self._epoch = system_random().randbytes(16).hex()
         self._namespaces.clear()
+        for known in self._known.values():
+            if self._advice is not None and known.load is not None:
+                self._advice.drop(known.load)
         self._known.clear()
         self._table.forget()
 

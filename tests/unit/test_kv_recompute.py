@@ -61,7 +61,7 @@ def test_one_prefill_is_taken_as_so_much_a_token() -> None:
     prefill.learn(0, 1000, 0.5)
     assert (before, prefill.known) == (False, True)
     assert prefill.seconds(0, 2000) == pytest.approx(1.0)
-    assert prefill.spread() >= 1
+    assert prefill.spread() == pytest.approx(0.5)  # the limit
 
 
 def test_no_term_is_ever_negative() -> None:
@@ -327,7 +327,7 @@ def steady(engine: Engine, tiers: bytes, total: int, true: dict[int, Rate], coun
 
 
 @pytest.mark.slow
-def test_a_tier_that_slows_down_costs_once_and_comes_back_by_probes() -> None:
+def test_a_tier_that_slows_down_costs_three_loads_and_comes_back_by_probes() -> None:
     engine = Engine((0.01, 2e-4, 1e-9), random.Random(5))
     tiers, total = bytes([SSD]) * 100, 2000
     fast, slow = {SSD: Rate(2e9, 1e-3)}, {SSD: Rate(10e6, 0.3)}
@@ -335,9 +335,10 @@ def test_a_tier_that_slows_down_costs_once_and_comes_back_by_probes() -> None:
     assert all(ours < 0.6 * without for ours, without in before[5:])
     during = steady(engine, tiers, total, slow, 300)
     lost = sum(max(0.0, ours - without) for ours, without in during)
-    assert lost <= 1.5 * during[0][1] + PURSE_SHARE * sum(without for _, without in during)
+    # Three loads, early probes of half a request each, and what later ones may cost.
+    assert lost <= (3 + 4 * 0.5) * during[0][1] + PURSE_SHARE * sum(without for _, without in during)
     assert sum(ours > 1.001 * without for ours, without in during[3:]) <= 20  # probes, ever rarer
-    assert all(ours <= 1.26 * without for ours, without in during[3:])
+    assert all(ours <= 1.6 * without for ours, without in during[3:])
     after = steady(engine, tiers, total, fast, 300)
     assert all(ours < 0.6 * without for ours, without in after[-50:])
     assert sum(max(0.0, ours - without) for ours, without in after) <= 0.05 * after[0][1]
@@ -349,7 +350,7 @@ def test_a_tier_that_hangs_is_left_alone() -> None:
     true = {MEMORY: Rate(8e9, 1e-4), REMOTE: Rate(1e6, 1e6)}
     served = steady(engine, tiers, total, true, 400)
     lost = sum(max(0.0, ours - without) for ours, without in served)
-    assert lost <= served[0][1] + PURSE_SHARE * sum(without for _, without in served)
+    assert lost <= (3 + 4 * 0.5) * served[0][1] + PURSE_SHARE * sum(without for _, without in served)
     assert all(ours < 0.9 * without for ours, without in served[-5:])  # memory goes on serving
 
 
@@ -371,8 +372,8 @@ phases = st.lists(
 def test_whatever_tiers_do_losses_are_bounded(
     changes: list[tuple[float, float, int, int]], token_s: float, pair_s: float, draw: random.Random
 ) -> None:
-    """Tiers jump between any rates. A change may cost loads that are under way, each no more than it was sure to save,
-    and fewer of them as distrust doubles; probes cost their share; all other requests are no slower than without."""
+    """Tiers jump between any rates. A change may cost three loads of up to twice what they would save, or more of them
+    that are slower by less than a surprise, and some early probes; later ones cost their share."""
     engine = Engine((0.005, token_s, pair_s), draw)
     total_ours = total_without = dearest = 0.0
     for bytes_per_s, latency_s, requests, blocks in changes:
@@ -381,10 +382,10 @@ def test_whatever_tiers_do_losses_are_bounded(
             tokens = blocks * BLOCK_TOKENS + draw.randrange(1, 500)
             ours, without, plan = engine.serve(bytes([SSD]) * blocks, tokens, true)
             assert ours <= without + plan.give_up_s + 1e-9
-            assert plan.deadline_s <= plan.without_s
+            assert plan.deadline_s <= 2 * plan.without_s
             total_ours, total_without = total_ours + ours, total_without + without
             dearest = max(dearest, without)
-    assert total_ours <= (1.01 + PURSE_SHARE) * total_without + 3 * len(changes) * dearest
+    assert total_ours <= (1.01 + PURSE_SHARE) * total_without + 8 * len(changes) * dearest
 
 
 @pytest.mark.slow
@@ -414,3 +415,82 @@ def test_an_engine_asks_before_it_loads(tmp_path: Path) -> None:
         assert landed == 8
         assert rank.wrong(truth, table, range(128)) == 0
         assert advisor.rates.look(clock.monotonic())[MEMORY].queued_bytes == 0
+
+
+# -- on a noisy machine ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Noisy:
+    """Serves requests on a machine whose times scatter widely, single ones by a factor of three or five.
+
+    1,024 tokens are stored of each prompt; computing them takes 0.45 s and loading them `load_s`, a part of it latency.
+    """
+
+    load_s: float
+    draw: random.Random
+    tier: int = SSD
+    blocks: int = 64
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.advisor = Advisor(BLOCK_BYTES, BLOCK_TOKENS)
+        self.latency = self.draw.choice([0.0, 0.1, 0.3])
+
+    def load(self, blocks: int, slow: float) -> float:
+        share = self.latency + (1 - self.latency) * blocks / self.blocks if blocks else 0.0
+        return self.load_s * share * slow
+
+    def serve(self) -> tuple[float, float, float, int]:
+        """Seconds to the first token as planned, when all is loaded, and when nothing is; blocks that were loaded."""
+        draw, tail = self.draw, self.draw.randrange(16, 200)
+        slow = draw.lognormvariate(0, 0.5) * (5 if draw.random() < 0.05 else 1)
+        busy = draw.lognormvariate(0, 0.3) * (3 if draw.random() < 0.05 else 1)
+        total, tiers = self.blocks * BLOCK_TOKENS + tail, bytes([self.tier]) * self.blocks
+        plan = self.advisor.advise(tiers, total, self.now)
+        load = self.advisor.begin(plan, tiers, self.now)
+        takes, landed = self.load(plan.probe_stop, slow), plan.probe_stop
+        if self.advisor.prefill.known and takes > plan.give_up_s:
+            takes, landed = plan.give_up_s, 0
+        self.advisor.end(load, landed, self.now + takes)
+        computed = landed * BLOCK_TOKENS
+        compute = (0.005 + 0.45 / 1024 * (total - computed)) * busy
+        others = draw.choice([2, 3]) if draw.random() < 0.1 else 1  # a step that was shared all the same
+        self.advisor.prefill.learn(computed, total - computed, compute * others)
+        self.now += takes + compute + 1.0
+        always = self.load(self.blocks, slow) + (0.005 + 0.45 / 1024 * tail) * busy
+        return takes + compute, always, (0.005 + 0.45 / 1024 * total) * busy, landed
+
+    def means(self, count: int) -> tuple[float, float, float, float]:
+        """Means of what `serve` tells; of the blocks, their share."""
+        ours, always, never, landed = np.array([self.serve() for _ in range(count)]).mean(axis=0)
+        return float(ours), float(always), float(never), float(landed) / self.blocks
+
+
+@pytest.mark.parametrize("faster", [4, 8, 20])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_fast_tier_on_a_noisy_machine_is_loaded_from(faster: float, seed: int) -> None:
+    ours, always, _, reuse = Noisy(0.45 / faster, random.Random(seed)).means(500)
+    assert reuse >= 0.95
+    assert ours <= 1.15 * always
+
+
+@pytest.mark.parametrize("slower", [2, 5, 20])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_slow_tier_on_a_noisy_machine_is_left_alone(slower: float, seed: int) -> None:
+    engine = Noisy(0.45 * slower, random.Random(seed))
+    engine.means(20)
+    ours, _, never, _ = engine.means(500)
+    assert ours <= 1.05 * never
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_wrong_refusal_heals_within_some_requests(seed: int) -> None:
+    engine = Noisy(0.45 / 5, random.Random(seed))
+    engine.means(50)
+    for _ in range(3):
+        engine.advisor.rates.observe(engine.tier, engine.blocks * BLOCK_BYTES, 2.0, engine.now)
+    first = engine.advisor.advise(bytes([engine.tier]) * engine.blocks, 1100, engine.now)
+    assert first.stop == 0
+    engine.means(12)
+    assert engine.means(50)[3] >= 0.9

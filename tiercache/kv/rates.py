@@ -1,9 +1,12 @@
 """Rates: how fast each tier has been of late, how much is queued on it, and how far that may be wrong.
 
 A transfer of b bytes is taken to last `latency + (queued + b) / bandwidth`. Both are fitted by least squares of
-relative errors to the last transfers, newer ones weighing more. What is stated beside the fit is its error: an envelope
-over how wrong the last predictions were, which jumps up at once, comes down slowly, and widens while there is no
-transfer. One outside of the stated error drops all that was known before: fast to distrust, slow to trust again.
+relative errors to the last transfers, newer ones weighing more, and then scaled so that half of them took longer.
+
+Single transfers scatter widely on a busy machine, so what is stated beside the fit is the error of what is *expected*,
+not the scatter: that of a median, which shrinks with the number of samples and has a limit. A transfer that is off by
+more than a factor of CLIP counts as off by that much. Three slow ones in a row are a change: what was known before is
+dropped. Of fast ones one does, for little is fast by accident; where it was one, three usual ones put that right.
 
 Clocks are passed in. Thread-safe. Nothing here does I/O.
 """
@@ -11,6 +14,7 @@ Clocks are passed in. Thread-safe. Nothing here does I/O.
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -25,36 +29,61 @@ MEMORY, SSD, REMOTE = 1, 2, 3
 SAMPLES = 16
 FADE = 0.8
 """Weight of a sample beside the one after it."""
-DOUBT_LEAST = math.log(1.15)
-DOUBT_FIRST = math.log(3)
-DOUBT_MOST = math.log(1024)
-DOUBT_FADE = 0.8
-WIDER = 1.25
-"""An error as large as this times the largest of late is still within the stated one."""
+CLIP = math.log(2.5)
+"""What is off by more than this (in logarithms) is a surprise."""
+SLOW_IN_A_ROW = 3
+"""So many slow surprises one after another are a change, fewer are accidents."""
+ERROR_LEAST = math.log(1.15)
+SCATTER_FIRST = 0.5
+"""Scatter (standard deviation of the logarithm) that is assumed before there are FEW samples to find it from."""
+FEW = 4
+LOAD_ERROR_MOST = 2.0
+"""The largest stated error of a tier, as a factor."""
 STALE_S = 600.0
 """After so long without a transfer the stated error has grown by a factor of e."""
 SECONDS_MIN = 1e-7
 
 
 class Doubt:
-    """How far predictions may be off, as a factor: a decaying envelope over the errors of the last ones."""
+    """How far predictions may be off in expectation, as a factor, and which samples are accidents."""
 
-    __slots__ = ("_most",)
+    __slots__ = ("_fast_in_a_row", "_misses", "_most", "_row", "_slow")
 
-    def __init__(self) -> None:
-        self._most = DOUBT_FIRST - DOUBT_LEAST
+    def __init__(self, most: float, fast_in_a_row: int = 1) -> None:
+        """The stated error never exceeds a factor of `most`. So many fast surprises in a row are a change."""
+        self._misses: deque[float] = deque(maxlen=SAMPLES)
+        self._most = math.log(most)
+        self._fast_in_a_row = fast_in_a_row
+        self._row, self._slow = 0, False
 
-    def hear(self, low: float, high: float, found: float) -> bool:
-        """Takes what came of a prediction between `low` and `high` (all seconds); whether it was outside of what had
-        been stated."""
-        miss = max(0.0, math.log(found / max(high, SECONDS_MIN)), math.log(max(low, SECONDS_MIN) / found))
-        surprise = miss > self._most + DOUBT_LEAST
-        self._most = max(DOUBT_FADE * self._most, WIDER * miss if surprise else miss)
-        return surprise
+    def hear(self, low: float, high: float, found: float) -> tuple[float, int]:
+        """Takes what came of a prediction between `low` and `high` (all seconds). Returns what it counts for, no more
+        than a factor off; and, where this was the last of several surprises that make a change, their number."""
+        low, high = max(low, SECONDS_MIN), max(high, SECONDS_MIN)
+        miss = math.log(found / min(max(found, low), high))
+        if abs(miss) <= CLIP:
+            self._row = 0
+            self._misses.append(abs(miss))
+            return found, 0
+        self._row = self._row + 1 if self._slow == (miss > 0) else 1
+        self._slow = miss > 0
+        if self._row >= (SLOW_IN_A_ROW if self._slow else self._fast_in_a_row):
+            row, self._row = self._row, 0
+            self._misses.clear()
+            return found, row
+        self._misses.append(CLIP)  # an accident, so far
+        return high * math.exp(CLIP) if self._slow else low / math.exp(CLIP), 0
 
-    def spread(self, age_s: float = 0.0) -> float:
-        """The stated relative error: what is found lies between prediction / (1 + spread) and * (1 + spread)."""
-        return math.exp(min(self._most + DOUBT_LEAST + max(0.0, age_s) / STALE_S, DOUBT_MOST)) - 1
+    def spread(self, samples: int, age_s: float = 0.0) -> float:
+        """The stated relative error of what is expected by a fit to so many samples: it lies between prediction /
+        (1 + spread) and * (1 + spread)."""
+        if not samples:
+            return math.exp(self._most) - 1
+        scatter = 1.5 * statistics.median(self._misses) if self._misses else 0.0  # of a normal distribution, by its MAD
+        if len(self._misses) < FEW:
+            scatter = max(scatter, SCATTER_FIRST)
+        error = max(ERROR_LEAST, scatter / math.sqrt(min(samples, SAMPLES))) + max(0.0, age_s) / STALE_S
+        return math.exp(min(error, self._most)) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +104,7 @@ class Rate:
         return self.latency_s + (self.queued_bytes + count_bytes) / self.bytes_per_s
 
     def seconds_max(self, count_bytes: float) -> float:
-        """The longest that `seconds` may turn out to be within the stated error."""
+        """The most that may have to be expected within the stated error; single transfers scatter beyond it."""
         return self.bounds(count_bytes)[1] * (1 + self.spread)
 
     def bounds(self, count_bytes: float) -> tuple[float, float]:
@@ -111,18 +140,30 @@ class Transfer:
 class _Tier:
     prior: Rate
     line: Rate
-    doubt: Doubt = field(default_factory=Doubt)
+    doubt: Doubt = field(default_factory=lambda: Doubt(LOAD_ERROR_MOST))
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    heard: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SLOW_IN_A_ROW))
+    """The last ones as they were, accidents and all."""
     queued_bytes: int = 0
     heard_s: float | None = None
 
     def hear(self, count_bytes: float, seconds: float, now_s: float) -> None:
         seconds = max(seconds, SECONDS_MIN)
-        if self.doubt.hear(*self.line.bounds(count_bytes), seconds):
+        self.heard.append((count_bytes, seconds))
+        counts_for, row = seconds, 0
+        if self.samples:  # else there is nothing but a prior to be surprised by
+            counts_for, row = self.doubt.hear(*self.line.bounds(count_bytes), seconds)
+        if row:
             self.samples.clear()
-        self.samples.append((count_bytes, seconds))
+            self.samples.extend(list(self.heard)[-row:])
+        else:
+            self.samples.append((count_bytes, counts_for))
         self.line = _fit(self.samples, self.prior)
         self.heard_s = now_s
+
+    def spread(self, now_s: float) -> float:
+        age_s = 0.0 if self.heard_s is None else now_s - self.heard_s
+        return self.doubt.spread(len(self.samples), age_s)
 
 
 class Rates:
@@ -169,11 +210,7 @@ class Rates:
         """All tiers as they are now."""
         with self._lock:
             return {
-                tier: replace(
-                    entry.line,
-                    queued_bytes=entry.queued_bytes,
-                    spread=entry.doubt.spread(0.0 if entry.heard_s is None else now_s - entry.heard_s),
-                )
+                tier: replace(entry.line, queued_bytes=entry.queued_bytes, spread=entry.spread(now_s))
                 for tier, entry in self._tiers.items()
                 if entry.samples or entry.prior is not _UNKNOWN
             }
@@ -212,5 +249,7 @@ def _fit(samples: deque[tuple[float, float]], prior: Rate) -> Rate:
         latency, slope = 0.0, xy / xx
     elif slope <= 0:
         latency, slope = y / one, 0.0
+    # The rare slow ones must not decide: half of the samples took longer than the line says, and half not.
+    scale = statistics.median(seconds / (latency + slope * count) for count, seconds in samples)
     sizes = [count for count, _ in samples]
-    return Rate(1 / max(slope, 1e-13), latency, seen_bytes=(min(sizes), max(sizes)))
+    return Rate(1 / max(scale * slope, 1e-13), scale * latency, seen_bytes=(min(sizes), max(sizes)))

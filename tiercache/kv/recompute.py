@@ -2,15 +2,17 @@
 
 Only prefixes are of use, so a plan is a split: load the first blocks, compute the rest. Loading n blocks takes, tier by
 tier, `latency + (queued + bytes) / bandwidth` (rates.py), and saves what computing their tokens would have taken
-(Prefill). Both are known up to a stated error. The plan is the n of least expected time to first token among those that
-save time at the worst of both errors, n = 0 being one of them. So:
+(Prefill). Both are expectations, known up to a stated error; single loads and prefills scatter around them. The plan is
+the n of least expected time to first token among those that are expected to save time at the worst of both errors,
+n = 0 being one of them. So:
 
-1. While rates and prefill stay within their stated errors, no request takes longer than without a cache.
-2. A tier that turns slower than that costs a request at most `Plan.deadline_s`, after which the load is given up and
-   the rest computed; the deadline is never longer than what the load was sure to save. Rates then distrust that tier.
-3. Whether a distrusted tier has recovered is found out by probes: loads with a deadline that is paid out of a purse,
-   filled with a small share of the time that requests take anyway. All failed probes together cost no more than that,
-   and none of them more than a quarter of its request's time.
+1. While what is to be expected stays within the stated errors, no request is expected to take longer than without.
+2. A load that lasts longer is given up at `Plan.deadline_s`: not before it has taken as long as computing would have,
+   nor before a few times what was expected while that is no more than twice as long, for a load that would have landed
+   soon is then lost, too. Several such loads in a row, and the tier is distrusted (rates.py).
+3. Whether a distrusted tier is fast is found out by probes: a part of the prefix with a deadline of half of what the
+   request takes. The first comes after two requests, and each that fails doubles the wait for the next; in the long run
+   they cost no more than a fortieth of the time that requests take.
 
 Pure: nothing here does I/O or reads a clock. Loading and computing are taken to follow one another; layer-wise loads
 overlap them and are faster than planned.
@@ -18,6 +20,7 @@ overlap them and are faster than planned.
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.kv.rates import FADE, MEMORY, REMOTE, SECONDS_MIN, SSD, Doubt, Rates
+from tiercache.kv.rates import FADE, MEMORY, REMOTE, SECONDS_MIN, SLOW_IN_A_ROW, SSD, Doubt, Rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,21 +42,21 @@ if TYPE_CHECKING:
 
 TIERS = (MEMORY, SSD, REMOTE)
 MARGIN = 1.05
-"""A load must save so many times its worst duration."""
-GRACE_S = 0.05
-"""A load is not given up before this much beyond twice its worst duration, unless it has by then taken as long
-as it saves: threads wake late on a busy machine."""
+"""A load must save so many times what may have to be expected of its duration."""
+PATIENCE = 8
+"""A load is given up after so many times what was expected, within the limits that are named above."""
 LATE = 0.95
 """A load that brought less than all of it, after this share of its deadline, was given up for its time."""
 PREFILLS = 64
 """Prefills that a curve is fitted to."""
-PURSE_SHARE = 0.005
-"""Of the time that requests take without a tier, what may be lost on probing it."""
-PROBE_SHARE_MAX = 0.25
+PREFILL_ERROR_MOST = 1.5
+"""The largest stated error of the prefill's curve within what was seen, as a factor."""
+PURSE_SHARE = 0.025
+"""Of the time that requests take without a tier, what may be lost on probing it in the long run."""
+PURSE_SHARE_FIRST = 0.25
+"""The same for the first probe; each that fails halves it, down to the one above."""
+PROBE_SHARE = 0.5
 """Of the time that one request takes, what a probe may cost it."""
-PURSE_S_MAX = 10.0
-GRAIN_S = 1e-3
-"""The first probe costs at most this; each that fails doubles the next."""
 
 
 class Prefill:
@@ -68,7 +71,8 @@ class Prefill:
         self._lock = threading.Lock()
         self._terms = (fixed_s, token_s, pair_s)
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=PREFILLS)
-        self._doubt = Doubt()
+        self._heard: deque[tuple[int, int, float]] = deque(maxlen=SLOW_IN_A_ROW)
+        self._doubt = Doubt(PREFILL_ERROR_MOST, fast_in_a_row=SLOW_IN_A_ROW)
         self._reach = 0.0
 
     @property
@@ -87,12 +91,18 @@ class Prefill:
             return
         seconds = max(seconds, SECONDS_MIN)
         with self._lock:
-            guess = self.seconds(start, count)
-            if self.known and self._doubt.hear(guess, guess, seconds):
+            self._heard.append((start, count, seconds))
+            row = 0
+            if self._samples:
+                guess = self.seconds(start, count)
+                seconds, row = self._doubt.hear(guess, guess, seconds)
+            if row:
                 # The machine or its load has changed: what was seen before tells no more than the curve's shape.
-                change = seconds / guess
-                self._samples = deque([(a, b, s * change) for a, b, s in list(self._samples)[-8:]], PREFILLS)
-            self._samples.append((start, count, seconds))
+                change = statistics.median(s / max(self.seconds(a, b), SECONDS_MIN) for a, b, s in self._heard)
+                kept = [(a, b, s * change) for a, b, s in list(self._samples)[-8:]]
+                self._samples = deque(kept + list(self._heard), PREFILLS)
+            else:
+                self._samples.append((start, count, seconds))
             self._reach = max(start + count for start, count, _ in self._samples)
             self._terms = _fit(list(self._samples))
 
@@ -108,7 +118,7 @@ class Prefill:
 
     def spread(self, stop: int = 0) -> float:
         """The stated relative error of `added` up to token `stop`; larger beyond all that was seen."""
-        spread = self._doubt.spread()
+        spread = self._doubt.spread(len(self._samples))
         return spread if stop <= 2 * self._reach or not self._reach else (1 + spread) * stop / (2 * self._reach) - 1
 
 
@@ -135,35 +145,36 @@ def _fit(samples: list[tuple[int, int, float]]) -> tuple[float, float, float]:
             if (solved > 0).all() and error < 0.9 * best:
                 best, found = error, np.zeros(3)
                 found[at] = solved / norms[at]
+    # As for tiers: half of the samples took longer.
+    found *= float(np.median(1 / (terms * norms @ found)))
     return float(found[0]), float(found[1]), float(found[2])
 
 
 class Purse:
     """What may be lost on probing tiers. Thread-safe."""
 
-    def __init__(self, share: float = PURSE_SHARE) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._share = share
-        self._held_s: dict[int, float] = {}
-        self._grain_s: dict[int, float] = {}
+        self._without_s: dict[int, float] = {}
+        """By tier, the time of requests that did not use it since its last probe."""
+        self._share: dict[int, float] = {}
 
     def earn(self, tier: int, without_s: float) -> None:
         """A request that takes `without_s` without a cache did not use this tier (Plan.refused)."""
         with self._lock:
-            self._held_s[tier] = min(PURSE_S_MAX, self._held_s.get(tier, 0.0) + self._share * without_s)
+            self._without_s[tier] = self._without_s.get(tier, 0.0) + without_s
 
     def allowance(self, tier: int) -> float:
-        """Seconds that a probe of this tier may cost now; 0 while the next probe is being saved for."""
+        """Seconds that a probe of this tier may cost now."""
         with self._lock:
-            held = self._held_s.get(tier, 0.0)
-            return held if held >= self._grain_s.get(tier, GRAIN_S) else 0.0
+            return self._share.get(tier, PURSE_SHARE_FIRST) * self._without_s.get(tier, 0.0)
 
-    def spend(self, tier: int, lost_s: float, *, failed: bool) -> None:
-        """A probe is over: it lost so much, and failed if it was given up."""
+    def spend(self, tier: int, *, failed: bool) -> None:
+        """A probe is over, and failed if it was given up."""
         with self._lock:
-            self._held_s[tier] = self._held_s.get(tier, 0.0) - max(0.0, lost_s)
-            grain = self._grain_s.get(tier, GRAIN_S)
-            self._grain_s[tier] = min(2 * grain, PURSE_S_MAX / 2) if failed else GRAIN_S
+            self._without_s[tier] = 0.0
+            share = self._share.get(tier, PURSE_SHARE_FIRST)
+            self._share[tier] = max(PURSE_SHARE, share / 2) if failed else PURSE_SHARE_FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +251,7 @@ def plan_load(
             first + count,
             float(load[count]),
             0.0,
-            float(load_max[count]),
+            PATIENCE * float(load_max[count]),
             0.0,
             refused,
             probe_stop=first + count,
@@ -254,18 +265,13 @@ def plan_load(
     count = int(np.argmin(np.where(safe, load - saved, np.inf)))
     refused = int(tier_of[count]) if count < len(tier_of) else 0
     probe, probe_s = 0, 0.0
-    if refused and allowance_s and (allowed := allowance_s.get(refused, 0.0)) > 0:
-        probe, probe_s = _probe(tier_of, count, sure, min(allowed, PROBE_SHARE_MAX * without_s))
-    deadline_s = min(float(sure[count]), _patience(load_max[count]))
+    if refused and allowance_s and allowance_s.get(refused, 0.0) >= PROBE_SHARE * without_s:
+        probe, probe_s = _probe(tier_of, count, sure, PROBE_SHARE * without_s)
+    deadline_s = min(2 * float(saved[count]), max(float(saved[count]), PATIENCE * float(load[count])))
     return Plan(
         first, first + count, float(load[count]), float(saved[count]), deadline_s, without_s, refused,
         first + count + probe, probe_s,
     )  # fmt: skip
-
-
-def _patience(load_max_s: float) -> float:
-    """How long a load may last that should not last longer than that."""
-    return 2 * float(load_max_s) + GRACE_S if load_max_s else 0.0
 
 
 def _leading(true: npt.NDArray[np.bool_]) -> int:
@@ -378,4 +384,4 @@ class Advisor:
                 # Another tier's fault, or blocks that were gone: nothing is learnt of this one.
                 self.rates.drop(each)
         if plan.probes and (late or whole):
-            self.purse.spend(plan.refused, plan.probe_s if late else 0.0, failed=late)
+            self.purse.spend(plan.refused, failed=late)
