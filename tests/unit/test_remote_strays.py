@@ -6,11 +6,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
+
+from tiercache.errors import UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.remote.blocks import REFRESH_S, RemoteBlocks
 from tiercache.remote.bucket import StoreBucket
-from tiercache.remote.budget import FOLDER, RESERVED_BYTES
+from tiercache.remote.budget import FOLDER, LEASE_S, RESERVED_BYTES, decode
 from tiercache.remote.writing import SWEEP_S
 from tiercache.testing.buckets import MemoryBucket, made_block, put_blocks, read_blocks
 from tiercache.testing.simloop import SimClock, derive, simulate
@@ -43,9 +46,9 @@ class Doubling(MemoryBucket):
         return super().list(prefix)
 
 
-def opened(loop: SimLoop, bucket: MemoryBucket, name: str, **options) -> RemoteBlocks:
+def opened(loop: SimLoop, bucket: MemoryBucket, name: str, cap_bytes: int = CAP_BYTES, **options) -> RemoteBlocks:
     return RemoteBlocks(
-        bucket, RESERVED_BYTES + CAP_BYTES, clock=SimClock(loop), metrics=Metrics(), random=derive(loop.seed, name),
+        bucket, RESERVED_BYTES + cap_bytes, clock=SimClock(loop), metrics=Metrics(), random=derive(loop.seed, name),
         **{"pack_bytes": 32 * KIB} | options,
     )  # fmt: skip
 
@@ -132,6 +135,39 @@ def test_what_comes_late_to_the_dead_is_deleted() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("cap_bytes", [CAP_BYTES, 64 * CAP_BYTES])
+def test_hundreds_of_short_jobs_do_not_fill_the_ledger(cap_bytes: int) -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket = MemoryBucket()
+        for number in range(200):
+            job = opened(loop, bucket, str(number), cap_bytes)
+            await job._catalog.refresh()
+            assert await put_blocks(job, [2 * number]) == [HIT], number
+            if number % 2:  # half of them are so short that nothing is tidied
+                await job._writing.tend()
+            await job.close()
+            assert stored(bucket) <= cap_bytes
+
+    run(main)
+
+
+def test_what_is_over_goes_though_its_writer_is_gone() -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket = MemoryBucket()
+        one, two = (opened(loop, bucket, name, lifetime_s=3600.0) for name in ("one", "two"))
+        await put_blocks(one, range(4))
+        await one.close()
+        await asyncio.sleep(3700)
+        task = loop.create_task(two.run())
+        await two.known()
+        assert await put_blocks(two, range(100, 104)) == [HIT] * 4
+        await asyncio.sleep(LEASE_S)
+        assert not [key for key in bucket.objects if key.startswith("packs/") and two._budget.writer not in key]
+        task.cancel()
+
+    run(main)
+
+
 def test_deleting_many_deletes_all_though_one_is_not_there(tmp_path: Path) -> None:
     from obstore.store import LocalStore
 
@@ -166,3 +202,11 @@ def test_what_is_deleted_while_it_goes_up_stays_deleted() -> None:
         assert await read_blocks(one, range(4)) == [HIT, HIT, MISS, HIT]
 
     run(main)
+
+
+def test_ledgers_that_make_no_sense_stop_writers() -> None:
+    good = '{"writer": "a", "bytes": %s, "serial": %s, "wants": false, "closed": false, "of": []}'
+    assert decode(1, f"[{good % (1, 1)}]".encode()).given_bytes == 1
+    for data in (good % ('"x"', 1), good % (-1, 1), good % (1, "null"), good.replace("[]", "[3]") % (1, 1)):
+        with pytest.raises(UnavailableError, match="no ledger"):
+            decode(1, f"[{data}]".encode())

@@ -29,7 +29,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import UnavailableError
 
@@ -107,10 +107,31 @@ def decode(number: int, data: bytes) -> Ledger:
         rows = json.loads(data)
         if not isinstance(rows, list):
             raise TypeError("no list")
-        holdings = tuple(Holding(**row | {"of": tuple(row["of"])}) for row in rows)
+        holdings = tuple(Holding(**_checked(row) | {"of": tuple(row["of"])}) for row in rows)
     except (ValueError, TypeError, KeyError) as error:
         raise UnavailableError(f"{FOLDER}{number:012d} is no ledger ({error}): nothing more is written") from error
     return Ledger(number, holdings)
+
+
+def _checked(row: Any) -> dict[str, Any]:
+    """One holding as it was stored; ValueError where a field is not of its type."""
+    if not isinstance(row, dict) or not isinstance(row["of"], list):
+        raise ValueError("a holding is no object")
+    strings = [row["writer"], *row["of"]]
+    numbers = [row["bytes"], row.get("serial", 0)]
+    flags = [row.get("wants", False), row.get("closed", False)]
+    if not all(isinstance(one, str) and one for one in strings) or not all(isinstance(one, bool) for one in flags):
+        raise ValueError("a holding has fields of other types")
+    if not all(type(one) is int and 0 <= one < 1 << 63 for one in numbers):
+        raise ValueError("a holding has numbers that cannot be")
+    return row
+
+
+def take_over(ledger: Ledger, mine: Holding, left: Holding) -> Ledger:
+    """The ledger in which `mine` has all that somebody left."""
+    of = (*mine.of, left.writer, *left.of)
+    heir = replace(mine, bytes=mine.bytes + left.bytes, serial=mine.serial + 1, of=of)
+    return ledger.with_(heir, without=left.writer)
 
 
 def grow(
@@ -131,10 +152,7 @@ def grow(
         return ledger.with_(replace(mine, bytes=size, serial=mine.serial + 1, wants=False))
     left = next((one for one in ledger.holdings if one.writer not in live), None)
     if left is not None:
-        heir = replace(
-            mine, bytes=mine.bytes + left.bytes, serial=mine.serial + 1, of=(*mine.of, left.writer, *left.of)
-        )
-        return ledger.with_(heir, without=left.writer)
+        return take_over(ledger, mine, left)
     if need_bytes <= fair and not mine.wants:
         return ledger.with_(replace(mine, wants=True, serial=mine.serial + 1))
     return None
@@ -163,6 +181,7 @@ class Budget:
         self._seen: dict[str, tuple[int, float]] = {}  # writer -> serial, and since when it is unchanged
         self._others_want = False
         self._live = 1
+        self._crowded = False  # whether the ledger was over half full when it was seen last
         self._begin()
 
     def _begin(self) -> None:
@@ -249,6 +268,26 @@ class Budget:
         await self._change(decide)
         return self._mine.bytes > before
 
+    async def adopt(self, writers: Collection[str]) -> bool:
+        """Takes over one holding that was left, of one who counts objects of any of `writers`, or of anybody where the
+        ledger is over half full; it need not be needed. True where it has: `unlisted` says whose."""
+
+        def decide(ledger: Ledger) -> Ledger | None:
+            mine, over = ledger.of(self.writer), self._over(ledger)
+            if mine is None:
+                return None
+            crowded = len(encode(ledger)) > LEDGER_BYTES_MAX // 2
+            for one in ledger.holdings:
+                left = one.writer != self.writer and (one.closed or one.writer in over)
+                if left and (crowded or not {one.writer, *one.of}.isdisjoint(writers)):
+                    return take_over(ledger, mine, one)
+            return None
+
+        before = self.adopted
+        if self.held and (writers or self._crowded):
+            await self._change(decide)
+        return self.adopted != before
+
     @property
     def unlisted(self) -> tuple[str, ...]:
         """Writers that were taken over, of whom it is not known yet what they had: list it, and call `listed`."""
@@ -309,6 +348,7 @@ class Budget:
         over = self._over(ledger)
         live = [one for one in ledger.holdings if not one.closed and one.writer not in over]
         self._live = max(1, len(live))
+        self._crowded = len(encode(ledger)) > LEDGER_BYTES_MAX // 2
         self._others_want = any(one.wants for one in live if one.writer != self.writer)
 
     # -- the chain -----------------------------------------------------------------------------------------------------

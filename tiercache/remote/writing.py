@@ -39,6 +39,8 @@ SNAPSHOT_PACKS, SNAPSHOT_SHARE = 8, 1 / 8
 """A snapshot is written after so many new packs, or after this share of those that it lists, whichever is more."""
 SWEEP_S = 600.0
 """Objects of writers whom the ledger does not know are looked for so often, and deleted when they are found again."""
+OVERDUE_S = 60.0
+"""A pack that is over so long is not deleted by its writer any more."""
 COMPACT_PACKS = 8
 """So many small packs are worth being written anew as one."""
 REFUSED_S = 60.0
@@ -209,6 +211,7 @@ class Writing:
             if budget.used_bytes + size <= budget.share_bytes:
                 return True
             grown = await budget.grow(size)
+            await budget.adopt(())
             await self._settle_heritage()
             if grown or budget.used_bytes + size <= budget.share_bytes:
                 continue
@@ -302,6 +305,7 @@ class Writing:
         async with self._lock:
             if self._closed:
                 return
+            await self._budget.adopt(self._overdue())
             await self._settle_heritage()
             await self._settle_doubts()
             for key in (
@@ -325,6 +329,12 @@ class Writing:
                 await self._sweep()
         if budget.excess_bytes:
             await budget.renew()
+
+    def _overdue(self) -> set[str]:
+        """Writers, other than this one, of packs that are over: if they are gone, nobody deletes them."""
+        mine, now_s = self._mine, self._clock.wall()
+        packs_now = list(self._catalog.packs.values())
+        return {one.writer for one in packs_now if 0 < one.until_s <= now_s - OVERDUE_S and one.writer not in mine}
 
     async def _compact(self) -> None:
         """Writes small packs, as come of little traffic, anew as one, without what nobody finds there any more. Never
@@ -421,11 +431,13 @@ class Writing:
 
     async def _forget_the_empty(self) -> None:
         """Who was taken over, and has nothing in the bucket any more, need not be remembered."""
-        left = {pack.writer for pack in self._own()}
+        left, done = {pack.writer for pack in self._own()}, list[str]()
         for writer in self._budget.adopted:
             if writer in left or await self._list(f"{PACKS}{writer}/") or await self._list(f"{INDEX}{writer}/"):
                 continue
-            await self._budget.renew(done=(writer,))
+            done.append(writer)
+        if done:
+            await self._budget.renew(done=done)
 
     async def close(self) -> None:
         """The last snapshot; then the holding is left to others. Idempotent."""
