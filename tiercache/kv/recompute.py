@@ -142,7 +142,7 @@ def _fit(samples: list[tuple[int, int, float]]) -> tuple[float, float, float]:
                 continue  # terms that these samples cannot tell apart
             error = max(0.0, whole - float(solved @ right[at]))
             # A term more must earn its place, or noise would decide between costs a token and costs a prefill.
-            if (solved > 0).all() and error < 0.9 * best:
+            if (solved > 0).all() and error < 0.9 * best - 1e-9:
                 best, found = error, np.zeros(3)
                 found[at] = solved / norms[at]
     # As for tiers: half of the samples took longer.
