@@ -4,16 +4,20 @@ and short jobs by the hundred. The cap holds, and room that was lost is found ag
 from __future__ import annotations
 
 import asyncio
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
+import xxhash
 
 from tiercache.errors import UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
-from tiercache.remote.blocks import REFRESH_S, RemoteBlocks
+from tiercache.remote import snapshots
+from tiercache.remote.blocks import MISSED_S, REFRESH_S, RemoteBlocks
 from tiercache.remote.bucket import StoreBucket
 from tiercache.remote.budget import FOLDER, LEASE_S, RESERVED_BYTES, decode
+from tiercache.remote.packs import seed_of
 from tiercache.remote.writing import SWEEP_S
 from tiercache.testing.buckets import MemoryBucket, made_block, put_blocks, read_blocks
 from tiercache.testing.simloop import SimClock, derive, simulate
@@ -55,6 +59,13 @@ def opened(loop: SimLoop, bucket: MemoryBucket, name: str, cap_bytes: int = CAP_
 
 def stored(bucket: MemoryBucket) -> int:
     return sum(len(data) for key, data in bucket.objects.items() if key.startswith(("packs/", "index/")))
+
+
+def snapshot(key: str, names: bytes) -> bytes:
+    """One without rows whose checksum is right."""
+    head = struct.Struct("<4sHHIQ16s")
+    facts = (snapshots.MAGIC, snapshots.VERSION, 0, len(names), 0)
+    return head.pack(*facts, xxhash.xxh3_128_digest(head.pack(*facts, bytes(16)) + names, seed_of(key))) + names
 
 
 def run(main) -> None:
@@ -178,6 +189,25 @@ def test_deleting_many_deletes_all_though_one_is_not_there(tmp_path: Path) -> No
     assert list(bucket.list("packs/")) == []
 
 
+def test_a_large_bucket_is_listed_less_often() -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket = Doubling()
+        for number in range(20_000):
+            bucket.objects[f"packs/{'0' * 16}/{number:010d}"] = b""
+        remote = opened(loop, bucket, "one")
+        task = loop.create_task(remote.run())
+        await asyncio.sleep(1)
+        before = bucket.lists
+        for _ in range(3600):
+            remote.missed()
+            await asyncio.sleep(1)
+        pages = (bucket.lists - before) * 21
+        assert pages <= 3600 / MISSED_S * 1.2
+        task.cancel()
+
+    run(main)
+
+
 def test_what_is_deleted_before_it_is_known_is_not_found_later() -> None:
     async def main(loop: SimLoop) -> None:
         bucket = MemoryBucket()
@@ -210,3 +240,22 @@ def test_ledgers_that_make_no_sense_stop_writers() -> None:
     for data in (good % ('"x"', 1), good % (-1, 1), good % (1, "null"), good.replace("[]", "[3]") % (1, 1)):
         with pytest.raises(UnavailableError, match="no ledger"):
             decode(1, f"[{data}]".encode())
+
+
+@pytest.mark.parametrize("text", ["{}", "[3]", '[["packs/a/1", "x", 0]]', '[["packs/a", 9, "0"]]', "[[1, 2, 3]]", "no"])
+def test_snapshots_that_make_no_sense_are_left_out(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def main(loop: SimLoop) -> None:
+        bucket = MemoryBucket()
+        one, two = opened(loop, bucket, "one"), opened(loop, bucket, "two")
+        for number in range(10):
+            await put_blocks(one, [number])
+        bucket.objects["index/a/1"] = snapshot("index/a/1", text.encode())
+        task = loop.create_task(two.run())
+        await two.known()
+        assert await read_blocks(two, range(10)) == [HIT] * 10
+        await asyncio.sleep(10 * REFRESH_S)
+        assert not task.done()
+        task.cancel()
+
+    run(main)
+    assert len([one for one in caplog.records if "index/a/1" in one.getMessage()]) == (text != "{}")

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from tiercache.errors import TierCacheError
 from tiercache.remote.asking import Asking
 from tiercache.remote.budget import GRACE_S, LEASE_S, PUT_S, Budget
 from tiercache.remote.catalog import Catalog
@@ -43,6 +44,8 @@ REFRESH_S = 60.0
 """The bucket is listed so often, when nobody misses anything."""
 MISSED_S = 5.0
 """And so soon after the last time, where something was missed."""
+PAGE_OBJECTS = 1000
+"""One request lists so many objects: a bucket with more is listed less often, and the requests stay as many."""
 
 
 class RemoteBlocks:
@@ -94,8 +97,12 @@ class RemoteBlocks:
 
     def missed(self) -> None:
         """Somebody asked for what is not there: another writer may have brought it since."""
-        if self._clock.monotonic() - self._listed_at_s >= MISSED_S:
+        if self._clock.monotonic() - self._listed_at_s >= MISSED_S * self._pages:
             self._wake.set()
+
+    @property
+    def _pages(self) -> int:
+        return 1 + self._catalog.count // PAGE_OBJECTS
 
     async def known(self) -> None:
         """Returns when the bucket has been listed once, or a deadline after that could have been."""
@@ -137,25 +144,26 @@ class RemoteBlocks:
 
     async def _tend(self) -> None:
         now_s = self._clock.monotonic()
-        due = now_s - self._listed_at_s >= (MISSED_S if self._wake.is_set() or not self._asking.well else REFRESH_S)
+        every_s = (MISSED_S if self._wake.is_set() else REFRESH_S) * self._pages
+        due = now_s - self._listed_at_s >= (every_s if self._asking.well else MISSED_S)
         try:
             if due:
                 self._listed_at_s = now_s
                 await self._catalog.refresh()
-        except OSError as error:
+        except (TierCacheError, OSError) as error:
             log.debug("the bucket could not be listed: %s", error)
         if self._catalog.listed:
             self._listed.set()
         try:
             await self._writing.tend()
-        except OSError as error:
+        except (TierCacheError, OSError) as error:
             log.debug("the bucket could not be tidied: %s", error)
 
     async def close(self) -> None:
         """Leaves a snapshot and the holding to others, if the bucket lets it. Idempotent."""
         try:
             await self._writing.close()
-        except OSError as error:
+        except (TierCacheError, OSError) as error:
             log.debug("the bucket was left as it is: %s", error)
         self._asking.close()
 

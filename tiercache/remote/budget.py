@@ -108,7 +108,7 @@ def decode(number: int, data: bytes) -> Ledger:
         if not isinstance(rows, list):
             raise TypeError("no list")
         holdings = tuple(Holding(**_checked(row) | {"of": tuple(row["of"])}) for row in rows)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UnavailableError(f"{FOLDER}{number:012d} is no ledger ({error}): nothing more is written") from error
     return Ledger(number, holdings)
 

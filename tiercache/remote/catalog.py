@@ -89,6 +89,8 @@ class Catalog:
         USITS 1997)."""
         self.listed = False
         """Whether the bucket has been listed once."""
+        self.count = 0
+        """Objects that the last listing found: asking again costs a request for every thousand of them."""
         self.used_bytes = 0
         """All packs in the bucket, as of the last listing and what was written and deleted here since."""
 
@@ -195,7 +197,7 @@ class Catalog:
             for key in [one.key for one in self.packs.values() if one.key not in listing and one.since < self._round]:
                 self.drop(key)
                 self.gone.add(key)
-            self.used_bytes = sum(listing.values())
+            self.count, self.used_bytes = len(found), sum(listing.values())
             self.bad = {key: size for key, size in self.bad.items() if key in listing}
             await self._learn(listing)
             self.listed = True

@@ -210,7 +210,7 @@ def check_rows(rows: Rows, key: str, end: int) -> Rows:
     what was written: this holds what other versions, and other programs, may write."""
     steps, sizes = rows["part_bytes"].astype(np.int64), rows["size"].astype(np.int64)
     good = (steps > 0) & np.isin(rows["width"], (16, 32)) & np.isin(rows["parent_width"], (0, 16, 32))
-    good &= (rows["kind"] <= max(Kind)) & (rows["form"] <= max(Form))
+    good &= np.isin(rows["kind"], list(Kind)) & np.isin(rows["form"], list(Form)) & np.isfinite(rows["cost_s"])
     good &= sizes <= steps * PARTS_MAX
     offsets = rows["offset"].astype(np.int64)
     good &= (offsets >= HEAD_BYTES) & (offsets + sizes < end)

@@ -73,9 +73,21 @@ def decode(key: str, data: bytes | memoryview) -> list[Listed]:
     rows = np.frombuffer(bytes(view[_HEAD.size + length :]), ROW, count)
     found: list[Listed] = []
     start = 0
-    for name, size, rows_here in json.loads(bytes(view[_HEAD.size : _HEAD.size + length])):
-        if not isinstance(name, str) or not 0 <= rows_here <= count - start:
+    for name, size, rows_here in _names(key, bytes(view[_HEAD.size : _HEAD.size + length])):
+        if rows_here > count - start:
             raise CorruptionError(f"{key} lists packs that cannot be")
-        found.append(Listed(name, int(size), check_rows(rows[start : start + rows_here], name, int(size))))
+        found.append(Listed(name, size, check_rows(rows[start : start + rows_here], name, size)))
         start += rows_here
+    return found
+
+
+def _names(key: str, text: bytes) -> list[tuple[str, int, int]]:
+    """The list of packs; other programs may have written anything there."""
+    try:
+        found = [(name, size, rows) for name, size, rows in json.loads(text)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CorruptionError(f"{key} has no list of packs ({error})") from error
+    for name, size, rows in found:
+        if not isinstance(name, str) or any(type(one) is not int or not 0 <= one < 1 << 62 for one in (size, rows)):
+            raise CorruptionError(f"{key} lists packs that cannot be")
     return found
