@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 import xxhash
 
-from tiercache.errors import UnavailableError
+from tiercache.errors import ConfigError, UnavailableError
 from tiercache.metrics import Metrics
 from tiercache.model import Outcome
 from tiercache.remote import snapshots
 from tiercache.remote.blocks import MISSED_S, REFRESH_S, RemoteBlocks
-from tiercache.remote.bucket import StoreBucket
+from tiercache.remote.bucket import StoreBucket, open_bucket, parse_options
 from tiercache.remote.budget import FOLDER, LEASE_S, RESERVED_BYTES, decode
 from tiercache.remote.packs import seed_of
 from tiercache.remote.writing import SWEEP_S
@@ -206,6 +206,20 @@ def test_a_large_bucket_is_listed_less_often() -> None:
         task.cancel()
 
     run(main)
+
+
+def test_credentials_are_neither_taken_nor_repeated() -> None:
+    for options in ('{"client_kwargs": {"aws_secret_access_key": "hush"}}', '{"config": [{"sas_token": "hush"}]}'):
+        with pytest.raises(ConfigError, match="must not have") as caught:
+            parse_options(options)
+        assert "hush" not in str(caught.value)
+    for url in ("s3://key:hush@bucket/p", "az://container/p?sig=hush", "gs://bucket/p#hush", "s3://b/hush hush?x"):
+        with pytest.raises(ConfigError) as caught:
+            open_bucket(url)
+        assert "hush" not in str(caught.value) or ("?" not in url and "@" not in url and "#" not in url)
+    with pytest.raises(ConfigError) as caught:
+        open_bucket("s3://bucket/p", parse_options('{"endpoint_url": "http://user:hush@host"}'))
+    assert "hush" not in str(caught.value)
 
 
 def test_what_is_deleted_before_it_is_known_is_not_found_later() -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from random import Random
 
 DEADLINE_S = 30.0
-SECRETS = frozenset({"secret", "token", "password", "account_key", "sas_token", "client_secret", "connection_string"})
-"""Options that are credentials: settings are shown, and written down; these must not be among them."""
+SECRETS = ("secret", "token", "passw", "account_key", "private_key", "sas_key", "connection_string", "signature")
+"""In the names of options that are credentials: settings are shown, and written down; these must not be among them."""
 PART_MARK = ".part-"
 """In the name of a file that is not whole yet; what a dead writer left of it counts like any object."""
 SAFE = re.compile(r"[A-Za-z0-9._/-]+")
@@ -222,12 +222,27 @@ def parse_options(text: str) -> dict[str, Any]:
         raise ConfigError(f"remote_options must be a JSON object: {error}") from error
     if not isinstance(options, dict):
         raise ConfigError('remote_options must be a JSON object, such as {"endpoint_url": "http://127.0.0.1:9000"}')
-    if found := sorted(SECRETS & options.keys()):
+    if found := sorted(set(_credentials(options))):
         raise ConfigError(
             f"remote_options must not have {', '.join(found)}: settings are shown to others; give credentials in the"
             " environment of the process, or name a profile"
         )
     return options
+
+
+def _credentials(value: Any, name: str = "") -> Iterator[str]:
+    """Names of options, at any depth, that are credentials, or have some in a URL."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            if inside is not None and any(one in key.lower() for one in SECRETS):
+                yield key
+            else:
+                yield from _credentials(inside, key)
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _credentials(inside, name)
+    elif isinstance(value, str) and "://" in value and any(mark in value for mark in "@?"):
+        yield name
 
 
 def open_bucket(url: str, options: Mapping[str, Any] | None = None, *, deadline_s: float = DEADLINE_S) -> Bucket:
@@ -236,6 +251,12 @@ def open_bucket(url: str, options: Mapping[str, Any] | None = None, *, deadline_
     longer than `deadline_s`. Raises ConfigError for what cannot be opened."""
     from tiercache.remote.opening import OBJECT_PROTOCOLS
 
+    marks = "?#" if url.startswith(("/", "file:///")) and not url.startswith("//") else "@?#"
+    if any(mark in url for mark in marks):  # which may be credentials, so that it is not repeated
+        raise ConfigError(
+            "remote_url must not have a user, a query or a fragment (@ ? #): give credentials in the environment of the"
+            " process, or name a profile in remote_options; in a path of file:// write %3F and %23"
+        )
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
         path = unquote(parts.path)
