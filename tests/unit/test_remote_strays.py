@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import xxhash
@@ -23,7 +23,7 @@ from tiercache.testing.buckets import MemoryBucket, made_block, put_blocks, read
 from tiercache.testing.simloop import SimClock, derive, simulate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
 
     from tiercache.testing.simloop import SimLoop
@@ -50,7 +50,7 @@ class Doubling(MemoryBucket):
         return super().list(prefix)
 
 
-def opened(loop: SimLoop, bucket: MemoryBucket, name: str, cap_bytes: int = CAP_BYTES, **options) -> RemoteBlocks:
+def opened(loop: SimLoop, bucket: MemoryBucket, name: str, cap_bytes: int = CAP_BYTES, **options: Any) -> RemoteBlocks:
     return RemoteBlocks(
         bucket, RESERVED_BYTES + cap_bytes, clock=SimClock(loop), metrics=Metrics(), random=derive(loop.seed, name),
         **{"pack_bytes": 32 * KIB} | options,
@@ -68,7 +68,7 @@ def snapshot(key: str, names: bytes) -> bytes:
     return head.pack(*facts, xxhash.xxh3_128_digest(head.pack(*facts, bytes(16)) + names, seed_of(key))) + names
 
 
-def run(main) -> None:
+def run(main: Callable[[SimLoop], Coroutine[Any, Any, None]]) -> None:
     simulate(main, seed=1)
 
 

@@ -41,8 +41,8 @@ BATCH_SHARE = 8
 """Of memory, what one pack may pin while it is copied."""
 BRING_SHARE = 2
 """Of memory, what one call may bring."""
-CLOSE_S = 5.0
-"""Closing waits so long for uploads, and as long for what the bucket is told at the end."""
+FINISH_S, CLOSE_S = 10.0, 5.0
+"""Closing waits so long for uploads, and so long for what the bucket is told at the end."""
 KINDS = (Kind.KV, Kind.TENSOR)
 EVERY = (1 << PARTS_MAX) - 1
 """The map of all parts that an entry may have."""
@@ -87,9 +87,9 @@ class Remote:
         """Uploads what waits, as far as that is done in time, and leaves the bucket in order."""
         self._closing.set()
         self._wake.set()
-        for work in (self._finish, self.store.close):
+        for work, patience_s in ((self._finish, FINISH_S), (self.store.close, CLOSE_S)):
             try:
-                async with asyncio.timeout(CLOSE_S):
+                async with asyncio.timeout(patience_s):
                     await work()
             except TimeoutError:
                 log.warning("closing without waiting for the remote tier any longer")
