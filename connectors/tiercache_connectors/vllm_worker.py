@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NAP_S = 0.002
+"""An engine that only waits for loads may go round its loop without a pause, and keeps the interpreter from the threads
+that it waits for: it gives them this long a round. New requests wait no longer than that, either."""
 EMPTY_PAGE = 0
 """vLLM's page for what a window has left behind: it holds nothing."""
 
@@ -110,6 +113,7 @@ class Worker:
         self._clock = stores[0].core.clock
         self._keys: dict[tuple[str, int], list[bytes]] = {}
         self._step: Step | None = None
+        self._computed = False  # whether this step had a forward pass
         self._taken = 0
         self._now: list[Loaded] = []
         self._later: dict[str, Loaded] = {}
@@ -162,6 +166,7 @@ class Worker:
 
     def save(self) -> None:
         """The forward pass is over: loads of the step end here, and saves begin."""
+        self._computed = True
         for loaded in self._now:
             self._end(loaded)
         self._now.clear()
@@ -172,6 +177,9 @@ class Worker:
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """Requests whose pages may be freed, whose load is over, and of those the ones whose load failed."""
+        if self._later and not self._computed:
+            self._nap()
+        self._computed = False
         received = {name for name, loaded in self._later.items() if self._is_over(loaded)}
         for name in received:
             self._end(self._later.pop(name))
@@ -182,6 +190,15 @@ class Worker:
             self._forget(name)
         failed, self._failed = self._failed & received, self._failed - received
         return sent, received, failed
+
+    def _nap(self) -> None:
+        """Lets loads go on, until one of them is over or for a moment."""
+        if any(self._is_over(each) for each in self._later.values()):
+            return
+        for lane, _, loading in next(iter(self._later.values())).parts:
+            if loading is not None and not loading.done:
+                loading.wait_layer(lane.planes.shard.layers[-1], NAP_S)
+                return
 
     def bad_pages(self) -> set[int]:
         """Pages that loads should have filled and have not."""

@@ -59,3 +59,29 @@ def test_where_a_block_fails_the_others_lie_there_before_a_layer_is_computed(cac
     worker.save()
     assert worker.bad_pages() == {BLOCKS}
     worker.close()
+
+
+def test_an_engine_that_only_waits_lets_the_load_go_on(cache: Any) -> None:
+    """Its loop has no pause of its own: round after round it would keep the interpreter from the threads that copy."""
+    there = np.random.default_rng(2).random((LAYERS, BLOCKS + 1, 16, 2, 256), np.float32)
+    keys = cache.kv(LAYOUT).keys(np.arange(16 * BLOCKS))
+    saving = cache.kv(LAYOUT).save(keys, planes(there), Table(np.arange(1, BLOCKS + 1), 16))
+    assert set(saving.wait(30)) == {Outcome.HIT}
+    here = np.zeros_like(there)
+    store, mine = cache.kv(LAYOUT), planes(here)
+    expanded = pages_as_planes(mine, GROUPS.groups[0])
+    lane = Lane(GROUPS.groups[0], store, mine, expanded, {name: i for i, name in enumerate(NAMES)})
+    worker = Worker(GROUPS, [store], [lane], Options.of({"load": "async"}))
+    move = Move(0, 0, BLOCKS, 0, tuple(range(1, BLOCKS + 1)))
+    rounds, received = 0, set[str]()
+    step = Step(1, keys=[("a", 0, 0, tuple(keys))], loads=[Order("a", (move,), later=True)])
+    while not received and rounds < 10_000:
+        rounds += 1
+        worker.take(step)
+        if rounds == 1:
+            worker.load()
+        received = worker.finished()[1]
+    assert received == {"a"} and not worker.bad_pages()
+    assert np.array_equal(here[:, 1:], there[:, 1:])
+    assert rounds < 2_000  # some; without a pause they are tens of thousands
+    worker.close()
