@@ -91,6 +91,7 @@ def test_killed_while_leasing(shared: Shared, worker: Any) -> None:
         assert one.put(str(i), "x", 8 * MIB) == "HIT" and two.lease(str(i)) == "HIT"
     assert one.validate()["pins"] == 7 and one.put("more", "y", 8 * MIB) != "HIT"
     two.kill()
+    eventually(lambda: one.validate()["pins"] == 0)  # the owner has heard of it
     for i in range(16):
         assert one.put(f"more {i}", "y", 8 * MIB) == "HIT"
     assert evict(one) and settled(shared, one)[1:] == base[1:]
