@@ -174,7 +174,7 @@ def _told(process: subprocess.Popen[str]) -> dict[str, Any]:
         raise UnavailableError(f"a process of the demo said nothing for {STEP_S_MAX:g} s")
     line = process.stdout.readline()
     if not line:
-        raise UnavailableError(f"a process of the demo ended with status {process.wait()}: see above")
+        raise UnavailableError(f"a process of the demo ended with status {process.wait(STEP_S_MAX)}: see above")
     told: dict[str, Any] = json.loads(line)
     return told
 

@@ -18,6 +18,7 @@ import numpy as np
 from tiercache.cache.tiers import whole
 from tiercache.errors import TierCacheError
 from tiercache.model import PARTS_MAX, Form, Kind, Name, Outcome, Payload, State, Terms, all_parts, part_bytes_for
+from tiercache.threads import in_thread
 from tiercache.tier import Health
 
 if TYPE_CHECKING:
@@ -403,12 +404,7 @@ class Remote:
                 if outcome is Outcome.HIT
             ]
             if landed:  # which hashes once more, for what arrived now lies in memory that others may write to
-                commit = asyncio.get_running_loop().run_in_executor(None, ticket.commit, landed)
-                try:
-                    await asyncio.shield(commit)
-                except asyncio.CancelledError:
-                    await asyncio.wait([commit])
-                    raise
+                await in_thread(ticket.commit, landed)
         finally:
             ticket.end()
         tiers.metrics.observe("tiercache_read_seconds", tiers.clock.monotonic() - began_s, tier="remote")

@@ -237,7 +237,7 @@ class Loading:
         return kept
 
     def _variants(self) -> Generator[Awaited, None, set[int]]:
-        """Loads the blocks of which this rank has a version of its own; answers them."""
+        """Loads the blocks of which this rank has a version of its own; answers them, also those that failed."""
         stretch, variants = self._stretch, self._store.variants
         if self._shard != self._store.holder or not len(stretch.span):
             return set()
@@ -251,8 +251,10 @@ class Loading:
         own: set[int] = set()
         with future.result(0) as lease:
             for i, block in enumerate(stretch.span):
-                if lease.outcomes[i] is Outcome.HIT and (yield from self._variant(lease, i, block)):
+                if lease.outcomes[i] is Outcome.HIT:
                     own.add(block)
+                    if not (yield from self._variant(lease, i, block)):
+                        self._fail([block], Outcome.MISS)  # what others read is not what this rank computed
         return own
 
     def _variant(self, own: Lease, index: int, block: int) -> Generator[Awaited, None, bool]:

@@ -42,20 +42,44 @@ class Item(NamedTuple):
 
 
 class Gate:
-    """Whether targets may still be written to. A thread that copies holds it: nothing is written after `end`."""
+    """Whether targets may still be written to: no thread begins to after `end`, which waits for those that have begun.
+    No lock is held while bytes move."""
 
     def __init__(self) -> None:
-        self._lock, self._over = threading.Lock(), False
+        self._lock, self._over, self._under_way = threading.Lock(), False, 0
+        self._loop, self._quiet = asyncio.get_running_loop(), asyncio.Event()
 
     def land(self, key: str, item: Item, pieces: Sequence[tuple[int, memoryview]]) -> Answer:
         """See packs.land."""
         with self._lock:
-            return (Outcome.MISS, b"") if self._over else packs.land(key, item.want, pieces, item.target)
+            if self._over:
+                return Outcome.MISS, b""
+            self._under_way += 1
+        try:
+            return packs.land(key, item.want, pieces, item.target)
+        finally:
+            self._leave()
 
-    def end(self) -> None:
-        """From now on nothing is written. Waits for a copy of one entry at most."""
+    def _leave(self) -> None:
+        with self._lock:
+            self._under_way -= 1
+            if self._over and not self._under_way:
+                self._loop.call_soon_threadsafe(self._quiet.set)
+
+    async def end(self) -> None:
+        """From now on nothing is written. Waits for copies under way, of bytes that are here, also when cancelled."""
         with self._lock:
             self._over = True
+            if not self._under_way:
+                return
+        cancelled = False
+        while not self._quiet.is_set():
+            try:
+                await self._quiet.wait()
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
 
 
 class Reading:
@@ -86,7 +110,7 @@ class Reading:
             late = sum(1 for outcome, _ in answers if outcome is Outcome.MISS)
             self._metrics.add("tiercache_deadline_misses_total", late, tier="remote")
         finally:
-            gate.end()
+            await gate.end()
         good = sum(wanted[i].parts.bit_count() * wanted[i].part_bytes for i, (one, _) in enumerate(answers) if not one)
         self._metrics.add("tiercache_read_bytes_total", good, tier="remote")
         return answers

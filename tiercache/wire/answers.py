@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tiercache.errors import ConfigError, ProtocolError, TierCacheError
 from tiercache.lease import PageRun, extent_bytes
 from tiercache.model import Form, Kind, Name, Outcome, Terms, all_parts
+from tiercache.threads import in_thread
 from tiercache.wire import frames
-from tiercache.wire.fills import in_thread
 from tiercache.wire.frames import Op, Patience
 from tiercache.wire.joining import Joining
 from tiercache.wire.post import ONE_WAY

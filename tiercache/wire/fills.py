@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from tiercache.buffers import part_digests
 from tiercache.errors import AbandonedLoad, ProtocolError
 from tiercache.model import part_count
+from tiercache.threads import in_thread
 from tiercache.wire import frames
 from tiercache.wire.frames import Landed, Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from tiercache import lease
     from tiercache.lease import Gap, PageRun
@@ -26,25 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 INLINE_BYTES_MAX = 512 << 10
 """More than this is hashed in a thread, so that the loop is never held for longer than some 0.1 ms."""
 _GAVE_UP = "the process that loaded this for others gave up: "
-
-
-async def in_thread(call: Callable[..., T], *arguments: object) -> T:
-    """Runs a call in a thread, and never ends before it: it looks at extents that others give back then."""
-    running = asyncio.get_running_loop().run_in_executor(None, call, *arguments)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                continue
-        raise
 
 
 class OwnFault(AbandonedLoad):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from tiercache.errors import ConfigError, ProtocolError
 from tiercache.lease import extent_bytes
 from tiercache.model import Kind, Name, Outcome, Terms
+from tiercache.threads import in_thread
 from tiercache.wire import frames, joint
-from tiercache.wire.fills import INLINE_BYTES_MAX, in_thread
+from tiercache.wire.fills import INLINE_BYTES_MAX
 from tiercache.wire.frames import Op, Patience
 from tiercache.wire.joint import JoinAsk, Joined, LandAsk
 from tiercache.wire.session import DURABLE

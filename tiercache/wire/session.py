@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from tiercache.errors import AbandonedLoad, ConfigError, ProtocolError, TierCacheError, UnavailableError
 from tiercache.model import Outcome
-from tiercache.wire.fills import INLINE_BYTES_MAX, Loads, OwnFault, in_thread
+from tiercache.threads import in_thread
+from tiercache.wire.fills import INLINE_BYTES_MAX, Loads, OwnFault
 from tiercache.wire.frames import pack_grants
 
 if TYPE_CHECKING:
