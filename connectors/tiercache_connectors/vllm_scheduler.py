@@ -258,6 +258,7 @@ class Scheduler:
                 self._scheduled(output, name, cached.num_computed_tokens[i], cached.new_block_ids[i], fresh)
             )
         step = self._table.step([each for each in scheduled if each is not None])
+        step.idle = not output.num_scheduled_tokens
         if self._advice is not None:
             one = scheduled[0] if len(output.num_scheduled_tokens) == len(scheduled) == 1 else None
             self._advice.began(step.number, None if step.loads else one, self._clock.monotonic())

@@ -63,6 +63,8 @@ class Step:
     """Finished requests whose pages wait for the worker's word."""
     dropped: list[str] = field(default_factory=list)
     """Requests that will not be heard of again."""
+    idle: bool = False
+    """The engine computes nothing in it: it only waits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Worker:
         self._clock = stores[0].core.clock
         self._keys: dict[tuple[str, int], list[bytes]] = {}
         self._step: Step | None = None
-        self._computed = False  # whether this step had a forward pass
+        self._idle = False  # vLLM calls us in the same way whether a step computes or not
         self._taken = 0
         self._now: list[Loaded] = []
         self._later: dict[str, Loaded] = {}
@@ -131,7 +131,7 @@ class Worker:
         """Orders of a step that is about to begin: keys are remembered, pages that it writes are freed of copies."""
         if step.number == self._taken:
             return
-        self._taken, self._step = step.number, step
+        self._taken, self._step, self._idle = step.number, step, step.idle
         for name, group, first, keys in step.keys:
             known = self._keys.setdefault((name, group), [])
             known[first:] = keys
@@ -166,7 +166,6 @@ class Worker:
 
     def save(self) -> None:
         """The forward pass is over: loads of the step end here, and saves begin."""
-        self._computed = True
         for loaded in self._now:
             self._end(loaded)
         self._now.clear()
@@ -177,9 +176,8 @@ class Worker:
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """Requests whose pages may be freed, whose load is over, and of those the ones whose load failed."""
-        if self._later and not self._computed:
+        if self._later and self._idle:
             self._nap()
-        self._computed = False
         received = {name for name, loaded in self._later.items() if self._is_over(loaded)}
         for name in received:
             self._end(self._later.pop(name))
