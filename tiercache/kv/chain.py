@@ -42,7 +42,7 @@ def tokens_keys(
         chunks = [
             chunk + len(more).to_bytes(8, "little") + more if more else chunk for chunk, more in zip(chunks, extra)
         ]
-    width = _width(layout)
+    width = key_bytes(layout)
     if parent and len(parent) != width:
         raise ConfigError(f"the parent has {len(parent)} bytes, keys of this layout have {width}: use one kind of key")
     return keys.chain(layout.namespace, chunks, parent, collision_resistant=layout.collision_resistant)
@@ -57,7 +57,8 @@ def engine_keys(layout: Layout, hashes: Sequence[bytes]) -> list[bytes]:
     ]
 
 
-def _width(layout: Layout) -> int:
+def key_bytes(layout: Layout) -> int:
+    """How long the keys of a layout's blocks are."""
     return 32 if layout.collision_resistant else 16
 
 

@@ -53,7 +53,7 @@ def read_slice(store: KvStore, keys: Sequence[bytes], wanted: Slice, out: Out, t
         raise ConfigError("`out` is read-only: pass a writable array")
     start, stop = tokens.start // layout.rows, -(-tokens.stop // layout.rows)
     table = Table(np.zeros(1, np.int64), len(tokens), tokens.start)
-    stretch = Stretch.of(layout, keys, planes, table, start=start, stop=stop)
+    stretch = Stretch.of(layout, keys, planes, table, start=start, stop=stop, rows=tokens)
     loading = Loading(store, stretch, layerwise=False, deadline_s=timeout_s, rows=tokens)
     outcomes = loading.begin(inline=True).outcomes
     return next((outcome for outcome in outcomes if outcome is not Outcome.HIT), Outcome.HIT)

@@ -178,6 +178,7 @@ class KvStore:
         compare: what differs is kept as a variant of that rank (see variants.py) and counted. Blocks that are there
         already are not copied. A block whose predecessor is not stored cannot be: MISS.
         The engine must neither write to nor reuse the pages of these blocks before `Saving.pages_free` has said so.
+        Raises ConfigError for keys, planes and tables that do not fit each other, as `load` does.
         """
         stretch = Stretch.of(self.layout, keys, planes, table, start=start, stop=stop)
         if planes.shard != self.holder:
@@ -207,6 +208,8 @@ class KvStore:
         pages alone until `Loading.wait`, or `cancel`, has returned.
         """
         stretch = Stretch.of(self.layout, keys, planes, table, start=start, stop=stop)
+        if not planes.writable:
+            raise ConfigError("these planes are read-only: pass the engine's own tensors")
         if inline:
             self._check_thread()
         return Loading(self, stretch, layerwise=layerwise, deadline_s=deadline_s).begin(inline=inline)

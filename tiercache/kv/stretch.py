@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiercache.errors import ConfigError
+from tiercache.kv.chain import key_bytes
 from tiercache.kv.layout import Span
 
 if TYPE_CHECKING:
@@ -28,9 +29,18 @@ class Stretch:
 
     @classmethod
     def of(
-        cls, layout: Layout, keys: Sequence[bytes], planes: Planes, table: Table, *, start: int, stop: int | None
+        cls,
+        layout: Layout,
+        keys: Sequence[bytes],
+        planes: Planes,
+        table: Table,
+        *,
+        start: int,
+        stop: int | None,
+        rows: range | None = None,
     ) -> Stretch:
-        """Checks its arguments: ConfigError."""
+        """Checks its arguments, for threads that copy have nobody to tell: ConfigError. Only `rows` of the sequence
+        need a place (a slice); without them those of all blocks do."""
         stop = len(keys) if stop is None else stop
         if not 0 <= start <= stop <= len(keys):
             raise ConfigError(
@@ -39,6 +49,11 @@ class Stretch:
             )
         if planes.layout != layout:
             raise ConfigError("these planes are of another layout than the store: build both from the same one")
+        _check_keys(layout, keys[max(0, start - 1) : stop])  # the block before the first is what it hangs under
+        first, last = start * layout.rows, stop * layout.rows
+        if rows is not None:
+            first, last = max(first, rows.start), min(last, rows.stop)
+        _check_places(planes, table, range(first, last))
         return cls(layout, keys, range(start, stop), planes, table)
 
     def parent(self, block: int) -> bytes:
@@ -48,6 +63,37 @@ class Stretch:
     def of_blocks(self, blocks: Iterable[int]) -> list[bytes]:
         """Keys of these blocks."""
         return [self.keys[block] for block in blocks]
+
+
+def _check_keys(layout: Layout, keys: Sequence[bytes]) -> None:
+    width = key_bytes(layout)
+    if set(map(type, keys)) - {bytes} or set(map(len, keys)) - {width}:
+        wrong = next(key for key in keys if type(key) is not bytes or len(key) != width)
+        raise ConfigError(f"{wrong!r} is no key of a block, which is {width} bytes: pass what `KvStore.keys` gave")
+
+
+def _check_places(planes: Planes, table: Table, rows: range) -> None:
+    """Every one of these rows has a page, and the planes have that page."""
+    size = planes.page_tokens
+    if table.page_tokens != size:
+        raise ConfigError(
+            f"a table of {table.page_tokens} tokens a page, where the planes have {size}: make them agree"
+        )
+    if not rows:
+        return
+    placed = table.tokens
+    if rows.start < placed.start or rows.stop > placed.stop:
+        raise ConfigError(
+            f"rows [{rows.start}, {rows.stop}) are wanted, and the table has places for [{placed.start}, "
+            f"{placed.stop}): pass a page for each of them, or other `start` and `stop`"
+        )
+    pages = table.page_ids[(rows.start - placed.start) // size : (rows.stop - 1 - placed.start) // size + 1]
+    least, most = int(pages.min()), int(pages.max())
+    if least < 0 or most >= planes.pages:
+        raise ConfigError(
+            f"the table has page ids {least} to {most}, and the planes have pages 0 to {planes.pages - 1}: pass ids of "
+            "these planes"
+        )
 
 
 def lead(blocks: Sequence[int], most: int) -> range:
