@@ -7,6 +7,9 @@
 Works for every attention kind that keeps its KV in layers of a DynamicCache: full or sliding; grouped, shared or latent
 heads. What it cannot reuse (batches, images, states of linear attention, ...) runs as it would without it, and one line
 of log says why. A prefix is reused by whole blocks of tokens, and at least one token is left to compute.
+
+A model computes some prefixes faster than they are loaded. What loads and prefills take is learnt from those that
+`generate` makes, and only what is worth it is loaded (`plan`), for models with one group of full attention.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +30,8 @@ from tiercache.kv.moving import Table
 from tiercache.kv.planes import Plane, Planes, paged
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
-from tiercache_connectors.transformers_model import Fingerprint, Identity, layouts, shapes
+from tiercache_connectors.transformers_advice import Advice
+from tiercache_connectors.transformers_model import Fingerprint, Identity, layouts, needs, plain, randomness, shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,6 +105,11 @@ class Stored:
         """Bytes copied out of the model's cache so far."""
         return sum(saving.moved_bytes for saving in self._savings)
 
+    @property
+    def done(self) -> bool:
+        """Whether all is decided; never waits."""
+        return all(saving.done for saving in self._savings)
+
     def wait(self, timeout_s: float = WAIT_S) -> bool:
         """Whether all blocks of all groups are stored, waiting at most `timeout_s` for each group."""
         outcomes = [saving.wait(timeout_s) for saving in self._savings]
@@ -109,6 +119,15 @@ class Stored:
         """Gives up what is not stored."""
         for saving in self._savings:
             saving.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """Some blocks of one group: tensors [layer][K, V], the blocks that did not come, and the bytes that did."""
+
+    tensors: list[list[Any]]
+    failed: list[int]
+    nbytes: int
 
 
 _unsaved: dict[int, Stored] = {}
@@ -141,14 +160,18 @@ class TransformersKV:
         salt: str = "",
         collision_resistant: bool = False,
         durable: bool = False,
+        plan: bool = True,
     ) -> None:
-        """`cache`: an open cache; it stays open. `model`: a causal model of transformers, with PEFT or without.
+        """`cache`: an open cache; it stays open. `model`: a causal model of transformers, with PEFT or without, in
+        eval() mode: what dropout made random is not stored.
 
         Blocks of one model are never given to another: it goes by a digest of all its weights, which costs one reading
         of them. `name` and `revision` say instead what the weights are, so that other engines which say the same can
         share. `salt`: of a tenant that may not share. `collision_resistant`: tenants do not trust each other, keys are
-        SHA-256. `durable`: saves count only once they survive power loss.
+        SHA-256. `durable`: saves count only once they survive power loss. `plan`: what the model computes sooner is not
+        loaded. Raises ConfigError where PyTorch or transformers is not installed.
         """
+        needs()
         self.model, self.reused = model, Reused()
         self._cache, self._durable = cache, durable
         self._fingerprint = Fingerprint(model, name, revision)
@@ -160,6 +183,8 @@ class TransformersKV:
         self._shapes = shapes(model)
         self._identity: Identity | None = None
         self._stores: list[KvStore] = []
+        self._plan = plan
+        self._advice: Advice | None = None
         self._pending: list[Stored] = []
         self._said: set[str] = set()
         if isinstance(self._shapes, str):
@@ -178,7 +203,8 @@ class TransformersKV:
         past, reused = self.restore(input_ids[0].tolist())
         # Sliding layers would forget what has left their window, and with it the blocks to be stored.
         past.activate_past_recording()
-        output = self.model.generate(input_ids, past_key_values=past, **options)
+        with self._advice.watching(plain(self.model), past) if self._advice is not None else nullcontext():
+            output = self.model.generate(input_ids, past_key_values=past, **options)
         sequence = getattr(output, "sequences", output)[0].tolist()
         try:
             stored = self.store(past, sequence[: past.get_seq_length()], start=reused.tokens)
@@ -189,17 +215,20 @@ class TransformersKV:
         return output
 
     def restore(self, tokens: Sequence[int], *, most: int | None = None) -> tuple[Any, Reused]:
-        """A DynamicCache with the longest stored prefix of `tokens` (no more than `most`, and one at least is left to
-        compute), and what it holds. An empty one where nothing is stored, or the cache cannot be asked."""
+        """A DynamicCache with the longest stored prefix of `tokens` (no more than `most`, one at least is left to
+        compute, and with `plan` no more than is loaded sooner than computed), and what it holds. An empty one where
+        nothing is stored, the cache cannot be asked, or the model is in train() mode."""
         from transformers import DynamicCache
 
         reused = Reused()
         past = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         limit = len(tokens) - 1 if most is None else min(most, len(tokens) - 1)
         try:
-            if limit > 0 and self._ready():
-                self.flush()
-                reused = self._fill(past, tokens[:limit])
+            if reason := randomness(self.model):
+                self._say(reason)
+            elif limit > 0 and self._ready():
+                self._settle(WAIT_S if self._advice is None else self._advice.patience_s(len(tokens), WAIT_S))
+                reused = self._fill(past, tokens[:limit], len(tokens))
         except TierCacheError as fault:
             self._say(str(fault))
             past = DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -211,8 +240,11 @@ class TransformersKV:
         token `start`, which are stored already. `past` may be used on: nothing writes to tensors that it has made.
 
         Sliding layers hold the last tokens alone, unless `past.activate_past_recording()` was called when it was new;
-        what they have dropped is not stored. Raises ConfigError where `past` is of another shape than the model's.
+        what they have dropped is not stored. Raises ConfigError where `past` is of another shape than the model's, and
+        for a model in train() mode.
         """
+        if reason := randomness(self.model):
+            raise ConfigError(reason)
         if not self._ready():
             return Stored([])
         if len(tokens) > past.get_seq_length():
@@ -231,14 +263,9 @@ class TransformersKV:
         return Stored(savings)
 
     def flush(self, timeout_s: float = WAIT_S) -> bool:
-        """Whether everything that `generate` computed is stored, waiting at most `timeout_s`."""
-        pending, self._pending = self._pending, []
-        try:
-            stored = [each.wait(timeout_s) for each in pending]
-        finally:
-            for each in pending:
-                _unsaved.pop(id(each), None)
-        return all(stored)
+        """Whether everything that `generate` computed is stored, waiting at most `timeout_s`. What takes longer than
+        that goes on."""
+        return self._settle(timeout_s)
 
     def close(self) -> None:
         """Waits for saves (at most a minute) and ends; the cache stays open. Idempotent."""
@@ -246,6 +273,9 @@ class TransformersKV:
             self.flush()
         finally:
             self._forget()
+            for each in self._pending:
+                _unsaved.pop(id(each), None)
+            self._pending = []
 
     def __enter__(self) -> TransformersKV:
         return self
@@ -272,8 +302,20 @@ class TransformersKV:
             self._forget()
             made = layouts(self.model, self._shapes, identity, **self._shape)
             self._stores = [self._cache.kv(layout) for layout in made]
+            if self._plan and self._advice is None:  # other weights of a model take as long
+                self._advice = Advice.of(made, self._cache.core.clock)
             self._identity = identity
         return True
+
+    def _settle(self, timeout_s: float) -> bool:
+        """Waits for saves, no longer than this for all of them; keeps those that are not over."""
+        clock = self._cache.core.clock
+        until = clock.monotonic() + timeout_s
+        stored = [each.wait(max(0.0, until - clock.monotonic())) for each in self._pending]
+        for each in [each for each in self._pending if each.done]:
+            self._pending.remove(each)
+            _unsaved.pop(id(each), None)
+        return all(stored)
 
     def _forget(self) -> None:
         for store in self._stores:
@@ -284,6 +326,8 @@ class TransformersKV:
         """Why this call is left to the model alone, or nothing."""
         if isinstance(self._shapes, str):
             return self._shapes
+        if reason := randomness(self.model):
+            return reason
         config = options.get("generation_config") or self.model.generation_config
         if getattr(input_ids, "ndim", 0) != 2 or input_ids.shape[0] != 1:
             return "only a batch of one sequence is reused"
@@ -307,30 +351,55 @@ class TransformersKV:
             self._said.add(reason)
             logger.warning("tiercache does not reuse KV of %s: %s", type(self.model).__name__, reason)
 
-    def _fill(self, past: Any, tokens: Sequence[int]) -> Reused:
-        """Loads the longest usable prefix of `tokens` into an empty cache."""
+    def _fill(self, past: Any, tokens: Sequence[int], total: int) -> Reused:
+        """Loads the longest usable prefix of `tokens` into an empty cache, for a prompt of `total` tokens."""
         keys = [store.keys(tokens) for store in self._stores]
+        if self._advice is not None:
+            return self._fill_as_planned(past, keys[0], total, self._advice)
         groups = Model([store.layout for store in self._stores])
         present = [bytearray(store.match(each).tiers) for store, each in zip(self._stores, keys)]
         for _ in range(ATTEMPTS):
             usable = groups.usable([bytes(each) for each in present])
             if not usable.length:
                 break
-            loaded = [self._load(g, each, usable.ranges[g], present[g]) for g, each in enumerate(keys)]
-            if all(tensors is not None for tensors, _ in loaded):
+            loaded = [self._load(g, each, usable.ranges[g]) for g, each in enumerate(keys)]
+            if not any(each.failed for each in loaded):
                 count = usable.length * self._stores[0].layout.block_tokens
-                for store, (tensors, _) in zip(self._stores, loaded):
-                    self._give(past, store.layout, tensors or [], count)
+                for store, each in zip(self._stores, loaded):
+                    self._give(past, store.layout, each.tensors, count)
                 tiers = b"".join(usable.tiers)
-                nbytes = sum(moved for _, moved in loaded)
+                nbytes = sum(each.nbytes for each in loaded)
                 return Reused(count, nbytes, tiers.count(1), tiers.count(2), tiers.count(3))
+            for each, there in zip(loaded, present):
+                for block in each.failed:
+                    there[block] = 0
         return Reused()
 
-    def _load(
-        self, group: int, keys: Sequence[bytes], blocks: range, present: bytearray
-    ) -> tuple[list[list[Any]] | None, int]:
-        """Tensors [layer][K, V] of these blocks of one group, and the bytes moved; None where a block failed, which
-        `present` then lacks."""
+    def _fill_as_planned(self, past: Any, keys: Sequence[bytes], total: int, advice: Advice) -> Reused:
+        """As much of it as is worth loading, for one group of full attention. What has landed by the deadline is used,
+        and what follows the first block that did not come is computed."""
+        (store,) = self._stores
+        tiers = store.match(keys).tiers
+        plan = advice.ask(tiers, total)
+        if not plan.probe_stop:
+            return Reused()
+        load = advice.begin(plan, tiers)
+        try:
+            loaded = self._load(0, keys, range(plan.probe_stop), advice.deadline_s(plan, WAIT_S))
+            landed = min(loaded.failed, default=plan.probe_stop)
+            count = landed * store.layout.block_tokens
+            if landed:
+                tensors = [[each[:, :, :count] for each in layer] for layer in loaded.tensors]
+                self._give(past, store.layout, tensors, count)
+        except BaseException:
+            advice.drop(load)
+            raise
+        advice.end(load, landed)
+        tiers = tiers[:landed]
+        return Reused(count, loaded.nbytes, tiers.count(1), tiers.count(2), tiers.count(3))
+
+    def _load(self, group: int, keys: Sequence[bytes], blocks: range, deadline_s: float = WAIT_S) -> _Loaded:
+        """These blocks of one group, in tensors of their own."""
         import torch
 
         store = self._stores[group]
@@ -342,16 +411,20 @@ class TransformersKV:
             [torch.empty((1, layout.heads, count, dim), dtype=dtype) for dim in dims] for _ in range(layout.layers)
         ]
         if not blocks:
-            return tensors, 0
+            return _Loaded(tensors, [], 0)
         planes, table = _planes(layout, tensors, first)
         loading = store.load(
-            keys[: blocks.stop], planes, table, start=blocks.start, stop=blocks.stop, layerwise=False, deadline_s=WAIT_S
+            keys[: blocks.stop],
+            planes,
+            table,
+            start=blocks.start,
+            stop=blocks.stop,
+            layerwise=False,
+            deadline_s=deadline_s,
         )
-        outcomes = loading.wait(WAIT_S)
+        outcomes = loading.wait(deadline_s)
         failed = [block for block, outcome in zip(blocks, outcomes) if outcome is not Outcome.HIT]
-        for block in failed:
-            present[block] = 0
-        return (None if failed else tensors), loading.moved_bytes
+        return _Loaded(tensors, failed, loading.moved_bytes)
 
     def _give(self, past: Any, layout: Layout, tensors: list[list[Any]], count: int) -> None:
         """Makes loaded tensors the first `count` tokens of the cache's layers."""

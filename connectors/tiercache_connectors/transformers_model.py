@@ -85,14 +85,38 @@ class Fingerprint:
         adapters = _adapters(self._model)
         state = (adapters, _changes(self._model))
         if state != self._state:
-            name = self._name or f"{type(_plain(self._model)).__name__}:{_digest(self._model, adapter=False)}"
+            name = self._name or f"{type(plain(self._model)).__name__}:{_digest(self._model, adapter=False)}"
             lora = f"{adapters}:{_digest(self._model, adapter=True)}" if adapters else ""
             self._identity = Identity(name, self._revision, lora)
             self._state = state
         return self._identity
 
 
-def _plain(model: Any) -> Any:
+def needs() -> None:
+    """Raises ConfigError where what all of this is about is not installed."""
+    try:
+        import torch  # noqa: F401  # only whether it is there
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name or 'PyTorch or transformers'} is not installed ({error}): pip install "
+            "'tiercache[transformers]'"
+        ) from error
+
+
+def randomness(model: Any) -> str:
+    """Why one pass of this model over the same tokens may give other KV than the next, or nothing.
+
+    PEFT's wrapper and layers are in train() mode when they are new, which means nothing where they drop nothing."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    drops = any(each.training and each.p > 0 for each in model.modules() if isinstance(each, _DropoutNd))
+    if drops or plain(model).training:
+        return "it is in train() mode, where KV may be random: call model.eval() first"
+    return ""
+
+
+def plain(model: Any) -> Any:
     """The model under PEFT's wrapper, or itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -134,7 +158,7 @@ def _digest(model: Any, *, adapter: bool) -> str:
     adapters."""
     import torch
 
-    config = {name: value for name, value in _plain(model).config.to_dict().items() if name not in _VOLATILE}
+    config = {name: value for name, value in plain(model).config.to_dict().items() if name not in _VOLATILE}
     hashed = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in _weights(model):
         if _is_adapter(name) is not adapter or not isinstance(weight, torch.Tensor):
@@ -192,7 +216,7 @@ def layouts(
     The configuration says what is stored, the shapes whether that is so; where it says nothing that we understand the
     shapes alone do, and blocks are shared among transformers only.
     """
-    config = _plain(model).config.get_text_config(decoder=True)
+    config = plain(model).config.get_text_config(decoder=True)
     try:
         said = Layout.from_hf_config(
             config,

@@ -89,6 +89,11 @@ def greedy(ids, new=NEW):
     return {"attention_mask": mask, "max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 
+def reusing(cache, model, **options):
+    """Whatever is stored is loaded: these models compute faster than anything can be loaded."""
+    return TransformersKV(cache, model, **{"plan": False} | options)
+
+
 @pytest.fixture
 def cache(tmp_path):
     with tiercache.open(str(tmp_path / "cache"), memory_bytes=128 * MIB, ssd_bytes=0) as opened:
@@ -105,11 +110,11 @@ def _two_threads():
 def test_a_stored_prefix_gives_the_same_tokens(cache, name, dtype):
     model, ids = made(name, dtype=dtype), prompt()
     truth = model.generate(ids, **greedy(ids))
-    with TransformersKV(cache, model) as first:
+    with reusing(cache, model) as first:
         assert torch.equal(first.generate(ids, **greedy(ids)), truth)
         assert first.reused.tokens == 0
         assert first.flush()
-    with TransformersKV(cache, model) as second:
+    with reusing(cache, model) as second:
         assert torch.equal(second.generate(ids, **greedy(ids)), truth)
         assert second.reused.tokens == WHOLE
         assert second.reused.memory > 0 == second.reused.ssd == second.reused.remote
@@ -123,7 +128,7 @@ def test_what_is_restored_is_what_was_stored_bit_for_bit(cache, name, dtype):
     past.activate_past_recording()
     with torch.no_grad():
         model(ids, past_key_values=past, use_cache=True)
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         assert reuse.store(past, ids[0].tolist()).wait()
         restored, reused = reuse.restore(ids[0].tolist())
     assert reused.tokens == WHOLE == restored.get_seq_length()
@@ -137,7 +142,7 @@ def test_what_is_restored_is_what_was_stored_bit_for_bit(cache, name, dtype):
 
 def test_a_conversation_goes_on_from_its_own_answer(cache):
     model, ids = made(), prompt()
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         answered = reuse.generate(ids, **greedy(ids, 40))
         turn = torch.cat([answered, prompt(1, 30)], dim=1)
         truth = model.generate(turn, **greedy(turn))
@@ -148,7 +153,7 @@ def test_a_conversation_goes_on_from_its_own_answer(cache):
 
 def test_another_question_about_the_same_prefix(cache):
     model = made()
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         for question in range(3):
             ids = torch.cat([prompt(0, 256), prompt(10 + question, 50)], dim=1)
             assert torch.equal(reuse.generate(ids, **greedy(ids)), model.generate(ids, **greedy(ids)))
@@ -158,10 +163,10 @@ def test_another_question_about_the_same_prefix(cache):
 def test_it_comes_back_from_the_ssd_after_a_restart(tmp_path):
     model, ids = made(), prompt()
     where = {"directory": str(tmp_path / "cache"), "memory_bytes": 64 * MIB, "ssd_bytes": 256 * MIB}
-    with tiercache.open(**where) as cache, TransformersKV(cache, model, durable=True) as reuse:
+    with tiercache.open(**where) as cache, reusing(cache, model, durable=True) as reuse:
         truth = reuse.generate(ids, **greedy(ids))
         assert reuse.flush()
-    with tiercache.open(**where) as cache, TransformersKV(cache, model) as reuse:
+    with tiercache.open(**where) as cache, reusing(cache, model) as reuse:
         assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
         assert reuse.reused.tokens == WHOLE
         assert reuse.reused.ssd == WHOLE // BLOCK
@@ -202,7 +207,7 @@ def test_an_owner_killed_between_two_calls_costs_hits_alone(tmp_path):
     model, ids = made(), prompt()
     truth = model.generate(ids, **greedy(ids))
     shared = tiercache.open(directory, memory_bytes=64 * MIB, ssd_bytes=0, share=True)
-    with shared as cache, TransformersKV(cache, model) as reuse:
+    with shared as cache, reusing(cache, model) as reuse:
         for _ in range(3):
             assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
             assert demo_kv.kill_owner(directory)
@@ -234,7 +239,7 @@ def test_models_that_differ_in_anything_never_meet(cache):
     namespaces = {}
     for what, make in {"itself": lambda: (made(), {}), **OTHERS}.items():
         model, options = make()
-        with TransformersKV(cache, model, **options) as reuse:
+        with reusing(cache, model, **options) as reuse:
             reuse.generate(ids, **greedy(ids, 2))
             assert reuse.reused.tokens == 0, f"another {what} found blocks of {list(namespaces)}"
             assert reuse.flush()
@@ -247,7 +252,7 @@ def test_models_that_differ_in_anything_never_meet(cache):
 
 def test_weights_that_were_changed_in_place_are_other_weights(cache):
     model, ids = made(), prompt()
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         reuse.generate(ids, **greedy(ids))
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
@@ -261,12 +266,12 @@ def test_adapters_have_their_own_blocks(cache):
     plain, ids = made(), prompt()
     truth = plain.generate(ids, **greedy(ids))
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    with TransformersKV(cache, plain) as reuse:
+    with reusing(cache, plain) as reuse:
         reuse.generate(ids, **greedy(ids))
         assert reuse.flush()
     model = peft.get_peft_model(made(), config, adapter_name="one")
     model.add_adapter("two", config)
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         for adapter in ("one", "two", "one"):
             model.set_adapter(adapter)
             adapted = model.generate(input_ids=ids, **greedy(ids))
@@ -293,7 +298,7 @@ def test_bytes_poisoned_before_their_digest_change_the_tokens(cache):
         model(ids, past_key_values=past, use_cache=True)
     for layer in past.layers:
         layer.values.neg_()
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         assert reuse.store(past, ids[0].tolist()).wait()
         assert not torch.equal(reuse.generate(ids, **greedy(ids)), truth)
         assert reuse.reused.tokens == WHOLE
@@ -301,7 +306,7 @@ def test_bytes_poisoned_before_their_digest_change_the_tokens(cache):
 
 def test_bytes_poisoned_after_their_digest_are_never_used(cache):
     model, ids = made(), prompt()
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         truth = reuse.generate(ids, **greedy(ids))
         assert reuse.flush()
         (layout,) = reuse.layouts
@@ -336,7 +341,7 @@ def corrupt(cache):
 )
 def test_calls_that_are_left_to_the_model(cache, caplog, options, reason):
     model, ids = made(), prompt()
-    with TransformersKV(cache, model) as reuse, caplog.at_level(logging.WARNING, "tiercache_connectors"):
+    with reusing(cache, model) as reuse, caplog.at_level(logging.WARNING, "tiercache_connectors"):
         for _ in range(2):
             torch.manual_seed(0)
             truth = model.generate(ids, **greedy(ids) | options)
@@ -348,7 +353,7 @@ def test_calls_that_are_left_to_the_model(cache, caplog, options, reason):
 
 def test_a_batch_is_left_to_the_model(cache):
     model, ids = made(), torch.cat([prompt(), prompt(1)])
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         assert torch.equal(reuse.generate(ids, **greedy(ids)), model.generate(ids, **greedy(ids)))
 
 
@@ -356,7 +361,7 @@ def test_masked_tokens_are_left_to_the_model(cache):
     model, ids = made(), prompt()
     options = greedy(ids)
     options["attention_mask"][:, :20] = 0
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         for _ in range(2):
             assert torch.equal(reuse.generate(ids, **options), model.generate(ids, **options))
             assert reuse.reused.tokens == 0
@@ -378,7 +383,7 @@ def test_masked_tokens_are_left_to_the_model(cache):
 def test_models_whose_prefixes_cannot_be_kept(cache, caplog, config, reason):
     torch.manual_seed(0)
     model, ids = transformers.AutoModelForCausalLM.from_config(config()).eval(), prompt()
-    with caplog.at_level(logging.WARNING, "tiercache_connectors"), TransformersKV(cache, model) as reuse:
+    with caplog.at_level(logging.WARNING, "tiercache_connectors"), reusing(cache, model) as reuse:
         assert torch.equal(reuse.generate(ids, **greedy(ids)), model.generate(ids, **greedy(ids)))
         assert reuse.layouts == []
     assert len([line for line in caplog.messages if reason in line]) == 1
@@ -389,7 +394,7 @@ def test_sliding_layers_that_dropped_tokens_are_stored_as_far_as_they_go(cache):
     model, ids = made("mistral_sliding"), prompt()
     with torch.no_grad():
         past = model(ids, use_cache=True).past_key_values
-    with TransformersKV(cache, model) as reuse:
+    with reusing(cache, model) as reuse:
         reuse.store(past, ids[0].tolist()).wait()
         assert torch.equal(reuse.generate(ids, **greedy(ids)), model.generate(ids, **greedy(ids)))
 
@@ -398,14 +403,14 @@ def test_more_tokens_than_were_computed_are_refused(cache):
     model, ids = made(), prompt()
     with torch.no_grad():
         past = model(ids[:, :100], use_cache=True).past_key_values
-    with TransformersKV(cache, model) as reuse, pytest.raises(ConfigError, match="100"):
+    with reusing(cache, model) as reuse, pytest.raises(ConfigError, match="100"):
         reuse.store(past, ids[0].tolist())
 
 
 def test_a_cache_without_room_costs_nothing_but_hits(tmp_path):
     model = made()
     small = tiercache.open(str(tmp_path / "small"), memory_bytes=4 * MIB, ssd_bytes=0)
-    with small as cache, TransformersKV(cache, model) as reuse:
+    with small as cache, reusing(cache, model) as reuse:
         for seed in range(3):
             ids = prompt(seed, 900)
             assert torch.equal(reuse.generate(ids, **greedy(ids, 2)), model.generate(ids, **greedy(ids, 2)))
@@ -414,7 +419,7 @@ def test_a_cache_without_room_costs_nothing_but_hits(tmp_path):
 def test_a_closed_cache_is_gone_around(tmp_path):
     model, ids = made(), prompt()
     cache = tiercache.open(str(tmp_path / "closed"), memory_bytes=16 * MIB, ssd_bytes=0)
-    reuse = TransformersKV(cache, model)
+    reuse = reusing(cache, model)
     truth = reuse.generate(ids, **greedy(ids))
     reuse.flush()
     cache.close()

@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> Iterator[BlockingCache]:
         check_nothing_leaked(made)
 
 
-def faulty_cache(directory: Path, script: Script, memory_bytes: int = 64 * MIB) -> BlockingCache:
+def faulty_cache(directory: Path, script: Script, memory_bytes: int = 64 * MIB, stall_s: float = 0.2) -> BlockingCache:
     """A cache whose SSD meets the faults of a script."""
     options = Settings(
         directory=str(directory),
@@ -57,7 +57,7 @@ def faulty_cache(directory: Path, script: Script, memory_bytes: int = 64 * MIB) 
     index = Index(options.slots_max, [POLICIES["lru"](), POLICIES["lru"]()])
     memory = MemoryTier(memory_bytes, segment_bytes=memory_bytes)
     core = Cache(
-        index, memory, faulty(ssd, script, stall_s=0.2), settings=options, clock=SystemClock(), metrics=Metrics()
+        index, memory, faulty(ssd, script, stall_s=stall_s), settings=options, clock=SystemClock(), metrics=Metrics()
     )
     wait(core.start(), io_loop())
     return BlockingCache(core, io_loop())
