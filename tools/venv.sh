@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tools/venv.sh DIR PIP-ARGUMENTS...: a virtual environment with these packages. Quick when it stands: a stamp inside
-# holds a digest of pyproject.toml, the constraints and the arguments. UNCONSTRAINED=1 leaves tools/constraints.txt out:
-# for environments of other projects, whose pins are their own.
+# holds a digest of pyproject.toml, the constraints, the native kernel's sources and the arguments. UNCONSTRAINED=1 leaves
+# tools/constraints.txt out: for environments of other projects, whose pins are their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
@@ -19,7 +19,7 @@ find_python() {
     return 1
 }
 
-key=$( { cat pyproject.toml tools/constraints.txt "$0"; printf "%s\n" "$@"; } | sha256sum | cut -d" " -f1)
+key=$( { cat pyproject.toml tools/constraints.txt hatch_build.py tiercache/native/*.[ch] "$0"; printf "%s\n" "$@"; } | sha256sum | cut -d" " -f1)
 if [[ -x $venv/bin/python && -f $venv/.stamp && $(<"$venv/.stamp") == "$key" ]]; then
     exit 0
 fi

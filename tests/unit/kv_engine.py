@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from hypothesis import strategies as st
 
+from tiercache import native
 from tiercache.buffers import Buffer
 from tiercache.kv.layout import Attention, Layout
 from tiercache.kv.moving import Table
@@ -32,17 +35,37 @@ ORDERS = (
 )
 
 
+KERNELS = (0, 64, 256, 512) if native.KERNEL is not None else (0,)
+"""How bytes are moved: by NumPy (0), or by the kernel with instructions so wide, as far as this processor has them."""
+
+
+@contextmanager
+def moved_by(bits: int) -> Iterator[None]:
+    """Moves bytes that way inside."""
+    kernel = native.KERNEL
+    if not bits or kernel is None:
+        native.KERNEL = None
+    else:
+        kernel.choose(bits)
+    try:
+        yield
+    finally:
+        native.KERNEL = kernel
+        if kernel is not None:
+            kernel.choose(0)
+
+
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
-    """Any small layout; latent ones have no V."""
-    latent = draw(st.booleans())
-    heads = 1 if latent else draw(st.sampled_from([1, 2, 3, 4, 8, 70]))
-    dims = st.integers(1, 12)
+def layouts(draw: st.DrawFn, *, wide: bool = False) -> Layout:
+    """Any small layout; latent ones have no V. `wide`: rows of half of them are such as the kernel moves."""
+    latent, wide = draw(st.booleans()), wide and draw(st.booleans())
+    heads = 1 if latent else draw(st.sampled_from([1, 2, 3] if wide else [1, 2, 3, 4, 8, 70]))
+    dims = st.sampled_from([64, 128]) if wide else st.integers(1, 12)
     return Layout(
         model="m",
         heads=heads,
-        layers=draw(st.integers(1, 9)),
-        k_dim=draw(dims) * draw(st.sampled_from([1, 64])),
+        layers=draw(st.integers(1, 4 if wide else 9)),
+        k_dim=draw(dims) * (1 if wide else draw(st.sampled_from([1, 64]))),
         v_dim=0 if latent else draw(dims),
         dtype=draw(st.sampled_from(["uint8", "bfloat16", "float32"])),
         attention=Attention.MLA if latent else Attention.GQA,

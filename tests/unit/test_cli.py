@@ -185,7 +185,18 @@ def test_fsck_finds_damage(command: Command, tables: Path) -> None:
 
 def test_doctor_names_everything(command: Command) -> None:
     found = {one["topic"]: one for one in command.json("doctor")["findings"]}
-    for topic in ("processors", "memory", "locked memory", "open files", "huge pages", "disk", "GPU", "UCX", "RDMA"):
+    for topic in (
+        "processors",
+        "copy kernel",
+        "memory",
+        "locked memory",
+        "open files",
+        "huge pages",
+        "disk",
+        "GPU",
+        "UCX",
+        "RDMA",
+    ):
         assert found[topic]["fact"], topic
         assert found[topic]["state"] in ("good", "limited", "missing")
         assert found[topic]["state"] != "missing" or found[topic]["hint"]

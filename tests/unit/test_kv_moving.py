@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,16 +11,21 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.kv_engine import ORDERS, Engine, empty_blocks, layouts, stored, table_for, values
+from tests.unit.kv_engine import KERNELS, ORDERS, Engine, empty_blocks, layouts, moved_by, stored, table_for, values
 from tiercache.buffers import part_digests
 from tiercache.errors import ConfigError
-from tiercache.kv import moving
 from tiercache.kv.layout import STATE, Layout
 from tiercache.kv.moving import Table, digests_of, gather, gather_digested, scatter, scatter_verified
 from tiercache.kv.planes import Planes, paged
 from tiercache.kv.shard import Shard
 
 SHAPES = [(1, 1), (2, 1), (4, 2), (8, 1), (16, 3), (1, 2)]
+
+
+@pytest.fixture(params=KERNELS, ids=lambda bits: f"{bits} bits" if bits else "NumPy", scope="module", autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    with moved_by(request.param):
+        yield
 
 
 def ranks(layout: Layout, tp: int, pp: int) -> list[Shard]:
@@ -32,7 +38,7 @@ def ranks(layout: Layout, tp: int, pp: int) -> list[Shard]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    layout=layouts(),
+    layout=layouts(wide=True),
     writers=st.sampled_from(SHAPES),
     readers=st.sampled_from(SHAPES),
     orders=st.tuples(st.sampled_from(ORDERS), st.sampled_from(ORDERS)),
@@ -78,7 +84,7 @@ def test_any_shape_writes_and_any_other_reads(layout, writers, readers, orders, 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    layout=layouts(),
+    layout=layouts(wide=True),
     order=st.sampled_from(ORDERS),
     size=st.sampled_from([1, 3, 16]),
     first=st.integers(0, 20),
@@ -263,8 +269,5 @@ def test_plans_are_remembered_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) 
     _, buffers = empty_blocks(layout, 1)
     for parts in range(1, 256):
         gather(engine.planes, table, [0], buffers, parts=parts)
-    kept = len(engine.planes.plans)
-    for parts in range(1, 256):
-        moving.digests_of(engine.planes, table, [0], parts=parts)
-    assert len(engine.planes.plans) <= 256
-    assert kept == 255
+        digests_of(engine.planes, table, [0], parts=parts)
+        assert 0 < len(engine.planes.plans) <= 256

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiercache import native
 from tiercache.cli import sharing
 from tiercache.cli.finding import GOOD, LIMITED, MISSING, Finding
 from tiercache.errors import TierCacheError
@@ -34,7 +35,7 @@ def examine(directory: str | None = None, root: Path = Path("/")) -> list[Findin
         settings = load(directory=directory)
     except TierCacheError as error:
         trouble.append(Finding("settings", MISSING, str(error), "correct it; until then nothing opens"))
-    found = [*trouble, _cpu(), *_memory(root, settings), *_limits(root), *_huge_pages(root)]
+    found = [*trouble, _cpu(), _kernel(), *_memory(root, settings), *_limits(root), *_huge_pages(root)]
     if settings is not None:
         found += [*_disk(settings), *sharing.examine(settings, root)]
     return [*found, _gpu(root), _ucx(), _rdma(root), *_packages()]
@@ -42,6 +43,12 @@ def examine(directory: str | None = None, root: Path = Path("/")) -> list[Findin
 
 def _cpu() -> Finding:
     return Finding("processors", GOOD, f"{len(os.sched_getaffinity(0))} usable by this process")
+
+
+def _kernel() -> Finding:
+    if native.KERNEL is not None:
+        return Finding("copy kernel", GOOD, native.WHY)
+    return Finding("copy kernel", LIMITED, native.WHY, "without it verified copies take twice as long")
 
 
 def _memory(root: Path, settings: Settings | None) -> Iterator[Finding]:

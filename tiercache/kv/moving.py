@@ -1,7 +1,10 @@
 """Moves KV between the memory of an engine (planes) and stored blocks: batched strided copies with the GIL released.
 
-Verified variants hash a tile right after it was copied, while it is in the second-level cache. Block b of a sequence is
-its rows [b * layout.rows, (b + 1) * layout.rows): tokens, or one row a block for states and opaque pages.
+The native kernel does it where it can (fused.py). Else NumPy copies a tile and xxhash hashes it right after, while it
+is in the second-level cache: the same bytes and digests at half the speed.
+
+Block b of a sequence is its rows [b * layout.rows, (b + 1) * layout.rows): tokens, or one row a block for states and
+opaque pages.
 `parts` is a map for all blocks, or one map a block; None: all that the planes hold as whole parts (gather), or touch
 (scatter). All are for any thread; ConfigError where tables, spans or buffers do not fit.
 """
@@ -10,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,15 +20,17 @@ import xxhash
 
 from tiercache.buffers import Buffer, digest_rows
 from tiercache.errors import ConfigError
+from tiercache.kv import fused
 from tiercache.kv.lanes import LANES
+from tiercache.kv.runs import Table as Table
+from tiercache.kv.runs import runs_of
 from tiercache.kv.tiles import WIDE_BYTES, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy.typing as npt
-
     from tiercache.kv.planes import Planes
+    from tiercache.kv.runs import Runs
     from tiercache.kv.tiles import Tile
 
     Parts = int | Sequence[int] | None
@@ -39,27 +43,6 @@ _digest = xxhash.xxh3_64_intdigest
 _threads = threading.local()
 _SCRATCH = 0
 """Stands for an address in a thread's scratch, which is aligned as blocks are."""
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Where a sequence's rows lie: row r, from `first_token` on, is slot (r - first_token) % page_tokens of page
-    `page_ids[(r - first_token) // page_tokens]`. Any page size serves any block size."""
-
-    page_ids: npt.NDArray[np.int64]
-    page_tokens: int
-    first_token: int = 0
-
-    def __post_init__(self) -> None:
-        ids = np.ascontiguousarray(self.page_ids, np.int64)
-        if ids.ndim != 1 or self.page_tokens < 1:
-            raise ConfigError(f"a table of {ids.ndim} axes, {self.page_tokens} tokens a page: pass one row of ids")
-        object.__setattr__(self, "page_ids", ids)
-
-    @property
-    def tokens(self) -> range:
-        """The rows that have a place."""
-        return range(self.first_token, self.first_token + len(self.page_ids) * self.page_tokens)
 
 
 class Digests(NamedTuple):
@@ -140,9 +123,6 @@ def scatter_verified(
 
 # --------------------------------------------------------------------------------------------------------- loops
 
-Position = tuple[list[int], int, int]
-"""Where rows [first, first + count) of a block lie in the engine: a position for each of Planes.steps, first, count."""
-
 
 def _gather(
     planes: Planes,
@@ -156,9 +136,15 @@ def _gather(
 ) -> list[Digests]:
     """Copies to `targets`, or to a scratch of each thread where they are None; answers digests where `hashed`."""
     layout = planes.layout
-    positions = _positions(planes, table, blocks, None)
+    runs = runs_of(planes, table, blocks, None)
     addresses = [_SCRATCH] * len(blocks) if targets is None else _addresses(planes, blocks, targets)
-    plans = _plans(planes, addresses, parts, pieces, hashed=hashed, scratch=targets is None)
+    maps = _maps(planes, len(blocks), parts, touched=False)
+    if (programs := fused.programs(planes, maps, pieces, touched=False)) is not None:
+        rows = fused.gather(planes, programs, runs, None if targets is None else addresses, hashed=hashed)
+        cut = layout.parts
+        return [Digests(row[:cut].tobytes(), tuple(row[cut:].tolist())) for row in (() if rows is None else rows)]
+    positions = runs.listed()
+    plans = _plans(planes, addresses, maps, pieces, hashed=hashed, scratch=targets is None)
     count, memory, digest = layout.parts, _SPACE, _digest
     pack = digest_rows(count).pack
 
@@ -199,13 +185,27 @@ def _scatter(
     layout = planes.layout
     if not planes.writable:
         raise ConfigError("these planes are read-only: pass the engine's own tensors")
-    positions = _positions(planes, table, blocks, tokens)
+    runs = runs_of(planes, table, blocks, tokens)
     addresses = _addresses(planes, blocks, sources)
-    plans = _plans(planes, addresses, parts, (), hashed=digests is not None, touched=True)
+    if digests is not None:
+        _check_digests(digests, len(blocks), layout.parts)
+    maps = _maps(planes, len(blocks), parts, touched=True)
+    if (programs := fused.programs(planes, maps, (), touched=True)) is not None:
+        return fused.scatter(planes, programs, runs, addresses, digests)
+    plans = _plans(planes, addresses, maps, (), hashed=digests is not None, touched=True)
+    return _scatter_loops(planes, plans, runs, addresses, digests)
+
+
+def _scatter_loops(
+    planes: Planes,
+    plans: Sequence[tuple[list[Tile], int]],
+    runs: Runs,
+    addresses: Sequence[int],
+    digests: Sequence[bytes] | None,
+) -> list[bool]:
+    layout, positions = planes.layout, runs.listed()
     unpack = digest_rows(layout.parts).unpack
-    wanted = [unpack(row) for row in digests] if digests is not None else [()] * len(blocks)
-    if len(wanted) != len(blocks):
-        raise ConfigError(f"{len(wanted)} rows of digests for {len(blocks)} blocks")
+    wanted = [unpack(row) for row in digests] if digests is not None else [()] * len(addresses)
     memory, digest = _SPACE, _digest
 
     def some(begin: int, end: int) -> list[bool]:
@@ -227,7 +227,12 @@ def _scatter(
             good.append(right)
         return good
 
-    return LANES.spread(len(blocks), _bytes(planes, plans), some)
+    return LANES.spread(len(addresses), _bytes(planes, plans), some)
+
+
+def _check_digests(digests: Sequence[bytes], blocks: int, parts: int) -> None:
+    if len(digests) != blocks or any(len(row) != 8 * parts for row in digests):
+        raise ConfigError(f"{len(digests)} rows of digests for {blocks} blocks of {parts} parts: 8 bytes a part")
 
 
 def _bytes(planes: Planes, plans: Sequence[tuple[list[Tile], int]]) -> int:
@@ -256,74 +261,21 @@ def _addresses(planes: Planes, blocks: Sequence[int], buffers: Sequence[Buffer])
 
 
 def _plans(
-    planes: Planes, addresses: Sequence[int], parts: Parts, pieces: Pieces, **how: bool
+    planes: Planes, addresses: Sequence[int], maps: Sequence[int], pieces: Pieces, **how: bool
 ) -> list[tuple[list[Tile], int]]:
     """Tiles of each block, and the shift of its address; `how` as for tiles.plan."""
     # Blocks that do not lie on a multiple of 16, as no allocator places them, take a slower way.
     shift = 0 if any(address & 15 for address in addresses) else 4
+    plans = {each: plan(planes, each, pieces, shift=shift, **how) for each in set(maps)}
+    return [(plans[each].tiles, shift) for each in maps]
+
+
+def _maps(planes: Planes, blocks: int, parts: Parts, *, touched: bool) -> Sequence[int]:
+    """Parts of each block."""
     if parts is None:
-        parts = planes.shard.needed(planes.layout) if how.get("touched") else planes.shard.held(planes.layout)[0]
+        parts = planes.shard.needed(planes.layout) if touched else planes.shard.held(planes.layout)[0]
     if isinstance(parts, int):
-        one = plan(planes, parts, pieces, shift=shift, **how)
-        return [(one.tiles, shift)] * len(addresses)
-    if len(parts) != len(addresses):
-        raise ConfigError(f"{len(parts)} part maps for {len(addresses)} blocks: pass one for each, or one for all")
-    plans = {each: plan(planes, each, pieces, shift=shift, **how) for each in set(parts)}
-    return [(plans[each].tiles, shift) for each in parts]
-
-
-def _positions(
-    planes: Planes, table: Table, blocks: Sequence[int], tokens: range | None
-) -> Sequence[Sequence[Position]]:
-    """Where the rows of each block lie: one run of slots where a page, or a run of pages, holds all of them."""
-    rows, size = planes.layout.rows, planes.page_tokens
-    if table.page_tokens != size:
-        raise ConfigError(f"a table of {table.page_tokens} tokens a page, where the planes have {size}")
-    starts = np.asarray(blocks, np.int64) * rows - table.first_token
-    if not len(starts):
-        return []
-    first, last = int(starts.min()), int(starts.max()) + rows
-    whole = tokens is None
-    if tokens is not None:
-        if tokens.step != 1:
-            raise ConfigError(f"tokens {tokens}: a range with step 1")
-        lowest, highest = tokens.start - table.first_token, tokens.stop - table.first_token
-        whole = lowest <= first and last <= highest
-        first, last = max(first, lowest), min(last, highest)
-    if first < last and (first < 0 or last > len(table.page_ids) * size):
-        raise ConfigError(f"blocks {min(blocks)} to {max(blocks)} leave the table's tokens {table.tokens}")
-    slots = starts % size
-    if whole and int(slots.max()) + rows <= size:
-        pages = table.page_ids[starts // size]
-        _check_pages(planes, int(pages.min()), int(pages.max()))
-        columns = [(pages * step.page + slots * step.slot).tolist() for step in planes.steps]
-        return [[(list(where), 0, rows)] for where in zip(*columns)]
-    return [_scattered(planes, table.page_ids, start, (first, last)) for start in starts.tolist()]
-
-
-def _check_pages(planes: Planes, least: int, most: int) -> None:
-    if least < 0 or most >= planes.pages:
-        raise ConfigError(f"page ids {least} to {most}, where the planes have {planes.pages} pages")
-
-
-def _scattered(planes: Planes, ids: npt.NDArray[np.int64], start: int, limits: tuple[int, int]) -> list[Position]:
-    """Runs of slots of one block whose rows lie in several pages, or are wanted in part."""
-    size, rows = planes.page_tokens, planes.layout.rows
-    row, stop = max(start, limits[0]), min(start + rows, limits[1])
-    runs: list[tuple[int, int, int, int]] = []  # page, slot, first row of the block, rows
-    while row < stop:
-        page, slot = int(ids[row // size]), row % size
-        count = min(size - slot, stop - row)
-        _check_pages(planes, page, page)
-        if runs and planes.linear:
-            before = runs[-1]
-            if before[0] * size + before[1] + before[3] == page * size:
-                runs[-1] = (*before[:3], before[3] + count)
-                row += count
-                continue
-        runs.append((page, slot, row - start, count))
-        row += count
-    return [
-        ([page * step.page + slot * step.slot for step in planes.steps], first, count)
-        for page, slot, first, count in runs
-    ]
+        return [parts] * blocks
+    if len(parts) != blocks:
+        raise ConfigError(f"{len(parts)} part maps for {blocks} blocks: pass one for each, or one for all")
+    return parts

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tiercache.kv.layout import Layout
     from tiercache.kv.shard import Shard
 
+_PLANS_MAX = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Plane:
@@ -121,7 +123,13 @@ class Planes:
         self.linear = all(grid.page_stride == self.page_tokens * grid.token_stride for grid in self.grids)
         """Whether the slots of page p + 1 follow those of page p, so that both can be copied at once."""
         self.plans: dict[object, Any] = {}
-        """What tiles.py has worked out for these planes."""
+        """What tiles.py and fused.py have worked out for these planes."""
+
+    def remember(self, key: object, plan: object) -> None:
+        """Keeps a plan; a save or a load uses a few."""
+        if len(self.plans) >= _PLANS_MAX:
+            self.plans.clear()
+        self.plans[key] = plan
 
 
 def _check_plane(plane: Plane, layout: Layout, shard: Shard) -> None:

@@ -32,8 +32,6 @@ WIDE_BYTES = 512 << 10
 HELD_ITEMS = 500
 """NumPy keeps the GIL while it copies so many items or fewer."""
 
-_PLANS_MAX = 256  # sets of parts that one Planes remembers; a save or a load uses a few
-
 _FIRST = 16  # NumPy takes a buffer at address 0 for none
 _MEMORY = memoryview((ctypes.c_uint8 * (1 << 48)).from_address(_FIRST)).cast("B")
 _ADDRESSES = 1 << 47
@@ -192,13 +190,17 @@ def plan(
         merged = _merged(
             planes.layout, _boxes_of_parts(planes, parts, touched=touched), TILE_BYTES if hashed else WIDE_BYTES
         )
-        boxes = [*_lengthened(planes.layout, merged)]
-        boxes += (_box_of_piece(planes, number, *piece) for number, piece in enumerate(pieces))
-        found = Plan(planes, boxes, shift=shift, scratch=scratch)
-        if len(planes.plans) >= _PLANS_MAX:
-            planes.plans.clear()
-        planes.plans[key] = found
+        chosen = [*_lengthened(planes.layout, merged), *_boxes_of_pieces(planes, pieces)]
+        found = Plan(planes, chosen, shift=shift, scratch=scratch)
+        planes.remember(key, found)
     return found
+
+
+def boxes(planes: Planes, parts: int, pieces: Sequence[tuple[int, int]], *, touched: bool) -> Iterator[Box]:
+    """A box for each of these parts and pieces, `touched` as for `plan`. Raises ConfigError for what the planes do not
+    hold."""
+    yield from _boxes_of_parts(planes, parts, touched=touched)
+    yield from _boxes_of_pieces(planes, pieces)
 
 
 def _boxes_of_parts(planes: Planes, parts: int, *, touched: bool) -> Iterator[Box]:
@@ -249,6 +251,10 @@ def _lengthened(layout: Layout, boxes: Iterable[Box]) -> Iterator[Box]:
                 grown = Box(range(start, box.layers.stop), box.heads, part[1], [part, *grown.hashed])
         yield grown
         last = box
+
+
+def _boxes_of_pieces(planes: Planes, pieces: Sequence[tuple[int, int]]) -> Iterator[Box]:
+    return (_box_of_piece(planes, number, *piece) for number, piece in enumerate(pieces))
 
 
 def _box_of_piece(planes: Planes, number: int, start: int, stop: int) -> Box:

@@ -1,0 +1,76 @@
+"""The native kernel: copies that hash what they move, 64 bytes at a time, past the processor's caches (kernel.c).
+
+`KERNEL` is None where it was not built (no C compiler when tiercache was installed) or does not fit this machine: NumPy
+and xxhash then do the same, slower. `WHY` says in a line what is the case.
+
+Calls release the GIL, check nothing and keep nothing alive: callers have checked every address, and hold its owner.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DIGEST_BYTES_MIN = 241
+"""The kernel hashes nothing shorter: XXH3 has other forms for that."""
+ROW_BYTES = 64
+"""Rows of KV are multiples of this, or NumPy copies them."""
+GATHER, SCATTER, DIGEST = 0, 1, 2
+"""Modes of a program of `Kernel.blocks`: engine memory to stored blocks, the way back, or neither."""
+
+_PATH = Path(__file__).with_name("_kernel.so")
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+
+
+class Kernel:
+    """The functions of kernel.c; their arguments are described there. Arrays are passed as addresses."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError or AttributeError where there is no such library."""
+        library = ctypes.CDLL(str(path))
+        self.choose = _function(library.tiercache_choose, _INT, [_INT])
+        self.parts = _function(library.tiercache_parts, None, [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT])
+        self.blocks = _function(library.tiercache_blocks, None, [_POINTER, _INT, *[_POINTER] * 5])
+        self.bits = int(self.choose(0))
+        """Width of the instructions that it uses here."""
+
+
+def _function(found: Callable[..., int], answer: type | None, arguments: list[type]) -> Callable[..., int]:
+    found.restype = answer  # type: ignore[attr-defined]
+    found.argtypes = arguments  # type: ignore[attr-defined]
+    return found
+
+
+def load(path: Path = _PATH) -> tuple[Kernel | None, str]:
+    """The kernel, if it can be used, and in a line what it is or why it is not used."""
+    if sys.byteorder != "little":
+        return None, "not for this machine's byte order"
+    if not path.exists():
+        return None, "not built: there was no C compiler when tiercache was installed (install gcc, then reinstall)"
+    try:
+        kernel = Kernel(path)
+    except (OSError, AttributeError) as fault:
+        return None, f"built for another machine or version (reinstall tiercache): {fault}"
+    if not agrees(kernel):
+        return None, "its digests are wrong on this processor: please report this"
+    return kernel, f"{kernel.bits}-bit instructions"
+
+
+def agrees(kernel: Kernel) -> bool:
+    """Whether its digests are those of xxhash."""
+    text, found = bytes(range(256)) * 17, ctypes.c_uint64()
+    for length in (DIGEST_BYTES_MIN, 1024, 1025, len(text)):
+        kernel.parts(text, None, length, length, ctypes.addressof(found), 0)
+        if found.value != xxhash.xxh3_64_intdigest(text[:length]):
+            return False
+    return True
+
+
+KERNEL, WHY = load()

@@ -1,0 +1,345 @@
+/* Copies that hash what they move: every 64 bytes are read once, into a register that is both hashed and written.
+ *
+ * The digest is XXH3-64 with seed 0 (xxHash's specification, doc/xxhash_spec.md, "XXH3 Algorithm Overview"), the long
+ * form for inputs above 240 bytes; shorter ones are the caller's. Writes go past the processor's caches where they are
+ * aligned and the caller says so, which saves reading what is overwritten: half of the traffic to memory again.
+ *
+ * Nothing here knows Python, allocates, blocks or fails. The caller (tiercache/native) has checked every address.
+ */
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define STRIPE 64
+#define BLOCK_STRIPES 16
+#define SECRET_BYTES 192
+#define AHEAD 1024 /* bytes that are asked for before their turn: hardware stops at the end of each page of 4 KiB */
+#define prefetch(address) __builtin_prefetch((address), 0, 2)
+
+#define PRIME32_1 0x9E3779B1u
+#define PRIME32_2 0x85EBCA77u
+#define PRIME32_3 0xC2B2AE3Du
+#define PRIME64_1 0x9E3779B185EBCA87u
+#define PRIME64_2 0xC2B2AE3D27D4EB4Fu
+#define PRIME64_3 0x165667B19E3779F9u
+#define PRIME64_4 0x85EBCA77C2B2AE63u
+#define PRIME64_5 0x27D4EB2F165667C5u
+
+/* The specification's default secret. */
+static const uint8_t SECRET[SECRET_BYTES] __attribute__((aligned(64))) = {
+    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
+    0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
+    0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
+    0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
+    0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
+    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
+    0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
+    0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
+    0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
+    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
+    0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
+};
+
+typedef struct {
+    uint64_t acc[8] __attribute__((aligned(64)));
+    int64_t left; /* stripes before the last one */
+    int64_t at;   /* stripe within a block of 16 */
+} State;
+
+static inline uint64_t read64(const uint8_t *at)
+{
+    uint64_t value;
+    memcpy(&value, at, 8);
+    return value;
+}
+
+/* ------------------------------------------------------------------------------------------- sets of instructions */
+
+#if defined(__x86_64__)
+
+#define NAME(name) name##_512
+#define TARGET __attribute__((target("avx512f")))
+typedef __m512i Vec_512;
+TARGET static inline Vec_512 load_512(const uint8_t *at) { return _mm512_loadu_si512(at); }
+TARGET static inline void store_512(uint8_t *at, Vec_512 value) { _mm512_storeu_si512(at, value); }
+TARGET static inline void stream_512(uint8_t *at, Vec_512 value) { _mm512_stream_si512((void *)at, value); }
+TARGET static inline Vec_512 mix_512(Vec_512 acc, Vec_512 data, const uint8_t *secret)
+{
+    __m512i key = _mm512_xor_si512(data, _mm512_loadu_si512(secret));
+    __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
+    return _mm512_add_epi64(acc, _mm512_add_epi64(product, _mm512_shuffle_epi32(data, _MM_PERM_BADC)));
+}
+TARGET static inline Vec_512 scramble_512(Vec_512 acc)
+{
+    __m512i prime = _mm512_set1_epi32((int)PRIME32_1);
+    __m512i mixed = _mm512_xor_si512(acc, _mm512_srli_epi64(acc, 47));
+    mixed = _mm512_xor_si512(mixed, _mm512_loadu_si512(SECRET + SECRET_BYTES - STRIPE));
+    __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
+    return _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
+}
+#include "body.h"
+#undef NAME
+#undef TARGET
+
+#define NAME(name) name##_256
+#define TARGET __attribute__((target("avx2")))
+typedef struct {
+    __m256i a, b;
+} Vec_256;
+TARGET static inline Vec_256 load_256(const uint8_t *at)
+{
+    return (Vec_256){_mm256_loadu_si256((const void *)at), _mm256_loadu_si256((const void *)(at + 32))};
+}
+TARGET static inline void store_256(uint8_t *at, Vec_256 value)
+{
+    _mm256_storeu_si256((void *)at, value.a);
+    _mm256_storeu_si256((void *)(at + 32), value.b);
+}
+TARGET static inline void stream_256(uint8_t *at, Vec_256 value)
+{
+    _mm256_stream_si256((void *)at, value.a);
+    _mm256_stream_si256((void *)(at + 32), value.b);
+}
+TARGET static inline __m256i mix_half(__m256i acc, __m256i data, const uint8_t *secret)
+{
+    __m256i key = _mm256_xor_si256(data, _mm256_loadu_si256((const void *)secret));
+    __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
+    return _mm256_add_epi64(acc, _mm256_add_epi64(product, _mm256_shuffle_epi32(data, 0x4E)));
+}
+TARGET static inline Vec_256 mix_256(Vec_256 acc, Vec_256 data, const uint8_t *secret)
+{
+    return (Vec_256){mix_half(acc.a, data.a, secret), mix_half(acc.b, data.b, secret + 32)};
+}
+TARGET static inline __m256i scramble_half(__m256i acc, const uint8_t *secret)
+{
+    __m256i prime = _mm256_set1_epi32((int)PRIME32_1);
+    __m256i mixed = _mm256_xor_si256(acc, _mm256_srli_epi64(acc, 47));
+    mixed = _mm256_xor_si256(mixed, _mm256_loadu_si256((const void *)secret));
+    __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), prime);
+    return _mm256_add_epi64(_mm256_mul_epu32(mixed, prime), _mm256_slli_epi64(high, 32));
+}
+TARGET static inline Vec_256 scramble_256(Vec_256 acc)
+{
+    const uint8_t *secret = SECRET + SECRET_BYTES - STRIPE;
+    return (Vec_256){scramble_half(acc.a, secret), scramble_half(acc.b, secret + 32)};
+}
+#include "body.h"
+#undef NAME
+#undef TARGET
+
+#endif
+
+#define NAME(name) name##_64
+#define TARGET
+typedef struct {
+    uint64_t lane[8];
+} Vec_64;
+static inline Vec_64 load_64(const uint8_t *at)
+{
+    Vec_64 value;
+    memcpy(&value, at, STRIPE);
+    return value;
+}
+static inline void store_64(uint8_t *at, Vec_64 value) { memcpy(at, &value, STRIPE); }
+static inline void stream_64(uint8_t *at, Vec_64 value) { memcpy(at, &value, STRIPE); }
+static inline Vec_64 mix_64(Vec_64 acc, Vec_64 data, const uint8_t *secret)
+{
+    for (int i = 0; i < 8; i++) {
+        uint64_t key = data.lane[i] ^ read64(secret + 8 * i);
+        acc.lane[i] += (key & 0xFFFFFFFFu) * (key >> 32) + data.lane[i ^ 1];
+    }
+    return acc;
+}
+static inline Vec_64 scramble_64(Vec_64 acc)
+{
+    for (int i = 0; i < 8; i++) {
+        uint64_t mixed = acc.lane[i] ^ (acc.lane[i] >> 47) ^ read64(SECRET + SECRET_BYTES - STRIPE + 8 * i);
+        acc.lane[i] = mixed * PRIME32_1;
+    }
+    return acc;
+}
+#include "body.h"
+#undef NAME
+#undef TARGET
+
+typedef void Stripes(State *, const uint8_t *, uint8_t *, int64_t, int64_t, int, int);
+static Stripes *stripes = stripes_64;
+
+/* Chooses the widest instructions that this processor has, at most `bits` (0: no limit); answers their width. */
+int64_t tiercache_choose(int64_t bits)
+{
+    stripes = stripes_64;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if ((!bits || bits >= 512) && __builtin_cpu_supports("avx512f")) {
+        stripes = stripes_512;
+        return 512;
+    }
+    if ((!bits || bits >= 256) && __builtin_cpu_supports("avx2")) {
+        stripes = stripes_256;
+        return 256;
+    }
+#endif
+    return 64;
+}
+
+/* ------------------------------------------------------------------------------------------------------ the digest */
+
+static void begin(State *state, int64_t bytes)
+{
+    const uint64_t first[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+    memcpy(state->acc, first, sizeof first);
+    state->left = (bytes - 1) / STRIPE;
+    state->at = 0;
+}
+
+static uint64_t end(const State *state, int64_t bytes)
+{
+    uint64_t sum = (uint64_t)bytes * PRIME64_1;
+    for (int i = 0; i < 4; i++) {
+        const uint8_t *secret = SECRET + 11 + 16 * i;
+        uint64_t one = state->acc[2 * i] ^ read64(secret), other = state->acc[2 * i + 1] ^ read64(secret + 8);
+        unsigned __int128 product = (unsigned __int128)one * other;
+        sum += (uint64_t)product ^ (uint64_t)(product >> 64);
+    }
+    sum ^= sum >> 37;
+    sum *= 0x165667919E3779F9u;
+    return sum ^ (sum >> 32);
+}
+
+static int aligned(const void *at) { return !((uintptr_t)at % STRIPE); }
+
+static void finish(void)
+{
+#if defined(__x86_64__)
+    _mm_sfence(); /* streamed writes are seen by others no later than whatever this thread writes next */
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------- whole spans, by parts */
+
+/* Copies `bytes`, or only hashes them where `to` is NULL, and writes the digest of each part. Every part is longer than
+ * 240 bytes. */
+static uint64_t copy_part(const uint8_t *from, uint8_t *to, int64_t bytes, int streamed)
+{
+    State state;
+    begin(&state, bytes);
+    int64_t whole = (bytes - 1) / STRIPE, rest = bytes - whole * STRIPE;
+    if (whole)
+        stripes(&state, from, to, whole, AHEAD, 1, streamed && aligned(to));
+    /* The last stripe of the hash is the last 64 bytes, of which some were in the one before, too. Those are read twice:
+     * whoever changes them meanwhile gets a digest that fits neither. */
+    uint8_t last[2 * STRIPE];
+    memcpy(last, from + (whole - 1) * STRIPE, STRIPE + rest);
+    if (to)
+        memcpy(to + whole * STRIPE, last + STRIPE, rest);
+    stripes(&state, last + rest, NULL, 1, 0, 1, 0);
+    return end(&state, bytes);
+}
+
+/* Copies (or hashes: `to` is NULL) [0, bytes) in parts of `part_bytes`; `digests` takes one a part. */
+void tiercache_parts(const uint8_t *from, uint8_t *to, int64_t bytes, int64_t part_bytes, uint64_t *digests, int64_t streamed)
+{
+    for (int64_t at = 0; at < bytes; at += part_bytes) {
+        int64_t some = bytes - at < part_bytes ? bytes - at : part_bytes;
+        *digests++ = copy_part(from + at, to ? to + at : NULL, some, (int)streamed);
+    }
+    if (to && streamed)
+        finish();
+}
+
+/* ----------------------------------------------------------------------------- blocks of KV, strided at one of both */
+
+typedef struct {
+    int64_t first, count; /* units */
+    int64_t start, bytes; /* in a stored block */
+    int64_t slot;         /* where its digest goes */
+} Part;
+
+typedef struct { /* K or V of one layer and head: rows that follow one another where they are stored */
+    int64_t engine; /* address of row 0 at position 0; 0: not in this engine's memory, only hashed */
+    int64_t row_stride;
+    int64_t row_bytes; /* a multiple of 64 */
+    int64_t kind;      /* which position counts */
+} Unit;
+
+typedef struct {
+    int64_t mode, hashed, parts, rows, kinds, slots;
+    const Part *part;
+    const Unit *unit; /* and one more after the last, to look ahead */
+} Program;
+
+enum { GATHER, SCATTER, DIGEST };
+
+/* Moves some rows that follow one another where they are stored. */
+static void move(const Program *program, State *state, const Unit *unit, uint8_t *stored, uint8_t *engine, int64_t rows)
+{
+    int64_t stripes_of_row = unit->row_bytes / STRIPE, times = rows;
+    if (unit->row_stride == unit->row_bytes) {
+        stripes_of_row *= rows;
+        times = 1;
+    }
+    /* Rows that lie apart follow no pattern that hardware sees: those of the next unit are asked for one by one. */
+    int64_t ahead = times == 1 || program->mode == SCATTER ? AHEAD : unit[1].engine - unit->engine;
+    for (int64_t row = 0; row < times; row++, engine += unit->row_stride) {
+        uint8_t *from = program->mode == SCATTER ? stored : engine;
+        uint8_t *to = program->mode == SCATTER ? engine : stored;
+        if (program->mode == DIGEST)
+            to = NULL;
+        else
+            stored += stripes_of_row * STRIPE;
+        stripes(state, from, to, stripes_of_row, ahead, (int)program->hashed, to && aligned(to));
+    }
+}
+
+/* One unit of one block: rows that have a place in the engine are moved, of a scatter the others are only hashed. */
+static void move_unit(
+    const Program *program, State *state, const Unit *unit, uint8_t *stored, const int64_t *run, int64_t runs)
+{
+    int64_t done = 0, width = 2 + program->kinds;
+    for (int64_t i = 0; i < runs && unit->engine; i++, run += width) {
+        int64_t first = run[0], rows = run[1];
+        if (first > done && program->hashed && program->mode == SCATTER)
+            stripes(state, stored + done * unit->row_bytes, NULL, (first - done) * unit->row_bytes / STRIPE, AHEAD, 1, 0);
+        uint8_t *engine = (uint8_t *)(unit->engine + run[2 + unit->kind]);
+        move(program, state, unit, stored ? stored + first * unit->row_bytes : NULL, engine, rows);
+        done = first + rows;
+    }
+    if (done < program->rows && program->hashed && program->mode == SCATTER)
+        stripes(state, stored + done * unit->row_bytes, NULL, (program->rows - done) * unit->row_bytes / STRIPE, AHEAD, 1, 0);
+}
+
+/* Blocks [0, blocks): `stored` are their addresses (of a DIGEST: none), the runs of block b are starts[b] to starts[b + 1],
+ * each (first row, rows, offset of the first row by kind). A SCATTER compares digests with those in `digests` and sets
+ * `good`; the others write them there. A block that has a wrong part is left as it is then. */
+void tiercache_blocks(
+    const Program *program, int64_t blocks, uint8_t *const *stored, const int64_t *starts, const int64_t *runs,
+    uint64_t *digests, uint8_t *good)
+{
+    for (int64_t block = 0; block < blocks; block++, digests += program->slots) {
+        const int64_t *run = runs + starts[block] * (2 + program->kinds), count = starts[block + 1] - starts[block];
+        int right = 1;
+        for (int64_t i = 0; i < program->parts && right; i++) {
+            const Part *part = program->part + i;
+            State state;
+            begin(&state, part->bytes);
+            uint8_t *at = stored ? stored[block] + part->start : NULL;
+            for (const Unit *unit = program->unit + part->first; unit < program->unit + part->first + part->count; unit++) {
+                move_unit(program, &state, unit, at, run, count);
+                at = at ? at + program->rows * unit->row_bytes : NULL;
+            }
+            if (!program->hashed)
+                continue;
+            if (program->mode == SCATTER)
+                right = digests[part->slot] == end(&state, part->bytes);
+            else
+                digests[part->slot] = end(&state, part->bytes);
+        }
+        if (good)
+            good[block] = (uint8_t)right;
+    }
+    finish();
+}
