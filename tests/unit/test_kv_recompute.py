@@ -351,7 +351,7 @@ def test_a_tier_that_hangs_is_left_alone() -> None:
     served = steady(engine, tiers, total, true, 400)
     lost = sum(max(0.0, ours - without) for ours, without in served)
     assert lost <= (3 + 4 * 0.5) * served[0][1] + PURSE_SHARE * sum(without for _, without in served)
-    assert all(ours < 0.9 * without for ours, without in served[-5:])  # memory goes on serving
+    assert sum(ours >= 0.9 * without for ours, without in served[-20:]) <= 1  # memory goes on serving, beside a probe
 
 
 phases = st.lists(

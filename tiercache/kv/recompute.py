@@ -49,6 +49,9 @@ LATE = 0.95
 """A load that brought less than all of it, after this share of its deadline, was given up for its time."""
 PREFILLS = 64
 """Prefills that a curve is fitted to."""
+FULL_STEP = 512
+"""Tokens of a prefill that keep any machine busy. Of what shorter ones take, most may be a fixed cost: where only those
+were seen, as after loads of all but the last tokens, long ones may take that much less a token."""
 PREFILL_ERROR_MOST = 1.5
 """The largest stated error of the prefill's curve within what was seen, as a factor."""
 PURSE_SHARE = 0.025
@@ -63,17 +66,18 @@ class Prefill:
     """The model's prefill cost curve, learnt from prefills: a + b * tokens + c * (tokens before each, summed) seconds.
 
     The three terms are a fixed cost, work a token (projections, experts) and attention; none is negative. `spread` is
-    the stated relative error of the time that some tokens add: a factor that may be another for each of them.
+    the stated relative error of the time that some tokens add: a factor that may be another for each of them. Short
+    prefills are many where much is loaded; half of what is remembered is for others.
     """
 
     def __init__(self, fixed_s: float = 0.0, token_s: float = 0.0, pair_s: float = 0.0) -> None:
         """What is believed before the first prefill; nothing, as it stands."""
         self._lock = threading.Lock()
         self._terms = (fixed_s, token_s, pair_s)
-        self._samples: deque[tuple[int, int, float]] = deque(maxlen=PREFILLS)
+        self._samples: list[tuple[int, int, float]] = []
         self._heard: deque[tuple[int, int, float]] = deque(maxlen=SLOW_IN_A_ROW)
         self._doubt = Doubt(PREFILL_ERROR_MOST, fast_in_a_row=SLOW_IN_A_ROW)
-        self._reach = 0.0
+        self._reach = self._longest = 0
 
     @property
     def known(self) -> bool:
@@ -99,12 +103,20 @@ class Prefill:
             if row:
                 # The machine or its load has changed: what was seen before tells no more than the curve's shape.
                 change = statistics.median(s / max(self.seconds(a, b), SECONDS_MIN) for a, b, s in self._heard)
-                kept = [(a, b, s * change) for a, b, s in list(self._samples)[-8:]]
-                self._samples = deque(kept + list(self._heard), PREFILLS)
+                kept = [(a, b, s * change) for a, b, s in self._samples[-8:]]
+                self._samples = kept + list(self._heard)
             else:
                 self._samples.append((start, count, seconds))
+                self._forget()
             self._reach = max(start + count for start, count, _ in self._samples)
-            self._terms = _fit(list(self._samples))
+            self._longest = max(count for _, count, _ in self._samples)
+            self._terms = _fit(self._samples)
+
+    def _forget(self) -> None:
+        """The oldest sample where there are too many, of those that are more than half."""
+        if len(self._samples) > PREFILLS:
+            full = [count >= FULL_STEP for _, count, _ in self._samples]
+            del self._samples[full.index(sum(full) > PREFILLS // 2)]
 
     def seconds(self, start: int, count: int) -> float:
         """Expected time of a prefill of tokens [start, start + count)."""
@@ -118,8 +130,10 @@ class Prefill:
 
     def spread(self, stop: int = 0) -> float:
         """The stated relative error of `added` up to token `stop`; larger beyond all that was seen."""
-        spread = self._doubt.spread(len(self._samples))
-        return spread if stop <= 2 * self._reach or not self._reach else (1 + spread) * stop / (2 * self._reach) - 1
+        factor = 1 + self._doubt.spread(len(self._samples))
+        if self._reach:
+            factor *= max(1.0, stop / (2 * self._reach), min(stop, FULL_STEP) / self._longest)
+        return factor - 1
 
 
 def _fit(samples: list[tuple[int, int, float]]) -> tuple[float, float, float]:
@@ -128,7 +142,9 @@ def _fit(samples: list[tuple[int, int, float]]) -> tuple[float, float, float]:
     rows = np.array(samples)
     start, count, seconds = rows.T
     terms = np.stack([np.ones_like(count), count, count * (start + count / 2)], axis=1) / seconds[:, None]
-    weights = FADE ** (np.arange(len(rows))[::-1] / 4)
+    after, full = np.arange(len(rows))[::-1], count >= FULL_STEP
+    # However many short ones came since, a long one is only replaced by long ones.
+    weights = FADE ** (np.where(full, full.sum() - np.cumsum(full), after) / 4)
     norms = np.sqrt(weights @ terms**2)
     terms /= norms
     gram, right, whole = terms.T @ (terms * weights[:, None]), terms.T @ weights, float(weights.sum())
