@@ -169,11 +169,11 @@ def _layouts(vllm_config: Any, spec: Any, options: Options) -> list[Layout]:
         if type(spec).__name__ != "FullAttentionSpec":
             raise Unusable(str(error)) from error
         layouts = [_by_hand(config, spec, common)]
-    layouts = [replace(each, rope=each.rope + _long_rope(config, each.rope)) for each in layouts]
+    layouts = [replace(each, rope=each.rope + long_rope(config, each.rope)) for each in layouts]
     return [replace(each, scales="1") for each in layouts] if dtype.startswith("float8") else layouts
 
 
-def _long_rope(config: Any, rope: str) -> str:
+def long_rope(config: Any, rope: str) -> str:
     """Which factors of a "longrope" vLLM takes for all requests, short ones too: that goes by its longest request."""
     if '"longrope"' not in rope:
         return ""

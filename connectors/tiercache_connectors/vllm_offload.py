@@ -5,7 +5,8 @@
          "directory": "/var/cache/tiercache"}}'
 
 vLLM keeps the books (what to store, when, which blocks may be reused), tiercache keeps the bytes as they are. Pages are
-found by engines of the same version and shape only; for reuse across those see vllm_v1. For vLLM 0.32.
+found by engines of the same version, model and shape only; for reuse across those, and for adapters, see vllm_v1. For
+vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
 from tiercache.model import Outcome
 from tiercache_connectors.vllm_options import Options
-from tiercache_connectors.vllm_pages import Promises, engine_tag, keys_of, page_layout, rank_shard
-from tiercache_connectors.weights import Weights, identify
+from tiercache_connectors.vllm_pages import Promises, engine_tag, identify_engine, keys_of, page_layout, rank_shard
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -69,6 +69,7 @@ class TierCacheOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         super().__init__(config)
         extra = {name: value for name, value in config.extra_config.items() if name not in HOST_OPTIONS}
         self._options = Options.of(extra)
+        self._identity = identify_engine(self._options)
         self._cache = self._options.open()
         self._books: Books | None = None
         self._worker: Mover | None = None
@@ -78,9 +79,8 @@ class TierCacheOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
     def layout(self) -> Layout:
         """Of one group's page as all workers together hold it. The same in every process of the engine."""
         config, parallel = self.config, self.config.parallel
-        options = self._options
-        weights = Weights(options.model, options.revision) if options.model else identify(config.model.name)
         shape = {
+            **self._identity.facts,
             "layers": [group.layer_names for group in config.groups],
             "tokens": [group.tokens_per_block for group in config.groups],
             "dtype": config.model.dtype,
@@ -89,14 +89,14 @@ class TierCacheOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
             "hash": config.cache.tokens_per_hash,
         }
         ranks = 1 if config.replicated_layout else parallel.world_size
-        return page_layout(weights, config.worker_kv_bytes_per_block, engine_tag(shape), ranks)
+        return page_layout(self._identity.weights, config.worker_kv_bytes_per_block, engine_tag(shape), ranks)
 
     def _refusal(self) -> str:
         if len(self.config.groups) != 1:
             return "models with several KV cache groups are for the connector vllm_v1"
         if self.blocks_per_chunk != 1:
             return "blocks_per_chunk > 1 is not supported: pages are found one by one"
-        return ""
+        return self._identity.reason
 
     def get_manager(self) -> OffloadingManager:
         if self._books is None:

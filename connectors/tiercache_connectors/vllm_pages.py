@@ -5,32 +5,81 @@ the same kind, version and shape finds them: all that is in the tag of the layou
 
 vLLM's offloading cannot be told that a load failed. So what is promised is leased first, and verified then: it cannot
 vanish before the load, and a byte that changed after that look ends the load as a fault rather than as wrong KV.
+
+Nor does vLLM tell these doors all that made a page: only an abstract of its configuration, without revision, overrides
+or adapters. So `identify_engine` looks at the whole of it, and where it cannot, nothing is reused.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiercache.buffers import verify_parts
-from tiercache.errors import TierCacheError, UnavailableError
+from tiercache.errors import ConfigError, TierCacheError, UnavailableError
 from tiercache.kv.layout import STATE, Layout
 from tiercache.kv.shard import Shard
 from tiercache.model import Name, Outcome
+from tiercache_connectors.vllm_layout import Unusable, long_rope, weights_of
+from tiercache_connectors.weights import Weights, identify
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from types import FrameType
 
     from tiercache.kv.loading import Prefetch
     from tiercache.kv.store import KvStore
     from tiercache.lease import Lease
     from tiercache.sync import BlockingCache
-    from tiercache_connectors.weights import Weights
+    from tiercache_connectors.vllm_options import Options
 
 PREFETCH_S = 10.0
 """What an SSD has not brought by then is a miss."""
+
+
+class Identity(NamedTuple):
+    """What an engine's pages go by, beside their shape; and why none of them may be reused, or nothing."""
+
+    weights: Weights
+    facts: Mapping[str, str]
+    reason: str = ""
+
+
+def identify_engine(options: Options) -> Identity:
+    """Who the engine is that is just making its connector. To be called while it does so, in each of its processes."""
+    try:
+        return _identity(_engine_config(), options)
+    except (Unusable, ConfigError) as error:
+        return Identity(Weights("nothing is reused"), {}, str(error))
+
+
+def _engine_config() -> Any:
+    """The whole configuration of vLLM, which has it at hand (no process of it keeps it where it could be asked for)
+    while it makes a connector, and what belongs to it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("vllm_config")
+        if hasattr(found, "model_config"):
+            return found
+        frame = frame.f_back
+    raise Unusable("this vLLM does not show its configuration, which says what its pages hold: use vllm_v1")
+
+
+def _identity(config: Any, options: Options) -> Identity:
+    """Raises Unusable and ConfigError."""
+    if getattr(config, "lora_config", None) is not None:
+        # vLLM names pages by an adapter's name and path, where other weights may lie tomorrow.
+        raise Unusable("pages of adapters go by their paths alone: use vllm_v1, which knows them by their weights")
+    model, facts = config.model_config, config.model_config.hf_config.get_text_config()
+    rope = [getattr(facts, name, None) for name in ("rope_parameters", "rope_scaling")]
+    told = {"computed": str(model.dtype), "rope": long_rope(model, json.dumps(rope, default=str))}
+    draft = getattr(getattr(config, "speculative_config", None), "draft_model_config", None)
+    if draft is not None:  # its layers are in the same pages
+        told["draft"] = ":".join(identify(draft.model, draft.revision or ""))
+    return Identity(weights_of(config, options), told)
 
 
 def engine_tag(shape: Mapping[str, object]) -> str:

@@ -23,8 +23,7 @@ from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 from tiercache_connectors.vllm_offload import HOST_OPTIONS
 from tiercache_connectors.vllm_options import Options
-from tiercache_connectors.vllm_pages import engine_tag, keys_of, page_layout
-from tiercache_connectors.weights import Weights, identify
+from tiercache_connectors.vllm_pages import engine_tag, identify_engine, keys_of, page_layout
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -53,11 +52,14 @@ class TierCacheTier(SecondaryTierManager):  # type: ignore[misc]
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         extra = {name: value for name, value in tier_config.items() if name not in HOST_OPTIONS}
         self._options = options = Options.of(extra)
+        identity = identify_engine(options)
+        self._is_off = bool(identity.reason)
+        if self._is_off:
+            log.warning("tiercache: nothing is reused: %s", identity.reason)
         self._cache = options.open()
         chunks = np.asarray(primary_kv_view).view(np.uint8).reshape(len(primary_kv_view), -1)
-        config = offloading_spec.config
-        weights = Weights(options.model, options.revision) if options.model else identify(config.model.name)
-        layout = page_layout(weights, chunks.shape[1], engine_tag(_shape(config)))
+        shape = {**identity.facts, **_shape(offloading_spec.config)}
+        layout = page_layout(identity.weights, chunks.shape[1], engine_tag(shape))
         self._store = self._cache.kv(layout, threads=options.threads, verify=options.verify)
         self._planes = Planes(
             layout,
@@ -68,6 +70,8 @@ class TierCacheTier(SecondaryTierManager):  # type: ignore[misc]
         self._jobs: dict[int, tuple[float, bool, list[Move]]] = {}
 
     def lookup(self, key: Any, req_context: Any) -> LookupResult:
+        if self._is_off:
+            return LookupResult.MISS
         try:
             found = self._store.match(keys_of(self._store, [key])).length
         except TierCacheError:
@@ -81,7 +85,7 @@ class TierCacheTier(SecondaryTierManager):  # type: ignore[misc]
         self._submit(job_metadata, stored=False)
 
     def _submit(self, job: Any, *, stored: bool) -> None:
-        names = list(job.keys)
+        names = [] if self._is_off else list(job.keys)
         moves: list[Move] = []
         for name, key, chunk in zip(names, keys_of(self._store, names), job.chunk_ids):
             table = Table(np.array([int(chunk)], dtype=np.int64), 1)
@@ -101,7 +105,7 @@ class TierCacheTier(SecondaryTierManager):  # type: ignore[misc]
         good = [name for name, each in moves if all(one is Outcome.HIT for one in each.outcomes)]
         return JobResult(
             job_id=job,
-            success=len(good) == len(moves),
+            success=len(good) == len(moves) and not self._is_off,
             successful_keys=None if stored or len(good) == len(moves) else good,
             transfer_time=self._clock.monotonic() - began_s,
             transfer_bytes=sum(each.moved_bytes for _, each in moves),

@@ -52,6 +52,29 @@ def offloading_config(directory: Path, **more: Any) -> Any:
     )
 
 
+def engine(**model: Any) -> Any:
+    """vLLM's configuration, as far as it is asked."""
+    said = {"model": "m", "revision": "r", "dtype": "torch.bfloat16", "quantization": None, "hf_overrides": {}, **model}
+    facts = SimpleNamespace(rope_theta=1e4, to_dict=lambda: {"rope_theta": 1e4})
+    facts.get_text_config = lambda: facts
+    return SimpleNamespace(model_config=SimpleNamespace(hf_config=facts, max_model_len=64, **said))
+
+
+def offloading(directory: Path, vllm_config: Any, **more: Any) -> Any:
+    """Made as vLLM's connector makes it, which has the engine's configuration at hand."""
+    from tiercache_connectors.vllm_offload import TierCacheOffloadingSpec
+
+    return TierCacheOffloadingSpec(offloading_config(directory, **more))
+
+
+def tier_of(directory: Path, primary: Any, vllm_config: Any, **more: Any) -> Any:
+    """As `offloading`."""
+    from tiercache_connectors.vllm_tier import TierCacheTier
+
+    spec = SimpleNamespace(config=offloading_config(directory))
+    return TierCacheTier(spec, memoryview(primary), "TierCacheTier", **extra(directory, **more))
+
+
 def name(number: int) -> bytes:
     from vllm.v1.kv_offload.base import make_offload_key
 
@@ -95,12 +118,10 @@ def test_every_method_is_the_bases(module: str, cls: str) -> None:
 def test_pages_go_to_the_cache_and_come_back(tmp_path: Path) -> None:
     from vllm.v1.kv_offload import base as b
 
-    from tiercache_connectors.vllm_offload import TierCacheOffloadingSpec
-
     memory = torch.randint(-128, 127, (2, 10, 4096), dtype=torch.int8)
     tensors = [b.CanonicalKVCacheTensor(each, 4096) for each in memory]
     caches = b.CanonicalKVCaches(tensors, [[b.CanonicalKVCacheRef(0, 4096), b.CanonicalKVCacheRef(1, 4096)]])
-    spec = TierCacheOffloadingSpec(offloading_config(tmp_path))
+    spec = offloading(tmp_path, engine())
     books, mover = spec.get_manager(), spec.get_worker(caches)
     request = b.ReqContext("r")
     books.on_new_request(request)
@@ -140,12 +161,11 @@ def test_a_damaged_page_is_not_promised(tmp_path: Path) -> None:
 
     from vllm.v1.kv_offload import base as b
 
-    from tiercache_connectors.vllm_offload import TierCacheOffloadingSpec
     from tiercache_connectors.vllm_pages import keys_of
 
     memory = torch.ones((1, 4, 8192), dtype=torch.int8)
     caches = b.CanonicalKVCaches([b.CanonicalKVCacheTensor(memory[0], 8192)], [[b.CanonicalKVCacheRef(0, 8192)]])
-    spec = TierCacheOffloadingSpec(offloading_config(tmp_path))
+    spec = offloading(tmp_path, engine())
     books, mover = spec.get_manager(), spec.get_worker(caches)
     plan = books.prepare_store([name(1)], b.ReqContext("r"))
     mover.submit_store(1, b.GPULoadStoreSpec([2], [1], [0]), plan.store_spec)
@@ -163,11 +183,8 @@ def test_a_tier_behind_vllms_own(tmp_path: Path) -> None:
     from vllm.v1.kv_offload import base as b
     from vllm.v1.kv_offload.tiering.base import SecondaryTierManager, TransferJob
 
-    from tiercache_connectors.vllm_tier import TierCacheTier
-
     primary = np.random.default_rng(0).integers(0, 256, (8, 8192), np.uint8)
-    spec = SimpleNamespace(config=offloading_config(tmp_path))
-    tier = TierCacheTier(spec, memoryview(primary), "TierCacheTier", **extra(tmp_path))
+    tier = tier_of(tmp_path, primary, engine())
     assert isinstance(tier, SecondaryTierManager)
     assert tier.block_size_bytes == 8192
     request = b.ReqContext("r")
@@ -189,6 +206,46 @@ def test_a_tier_behind_vllms_own(tmp_path: Path) -> None:
     assert np.array_equal(primary[4:7], primary[1:4])
     tier.on_request_finished(request)
     tier.shutdown()
+
+
+def test_pages_of_engines_that_differ_never_meet(tmp_path: Path) -> None:
+    """The doors ask who the engine is; tests/unit/test_vllm_pages.py has all the ways to differ."""
+    primary = np.zeros((2, 8192), np.uint8)
+    engines = [engine(), engine(hf_overrides={"x": 1}), engine(revision="b" * 40), engine(revision="c" * 40)]
+    found = []
+    for one in engines:
+        said = {} if one is engines[0] or one is engines[1] else {"model": "", "revision": ""}
+        spec, tier = offloading(tmp_path, one, **said), tier_of(tmp_path, primary, one, **said)
+        found += [spec.layout().namespace, tier._store.layout.namespace]
+        books = spec.get_manager()
+        assert books._store is not None
+        books.shutdown()
+        tier.shutdown()
+    assert len(set(found)) == len(found)
+
+
+def test_an_engine_that_is_not_known_reuses_nothing(tmp_path: Path) -> None:
+    from vllm.v1.kv_offload import base as b
+    from vllm.v1.kv_offload.tiering.base import TransferJob
+
+    lora = engine()
+    lora.lora_config = SimpleNamespace(max_loras=1)
+    memory = torch.ones((4, 8192), dtype=torch.int8)
+    caches = b.CanonicalKVCaches([b.CanonicalKVCacheTensor(memory, 8192)], [[b.CanonicalKVCacheRef(0, 8192)]])
+    for unknown in (None, lora):
+        spec, request = offloading(tmp_path, unknown), b.ReqContext("r")
+        books, mover = spec.get_manager(), spec.get_worker(caches)
+        assert books.lookup(name(1), request) is b.LookupResult.MISS
+        assert books.prepare_store([name(1)], request) is None
+        books.on_request_finished(request)
+        mover.shutdown()
+        books.shutdown()
+        tier = tier_of(tmp_path, np.zeros((2, 8192), np.uint8), unknown)
+        tier.submit_store(TransferJob(7, [name(1)], np.array([1]), False, request))
+        (result,) = tier.get_finished_jobs()
+        assert (result.job_id, result.success) == (7, False)
+        assert tier.lookup(name(1), request) is b.LookupResult.MISS
+        tier.shutdown()
 
 
 def test_encoder_outputs(tmp_path: Path) -> None:
