@@ -8,7 +8,8 @@
 With `interface_v1` pages are copied straight between SGLang's host pool and the cache's memory, in the canonical form
 where the pool is understood (sglang_pools): engines of any parallelism and page layout share them. Without it SGLang
 hands over flat copies of pages, which ranks of the same set-up find again. SGLang's own hashes of pages (they cover
-tokens, LoRA and salt) become keys inside a namespace of weights, dtype and layout, which they do not cover.
+tokens, LoRA and salt) become keys inside a namespace of weights, dtype and layout, which they do not cover. Nothing is
+reused of a model with a "longrope": SGLang turns its keys by the longest request of a batch (sglang_rope).
 
 Further settings in the extra configuration: `model` and `revision` (what the weights are, instead of a digest of them),
 `salt` (a tenant's), `settings` (of the cache, see tiercache.settings).
@@ -32,6 +33,7 @@ from tiercache.errors import TierCacheError
 from tiercache.kv.planes import paged
 from tiercache_connectors.sglang_pages import Pages
 from tiercache_connectors.sglang_pools import Canonical, canonical, opaque
+from tiercache_connectors.sglang_rope import unsteady
 from tiercache_connectors.weights import Weights, identify
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         extra = dict(storage_config.extra_config or {})
         self._config, self._salt = storage_config, str(extra.get("salt", ""))
         self._canonical_wanted = bool(extra.get("interface_v1", 0))
-        revision, changes = _told()
-        revision = extra.get("revision", "") or revision
+        args = _server_args()
+        revision, changes = extra.get("revision", "") or getattr(args, "revision", None) or "", _changes(args)
         self._weights = (
             Weights(extra["model"], extra.get("revision", ""))
             if extra.get("model")
@@ -71,6 +73,9 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         self._flat: dict[tuple[str, int], Pages] = {}
         self._said: dict[str, None] = {}
         self._lock = threading.Lock()
+        self._refusal = unsteady(storage_config.model_name or "", revision, args)
+        if self._refusal:
+            self._say(f"nothing is reused: {self._refusal}")
 
     def close(self) -> None:
         """Ends copies under way and leaves the cache. SGLang calls it when the backend is detached."""
@@ -251,7 +256,7 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
 
     def _stored(self, name: str, keys: Sequence[str], prefix: Prefix = None) -> int:
         """How many of these pages from the first on are stored. Flat pages are stored alone."""
-        if not keys or (name not in self._canonical and name not in self._pools):
+        if not keys or self._refusal or (name not in self._canonical and name not in self._pools):
             return 0
         try:
             if name in self._canonical:
@@ -282,6 +287,8 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         )
 
     def _tried(self, count: int, work: Callable[[], list[bool]]) -> list[bool]:
+        if self._refusal:
+            return [False] * count
         try:
             return work()
         except TierCacheError as fault:
@@ -295,14 +302,17 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
             logger.warning("tiercache: %s", line)
 
 
-def _told() -> tuple[str, str]:
-    """The revision of the weights that this SGLang was told to load, and what it was told to make of them; both empty
-    where that is nothing, or outside of an engine."""
+def _server_args() -> Any:
+    """What this SGLang was told when it was started; None outside of an engine."""
     runtime = sys.modules.get("sglang.srt.runtime_context")
     try:
-        args = runtime.get_server_args() if runtime is not None else None
+        return runtime.get_server_args() if runtime is not None else None
     except (AttributeError, RuntimeError, ValueError):  # a version without, or not told yet
-        args = None
+        return None
+
+
+def _changes(args: Any) -> str:
+    """What it was told to make of the weights; empty where that is nothing."""
     overrides = getattr(args, "json_model_override_args", None) or "{}"
     load_format = getattr(args, "load_format", "")
     changes = [
@@ -310,7 +320,7 @@ def _told() -> tuple[str, str]:
         getattr(args, "quantization", None) or "",
         load_format if load_format == "dummy" else "",
     ]
-    return getattr(args, "revision", None) or "", "+".join(each for each in changes if each)
+    return "+".join(each for each in changes if each)
 
 
 def _prefix(extra_info: Any) -> Prefix:

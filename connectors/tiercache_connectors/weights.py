@@ -8,12 +8,13 @@ is what that costs (the engine has just done so: they are in the page cache); wh
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -56,17 +57,39 @@ def _snapshot(path: Path) -> Weights | None:
     return Weights(found["name"].replace("--", "/"), found["commit"]) if found else None
 
 
+def configuration(model: str, revision: str = "") -> dict[str, Any]:
+    """What a model's `config.json` says, by the name or directory that an engine was given; empty where it is not on
+    this machine, or says nothing."""
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else None if path.is_file() else _cached(model, revision)
+    try:
+        facts = json.loads(file.read_bytes()) if file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The configuration of a hub's repository, in the hub's cache."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    # Looks at files alone; nobody is asked over the network.
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    except HFValidationError:  # a directory that is not there, say
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def _commit(name: str, revision: str) -> str:
     """The commit that a branch or tag of a hub's repository means here, from the hub's cache; empty if unknown."""
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return ""
-    # Looks at files alone; nobody is asked over the network.
-    found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
-    snapshot = _snapshot(Path(found).parent) if isinstance(found, str) else None
+    found = _cached(name, revision)
+    snapshot = _snapshot(found.parent) if found is not None else None
     return snapshot.revision if snapshot else ""
 
 
