@@ -11,23 +11,44 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import tiercache
 from tests.kv_matrix.engine import SHAPES
 from tests.kv_matrix.matrix import Row, run, shapes
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def main() -> int:
+
+def _kinds(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := [kind for kind in found if kind not in SHAPES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))}: there are {', '.join(SHAPES)}")
+    return found
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(one) for one in text.split(",")]
+
+
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kv_matrix", description=__doc__)
-    parser.add_argument("--kinds", default=",".join(SHAPES), help="kinds of attention")
-    parser.add_argument("--tp", default="1,2,4,8")
-    parser.add_argument("--pp", default="1,2")
-    parser.add_argument("--blocks", default="16,32,128", help="tokens of an engine's block")
-    parser.add_argument("--tokens", type=int, default=160, help="of a sequence; a few more are never stored")
+    parser.add_argument("--kinds", type=_kinds, default=list(SHAPES), help=f"of attention: {','.join(SHAPES)}")
+    parser.add_argument("--tp", type=_numbers, default=[1, 2, 4, 8], help="1,2,4,8")
+    parser.add_argument("--pp", type=_numbers, default=[1, 2], help="1,2")
+    parser.add_argument("--blocks", type=_numbers, default=[16, 32, 128], help="tokens of an engine's block: 16,32,128")
+    parser.add_argument("--tokens", type=_number, default=160, help="of a sequence; a few more are never stored")
     parser.add_argument("--shared", action="store_true", help="by way of an owner process")
     parser.add_argument("--json", action="store_true", help="one line of JSON a kind")
-    asked = parser.parse_args()
-    wanted = shapes(*[[int(one) for one in text.split(",")] for text in (asked.tp, asked.pp, asked.blocks)])
+    asked = parser.parse_args(words)
+    wanted = shapes(asked.tp, asked.pp, asked.blocks)
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -38,7 +59,7 @@ def main() -> int:
         if not asked.json:
             print(f"{len(wanted)} shapes of engines write, each of them reads")
             print(f"{'kind':5} {'writes':>7} {'reads':>7} {'blocks':>8} {'mismatch':>9} {'stored':>8} {'moved':>8}")
-        for kind in asked.kinds.split(","):
+        for kind in asked.kinds:
             row = run(cache, kind, asked.tokens, wanted)
             rows.append(row)
             if asked.json:
