@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from tiercache import __version__
-from tiercache.cli import asking, contents, files, output
+from tiercache.cli import asking, contents, files, output, remote
 from tiercache.cli import doctor as doctors
 from tiercache.cli import warm as warming
 from tiercache.cli.finding import GOOD, LIMITED, MISSING
@@ -117,6 +117,8 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
     """Show how much the cache holds, against its caps, how well it is, and who uses it now."""
     settings = load(directory=directory)
     facts = asking.answered(settings, asking.stat, contents.stat)
+    if "owner" not in facts:  # nobody has it open, so that the settings say what its caps will be
+        facts |= {"memory": {"used_bytes": 0, "capacity_bytes": settings.memory_bytes}, "remote": remote.look(settings)}
     if as_json:
         output.print_json({"directory": settings.directory, **facts})
         return
@@ -127,11 +129,16 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
         "holds": f"{format_size(facts['held_bytes'])} in {facts['entries']:,} entries",
         "disk": disk_line(facts),
     }
+    if facts["remote"] is not None:
+        lines["remote"] = remote.line(facts["remote"], settings.remote_url)
     names = {"page": "files", "block": "blocks", "lone": "objects"}
     for form, one in facts["forms"].items():
         lines[names[form]] = f"{one['keys']:,}, {format_size(one['held_bytes'])} in {one['entries']:,} entries"
     if "owner" in facts:
         lines |= _sharing_lines(facts)
+    else:
+        cap = format_size(facts["memory"]["capacity_bytes"])
+        lines["memory"] = f"none in use, for no process has the directory open; its cap is {cap}"
     for name, text in lines.items():
         output.console().print(f"{name:<10} {text}", markup=False, soft_wrap=True)
 

@@ -67,6 +67,7 @@ async def stat(core: Core) -> dict[str, Any]:
         "entries": sum(row.entries for row in held),
         "forms": by_form(held),
         "memory": tiers["memory"],
+        "remote": tiers.get("remote"),
         "owner": await core.call("owner", {}),
     }
 
