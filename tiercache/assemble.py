@@ -109,6 +109,7 @@ def _open_ssd(settings: Settings, clock: Clock, again: bool) -> Tier | None:
             threads=settings.ssd_threads,
             deadline_s=settings.ssd_deadline_s,
             disk_free_floor_bytes=settings.disk_free_floor_bytes,
+            group=settings.share_group,
             clock=clock,
         )
     except LockedError as error:

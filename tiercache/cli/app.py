@@ -239,7 +239,7 @@ def fsck(
 
     settings = load(directory=directory)
     asking.refuse_when_open(settings)
-    report = check(settings.directory, repair=repair)
+    report = check(settings.directory, repair=repair, group=settings.share_group)
     facts = {**asdict(report), "clean": report.clean}
     if as_json:
         output.print_json(facts)

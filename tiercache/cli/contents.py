@@ -66,6 +66,7 @@ def with_tier(settings: Settings, work: Callable[[SsdTier], Awaitable[Any]]) -> 
             threads=settings.ssd_threads,
             deadline_s=settings.ssd_deadline_s,
             disk_free_floor_bytes=settings.disk_free_floor_bytes,
+            group=settings.share_group,
         )
         try:
             return await work(tier)

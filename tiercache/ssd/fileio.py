@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from tiercache.clock import system_random
+from tiercache.errors import UnavailableError
 from tiercache.ssd.meta import open_rocks, repair_rocks
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ def _leave_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_locks)
+
+
+def check_user(directory: str, *, group: bool) -> None:
+    """Raises UnavailableError where the directory is another user's and not shared with a group: files of ours would
+    lock its user out, also when we are root, and what he writes there would be taken for what we stored."""
+    try:
+        owner = os.stat(directory).st_uid
+    except OSError:
+        return  # not there yet, or whoever uses it hears why
+    if owner != os.geteuid() and not group:
+        raise UnavailableError(
+            f"{directory} belongs to user {owner}, this process runs as {os.geteuid()}: use a directory of its own, or "
+            "share it with a group (share_group)"
+        )
 
 
 class FileIO:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tiercache.errors import LockedError, UnavailableError
 from tiercache.ssd import rows as codec
-from tiercache.ssd.fileio import FileIO
+from tiercache.ssd.fileio import FileIO, check_user
 from tiercache.ssd.meta import RowsError
 from tiercache.ssd.records import BLOCK_BYTES, MAGIC, Header, read_header
 from tiercache.ssd.recover import (
@@ -71,9 +71,10 @@ class FsckReport:
         return not (damage or self.rows_lost or self.format_damaged or self.witness_damaged)
 
 
-def fsck(directory: str, *, repair: bool = False, io: FileIO | None = None) -> FsckReport:
+def fsck(directory: str, *, repair: bool = False, group: bool = False, io: FileIO | None = None) -> FsckReport:
     """Checks a directory. Raises LockedError while a process uses it, ProtocolError for another format version, and
-    UnavailableError if there is no cache or the disk refuses."""
+    UnavailableError if there is no cache, the disk refuses, or it is another user's and not of a `group`."""
+    check_user(directory, group=group)
     io = io or FileIO()
     path = os.path.abspath(directory)
     if not io.names(os.path.join(path, "segments")) and io.read_small(os.path.join(path, "FORMAT")) is None:

@@ -153,9 +153,11 @@ def open_directory(io: FileIO, path: str, caps: Caps) -> Directory:
     """Takes the lock and brings the directory into a state to work with.
 
     Raises LockedError if another process has it, ProtocolError if it has another format, ConfigError if the caps are
-    too small, OSError if the file system refuses.
+    too small, OSError if the file system refuses. What can be refused by a look is refused before anything is written.
     """
-    io.make_directory(os.path.join(path, "segments"))
+    if parse_format(io.read_small(os.path.join(path, "FORMAT")), path) is None:
+        caps.choose_segment_bytes()
+    io.make_directory(path)
     lock = io.lock(os.path.join(path, "LOCK"))
     if lock is None:
         raise LockedError(f"{path} is in use by another process")
@@ -167,6 +169,7 @@ def open_directory(io: FileIO, path: str, caps: Caps) -> Directory:
 
 
 def _open_locked(io: FileIO, path: str, caps: Caps, lock: int) -> Directory:
+    io.make_directory(os.path.join(path, "segments"))
     io.probe_direct(path)
     counters: Counter[str] = Counter()
     format_path = os.path.join(path, "FORMAT")

@@ -14,7 +14,7 @@ from tiercache.model import Outcome
 from tiercache.ssd import recover
 from tiercache.ssd import rows as codec
 from tiercache.ssd.disk import Disk
-from tiercache.ssd.fileio import FileIO
+from tiercache.ssd.fileio import FileIO, check_user
 from tiercache.ssd.records import BLOCK_BYTES, GENERATION_MASK, fits, record_blocks, split_locations
 from tiercache.ssd.scan import Recovery
 from tiercache.ssd.segments import RECLAIMS, WRITES, Life, Segment
@@ -46,7 +46,7 @@ class SsdTier:
     transfer.py). Made in any thread, used on one event loop; `free`, `status`, `scan`, `room_bytes` are for any thread.
 
     Raises LockedError, ProtocolError or ConfigError as recover.open_directory says, and UnavailableError if the
-    directory cannot be used.
+    directory cannot be used, or is another user's and not of a `group`: then nothing is written.
     """
 
     name = "ssd"
@@ -61,9 +61,11 @@ class SsdTier:
         threads: int = 8,
         deadline_s: float = 10.0,
         disk_free_floor_bytes: int = 0,
+        group: bool = False,
         clock: Clock | None = None,
         io: FileIO | None = None,
     ) -> None:
+        check_user(directory, group=group)
         io = io or FileIO()
         caps = recover.Caps(capacity_bytes, files_max, segment_bytes, disk_free_floor_bytes)
         try:
