@@ -134,7 +134,10 @@ def test_a_load_that_hangs_is_given_up_when_computing_would_be_over(tmp_path):
     ):
         reuse.generate(ids, **greedy(ids, 2))
         assert reuse.flush()
-    with faulty_cache(directory, script, stall_s=1.8) as cache, TransformersKV(cache, model, name="a model") as reuse:
+    with (
+        faulty_cache(directory, script, stall_s=8.0, deadline_s=8.0) as cache,
+        TransformersKV(cache, model, name="a model") as reuse,
+    ):
         for seed in range(1, 6):
             others = prompt(seed, 900)
             reuse.generate(others, **greedy(others, 2))
@@ -143,7 +146,7 @@ def test_a_load_that_hangs_is_given_up_when_computing_would_be_over(tmp_path):
         clock = cache.core.clock
         began_s = clock.monotonic()
         assert torch.equal(reuse.generate(ids, **greedy(ids, 2)), truth)
-        assert clock.monotonic() - began_s < 1.7
+        assert clock.monotonic() - began_s < 7  # a prefill takes a tenth of a second, or one on a busy machine
         assert reuse.reused.tokens < 900 // BLOCK * BLOCK
 
 

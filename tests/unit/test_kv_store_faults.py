@@ -44,14 +44,16 @@ def cache(tmp_path: Path) -> Iterator[BlockingCache]:
         check_nothing_leaked(made)
 
 
-def faulty_cache(directory: Path, script: Script, memory_bytes: int = 64 * MIB, stall_s: float = 0.2) -> BlockingCache:
+def faulty_cache(
+    directory: Path, script: Script, memory_bytes: int = 64 * MIB, *, stall_s: float = 0.2, deadline_s: float = 2.0
+) -> BlockingCache:
     """A cache whose SSD meets the faults of a script."""
     options = Settings(
         directory=str(directory),
         memory_bytes=memory_bytes,
         ssd_bytes=256 * MIB,
         segment_bytes=8 * MIB,
-        ssd_deadline_s=2.0,
+        ssd_deadline_s=deadline_s,
     )
     ssd = SsdTier(options.directory, options.ssd_bytes, segment_bytes=options.segment_bytes, disk_free_floor_bytes=0)
     index = Index(options.slots_max, [POLICIES["lru"](), POLICIES["lru"]()])
