@@ -7,6 +7,7 @@ the same MFA heads.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -48,6 +49,13 @@ def _rows(total: int, seed: int) -> np.ndarray:
     return np.resize(few, total)
 
 
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory that begins where PyTorch's does: at a multiple of 64, which NumPy's does not."""
+    room = np.empty(math.prod(shape) + 63, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + math.prod(shape)].reshape(shape)
+
+
 class Client:
     """A process with engine memory of its own: pages twice as many as a sequence takes, its pages chosen at random."""
 
@@ -64,7 +72,7 @@ class Client:
         layout = layout_of(self.shape, f"{shape}-{order}")
         shard = Shard(range(layout.layers), range(layout.heads), replica, replicas)
         self.blocks = self.shape.blocks(total_bytes)
-        memory = np.empty(array_shape(self.shape, order, 2 * self.blocks), np.uint8)
+        memory = aligned(array_shape(self.shape, order, 2 * self.blocks))
         memory.reshape(-1)[:] = _rows(memory.size, len(order))
         self.memory = memory
         typed = memory.view(f"u{self.shape.itemsize}")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from tiercache import native
 from tiercache.errors import ConfigError
 from tiercache.model import PARTS_MAX, part_count
+from tiercache.native import DIGEST_BYTES_MIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
     Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 STEP_BYTES = 256 << 10
-"""A verified copy moves about this much at a time and hashes it while it is still in the second-level cache: measured
-best of 64 KiB to 1 MiB, by 2 % before its neighbours. Hashing the source first is slower by a third, for then the hash
-and not the copy waits for memory."""
+"""Without the native kernel a verified copy moves about this much at a time and hashes it while it is still in the
+second-level cache: measured best of 64 KiB to 1 MiB, by 2 % before its neighbours."""
 
 _SMALL_BYTES = 16 << 10  # a copy below this is over before another thread could use the GIL
 
@@ -32,6 +33,7 @@ _Span = ctypes.c_uint8 * (1 << 46)
 # All of the address space: a slice of it is a view of a span in a quarter of the time that Buffer.view takes. It keeps
 # nothing alive, so it serves only whoever holds the span's owner meanwhile.
 _MEMORY = memoryview((ctypes.c_uint8 * (1 << 62)).from_address(0)).cast("B")
+_EMPTY = b""
 _NOWHERE = ctypes.c_uint8()  # what empty arrays point at
 _first_byte = ctypes.c_char.from_buffer
 
@@ -122,7 +124,7 @@ def copy(source: Buffer, target: Buffer) -> None:
     (_move_small if length < _SMALL_BYTES else _move)(target.address, source.address, length)
 
 
-Source = tuple[int, int, int, tuple[int, ...], object]
+Source = tuple[int, int, int, bytes, object]
 """A whole entry to be copied: address, size, size of its parts, their digests, and what keeps the memory alive."""
 
 
@@ -158,17 +160,13 @@ def part_digests(payload: Buffer, part_bytes: int, parts: int | None = None) -> 
     """xxh3-64 of the parts of `payload` in the map `parts` (all without one), 8 little-endian bytes each, zero for the
     others (the Payload.digests layout)."""
     length = payload.length
-    if parts is not None and parts.bit_count() < part_count(length, part_bytes):
-        view, values = payload.view(), [0] * part_count(length, part_bytes)
-        for first, last in runs(parts):
-            for part in range(first, last):
-                values[part] = _digest(view[part * part_bytes : (part + 1) * part_bytes])
-        return digest_rows(len(values)).pack(*values)
-    if length <= part_bytes:
-        return _digest(payload.view()).to_bytes(8, "little")
-    view, digest = payload.view(), _digest
-    values = [digest(view[start : start + part_bytes]) for start in range(0, length, part_bytes)]
-    return digest_rows(len(values)).pack(*values)
+    if parts is None or parts.bit_count() == part_count(length, part_bytes):
+        return _moved(payload.address, 0, length, part_bytes)
+    rows = bytearray(8 * part_count(length, part_bytes))
+    for first, last in runs(parts):
+        at = first * part_bytes
+        rows[8 * first : 8 * last] = _moved(payload.address + at, 0, min(length, last * part_bytes) - at, part_bytes)
+    return bytes(rows)
 
 
 def same_digests(found: bytes, meant: bytes, parts: int) -> bool:
@@ -184,15 +182,7 @@ def same_digests(found: bytes, meant: bytes, parts: int) -> bool:
 
 def verify_parts(payload: Buffer, part_bytes: int, parts: int, digests: bytes) -> bool:
     """Whether each part of `payload` in the map `parts` has its digest; `digests` is in the Payload layout."""
-    _check_parts(payload.length, payload.length, part_bytes, parts)
-    view, digest = payload.view(), _digest
-    wanted = struct.unpack(f"<{len(digests) >> 3}Q", digests)
-    for first, last in runs(parts):
-        for part in range(first, last):
-            start = part * part_bytes
-            if digest(view[start : start + part_bytes]) != wanted[part]:
-                return False
-    return True
+    return _same(payload, 0, part_bytes, parts, digests)
 
 
 def _check_parts(length: int, room: int, part_bytes: int, parts: int) -> None:
@@ -211,16 +201,23 @@ def copy_verified(source: Buffer, target: Buffer, part_bytes: int, parts: int, d
     """Copies the parts in the map to their own places in `target`, and says whether what arrived has its digests.
 
     Both spans cover the whole entry; absent parts of the target are left alone. After False the parts asked for are
-    undefined. The target is hashed a step after it is written, out of the processor's cache.
+    undefined.
     """
+    if source.length > target.length:
+        _check_parts(source.length, target.length, part_bytes, parts)
+    return _same(source, target.address, part_bytes, parts, digests)
+
+
+def _same(source: Buffer, goal: int, part_bytes: int, parts: int, digests: bytes) -> bool:
+    """Copies these parts to their places from `goal` on (0: copies nothing) and compares their digests."""
     length, count = source.length, part_count(source.length, part_bytes)
-    if length > target.length or parts >> count:
-        _check_parts(length, target.length, part_bytes, parts)
-    wanted = digest_rows(len(digests) >> 3).unpack(digests)
+    if parts >> count:
+        _check_parts(length, length, part_bytes, parts)
     for first, last in ((0, count),) if parts == (1 << count) - 1 else runs(parts):
         at = first * part_bytes
         size = min(length, last * part_bytes) - at
-        if not _copy_hashed(source.address + at, target.address + at, size, part_bytes, wanted[first:last]):
+        found = _moved(source.address + at, goal and goal + at, size, part_bytes)
+        if found != digests[8 * first : 8 * last]:
             return False
     return True
 
@@ -234,47 +231,72 @@ def copy_many_verified(sources: Sequence[Source], targets: Sequence[Buffer]) -> 
     good = []
     for (origin, size, part_bytes, wanted, _), target in zip(sources, targets, strict=True):
         assert size <= target.length, (size, target.length)
-        good.append(_copy_hashed(origin, target.address, size, part_bytes, wanted))
+        good.append(_moved(origin, target.address, size, part_bytes) == wanted)
     return good
 
 
-def _copy_hashed(origin: int, goal: int, length: int, part_bytes: int, wanted: tuple[int, ...]) -> bool:
-    """Copies whole parts, a step at a time, and compares the digests of what arrived. The caller holds both owners."""
-    digest, memory, part = _digest, _MEMORY, 0
+def _moved(origin: int, goal: int, length: int, part_bytes: int) -> bytes:
+    """Copies a span to `goal` (0: nowhere) and answers the digests of its parts, of which the last may be shorter: of
+    what was written, not of what lies at the origin then. The caller holds both owners."""
+    whole = length - length % part_bytes
+    if length - whole >= DIGEST_BYTES_MIN:
+        whole = length
+    kernel = native.KERNEL
+    if kernel is None or part_bytes < DIGEST_BYTES_MIN:
+        return _moved_by_steps(origin, goal, length, part_bytes)
+    found = _EMPTY
+    if whole:
+        row = (ctypes.c_uint64 * (-(-whole // part_bytes)))()
+        (kernel.parts if whole >= _SMALL_BYTES else kernel.parts_small)(origin, goal, whole, part_bytes, row, 0)
+        found = bytes(row)
+    if whole < length or not length:
+        found += _moved_by_steps(origin + whole, goal and goal + whole, length - whole, part_bytes)
+    return found
+
+
+def _moved_by_steps(origin: int, goal: int, length: int, part_bytes: int) -> bytes:
+    """The same without the kernel: a step is hashed right after it was copied, out of the processor's cache."""
+    values: list[int] = []
+    at = goal or origin
     stride = max(1, STEP_BYTES // part_bytes) * part_bytes
-    for start in range(0, length, stride):
+    for start in range(0, length or 1, stride):
         size = min(stride, length - start)
-        (_move if size >= _SMALL_BYTES else _move_small)(goal + start, origin + start, size)
-        for at in range(goal + start, goal + start + size - part_bytes + 1, part_bytes):
-            if digest(memory[at : at + part_bytes]) != wanted[part]:
-                return False
-            part += 1
-    if part < len(wanted):  # the last part is shorter, or the entry is empty
-        return digest(memory[goal + part * part_bytes : goal + length]) == wanted[part]
-    return True
+        if goal:
+            (_move if size >= _SMALL_BYTES else _move_small)(goal + start, origin + start, size)
+        end = at + start + size
+        parts = range(at + start, end, part_bytes) if size else (at,)
+        values += [_digest(_MEMORY[part : min(part + part_bytes, end)]) for part in parts]
+    return digest_rows(len(values)).pack(*values)
 
 
 def copy_range_verified(source: Buffer, target: Buffer, span: range, part_bytes: int, digests: bytes) -> bool:
     """Copies bytes `span` of the entry `source` to the start of `target`, and says whether every part it touches has
-    its digest. Parts are hashed whole, a step of them right before their share is copied out of the processor's
-    cache. After False the target is undefined."""
+    its digest. A part of which only some is wanted is hashed whole, right before its share is copied out of the
+    processor's cache. After False the target is undefined."""
     if not span:
         return True
-    start, stop = span.start, span.stop
-    assert 0 <= start and stop <= source.length and stop - start <= target.length, (span, source.length, target.length)
-    view, digest, length = source.view(), _digest, source.length
-    first, last = start // part_bytes, (stop - 1) // part_bytes + 1
-    wanted = struct.unpack_from(f"<{last - first}Q", digests, first * 8)
-    stride = max(1, STEP_BYTES // part_bytes)
-    for step in range(first, last, stride):
-        until = min(last, step + stride)
-        for part in range(step, until):
-            if digest(view[part * part_bytes : min(length, (part + 1) * part_bytes)]) != wanted[part - first]:
-                return False
-        begin, end = max(step * part_bytes, start), min(until * part_bytes, stop)
-        move = _move if end - begin >= _SMALL_BYTES else _move_small
-        move(target.address + begin - start, source.address + begin, end - begin)
+    start, stop, length = span.start, span.stop, source.length
+    assert 0 <= start and stop <= length and stop - start <= target.length, (span, length, target.length)
+    shift = target.address - source.address - start
+    for first, last in _thirds(start, stop, length, part_bytes):
+        begin, end = first * part_bytes, min(length, last * part_bytes)
+        inside = start <= begin and end <= stop
+        at = source.address + begin
+        if _moved(at, at + shift if inside else 0, end - begin, part_bytes) != digests[8 * first : 8 * last]:
+            return False
+        if not inside:
+            begin, end = max(begin, start), min(end, stop)
+            move = _move if end - begin >= _SMALL_BYTES else _move_small
+            move(source.address + begin + shift, source.address + begin, end - begin)
     return True
+
+
+def _thirds(start: int, stop: int, length: int, part_bytes: int) -> Iterator[tuple[int, int]]:
+    """The parts that bytes [start, stop) touch: the first where some of it is left out, those within, the last one."""
+    first, last = start // part_bytes, -(-stop // part_bytes)
+    low = first + (start % part_bytes > 0)
+    high = max(low, last - (stop < min(length, last * part_bytes)))
+    return ((a, b) for a, b in ((first, low), (low, high), (high, last)) if a < b)
 
 
 def copy_parts(source: Buffer, target: Buffer, part_bytes: int, parts: int) -> None:

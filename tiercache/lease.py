@@ -7,7 +7,7 @@ made by `copy_into` are verified.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -210,6 +210,11 @@ class Lease:
         """Digests of item `index`, one for each part as far as that is there (Payload layout): for whoever moves the
         bytes himself, out of `buffer`, and verifies what arrived."""
         return self._extents.digests([self._location(index)])[0]
+
+    def extents(self, indexes: Iterable[int]) -> list[tuple[Buffer, bytes]]:
+        """`buffer` and `digests` of several items, in a fraction of the time."""
+        locations = [self._location(index) for index in indexes]
+        return list(zip(self._extents.buffers(locations), self._extents.digests(locations), strict=True))
 
     def array(self, index: int) -> npt.NDArray[np.uint8]:
         """A read-only uint8 array over item `index`; its bytes stay for as long as it or a view of it lives."""

@@ -16,7 +16,7 @@ from tiercache.kv.moving import Table
 from tiercache.kv.planes import Plane, Planes, paged
 from tiercache.kv.shard import Shard
 
-TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 ORDERS = (
     "lphtC",
     "lpthC",
@@ -35,7 +35,7 @@ ORDERS = (
 )
 
 
-KERNELS = (0, 64, 256, 512) if native.KERNEL is not None else (0,)
+KERNELS = (0, 64, 256) if native.KERNEL is not None else (0,)
 """How bytes are moved: by NumPy (0), or by the kernel with instructions so wide, as far as this processor has them."""
 
 

@@ -9,12 +9,14 @@ import struct
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import xxhash
 
+from tests.unit.kv_engine import KERNELS, moved_by
 from tiercache.buffers import (
     Buffer,
     Source,
@@ -22,8 +24,8 @@ from tiercache.buffers import (
     copy_many,
     copy_many_verified,
     copy_parts,
+    copy_range_verified,
     copy_verified,
-    digest_rows,
     entry_digest,
     exported,
     new_bytes,
@@ -83,10 +85,17 @@ def test_slices_stay_inside() -> None:
         Buffer.of(b"0123").slice(2, 3)
 
 
+@pytest.fixture(params=KERNELS, autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the native kernel and without."""
+    with moved_by(request.param):
+        yield
+
+
 def source_of(data: bytes | bytearray, part_bytes: int = 4096, digests: bytes = b"") -> Source:
     """`data` as the arena describes an entry to be copied."""
     span = Buffer.of(data)
-    return span.address, span.length, part_bytes, digest_rows(len(digests) // 8).unpack(digests), span
+    return span.address, span.length, part_bytes, digests, span
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -167,6 +176,27 @@ def test_many_are_copied_and_each_is_verified() -> None:
         )
         assert good == [i != damaged or not data for i, data in enumerate(datas)]
         assert targets == [b"\x77" + bytes(one) + b"\x77" for one in sources]
+
+
+@pytest.mark.parametrize("part_bytes", [100, 4096, 65_536])
+def test_a_range_is_copied_alone_and_every_part_that_it_touches_is_verified(part_bytes: int) -> None:
+    rng = random.Random(part_bytes)
+    size = 40 * part_bytes + 300
+    data = rng.randbytes(size)
+    digests = part_digests(Buffer.of(data), part_bytes)
+    edges = [0, 1, part_bytes - 1, part_bytes, part_bytes + 1, 3 * part_bytes, size - 301, size - 300, size - 1, size]
+    for _ in range(200):
+        start, stop = sorted(rng.choices(edges, k=2) if rng.random() < 0.5 else rng.choices(range(size + 1), k=2))
+        target = bytearray(b"\x33" * (stop - start + 2))
+        into = Buffer.of(target).slice(1, stop - start + 1)
+        assert copy_range_verified(Buffer.of(data), into, range(start, stop), part_bytes, digests)
+        assert target == b"\x33" + data[start:stop] + b"\x33"
+        bad = bytearray(data)
+        at = rng.randrange(size)
+        bad[at] ^= 1
+        first, last = start // part_bytes * part_bytes, -(-stop // part_bytes) * part_bytes
+        same = copy_range_verified(Buffer.of(bad), into, range(start, stop), part_bytes, digests)
+        assert same == (start == stop or not first <= at < last)
 
 
 def test_partial_copies_leave_the_rest_alone() -> None:

@@ -129,6 +129,23 @@ def engine_with(layout: Layout, shard: Shard | None = None, size: int = 16, bloc
     return engine, table, sequence
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("rows", "size"), [(16, 16), (32, 16), (16, 128), (5, 16), (12, 3)])
+@pytest.mark.parametrize("order", ["lphkdt", "phlkdt"])
+def test_pages_that_are_kept_transposed(dtype: str, rows: int, size: int, order: str) -> None:
+    layout = small(k_dim=64, v_dim=64, dtype=dtype, block_tokens=rows)
+    engine, table, sequence = engine_with(layout, size=size, order=order)
+    _, buffers = empty_blocks(layout, 4)
+    found = gather_digested(engine.planes, table, range(4), buffers)
+    assert [bytes(each) for each in buffers] == [stored(layout, sequence, block) for block in range(4)]
+    assert [each.row for each in found] == [part_digests(each, layout.part_bytes) for each in buffers]
+    other = Engine(layout, Shard.whole(layout), order=order, pages=64, page_tokens=size, seed=9)
+    rows_of = [each.row for each in found]
+    assert scatter_verified(other.planes, table, range(4), buffers, rows_of) == [True] * 4
+    for array, whole in zip(other.get(range(4 * rows), table), sequence):
+        assert np.array_equal(array, whole)
+
+
 def test_a_wrong_byte_is_found_in_its_block_alone() -> None:
     layout = small(layers=3, heads=3)
     engine, table, _ = engine_with(layout)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 REMOTE = b"\3"
 ALL = (1 << 64) - 1
-STEP_BLOCKS = 16
+STEP_BLOCKS = 32
 """Blocks that are joined, shown or given back in one go: no lock is held for longer than some 0.5 ms."""
 WAITING_MAX = 1 << 16
 """Blocks with pieces of parts that no living ticket fills which are remembered."""

@@ -48,7 +48,7 @@ class Place(NamedTuple):
     def source(self, hashed: bool) -> Source:
         """What a copy of the whole extent needs, its digests only if `hashed`."""
         segment = self.segment
-        wanted = segment.wanted(self.at, part_count(self.size, self.part_bytes)) if hashed else ()
+        wanted = self.digests if hashed else b""
         return (
             segment.span.address + self.offset_pages * ALIGN_BYTES,
             self.size,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.buffers import Buffer, digest_rows, runs
+from tiercache.buffers import Buffer, runs
 from tiercache.cpu import layout
 from tiercache.errors import ProtocolError
 from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Payload, part_count
@@ -287,14 +287,8 @@ class Segment:
         size, page, _, now, _, part_bytes, state, _ = _SHAPE.unpack_from(memory, at + layout.SHAPE_AT)
         if now != generation or state not in layout.LIVE:
             return None
-        wanted = self.wanted(at, part_count(size, part_bytes)) if hashed else ()
+        wanted = self.digests(at, part_count(size, part_bytes)) if hashed else b""
         return self.span.address + page * ALIGN_BYTES, size, part_bytes, wanted, memory
-
-    def wanted(self, at: int, count: int) -> tuple[int, ...]:
-        """Digests of the first `count` parts of the extent whose row lies at `at`, as numbers."""
-        if count <= layout.ROW_DIGESTS:
-            return digest_rows(count).unpack_from(self.memory, at + layout.DIGESTS_AT)
-        return digest_rows(count).unpack(self.digests(at, count))
 
     def payload(self, at: int) -> Payload:
         """What the table says of the extent whose row lies at `at`."""

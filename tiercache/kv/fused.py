@@ -1,5 +1,5 @@
-"""Fused: what moving.py does, by the native kernel, for layouts and engines whose rows lie together (all of them on
-GPUs): whole rows are read once, hashed, and written past the caches. A program is worked out once for a set of parts.
+"""Fused: what moving.py does, by the native kernel, for layouts whose rows are multiples of 64 bytes: they are read
+once, hashed, and written past the caches. A program is worked out once for a set of parts.
 
 A unit is K or V of one layer and head; the units of a part follow each other where it is stored, so its digest grows
 while its rows move, in the one order that both have.
@@ -33,7 +33,7 @@ class Program:
 
     def __init__(self, planes: Planes, parts: list[tuple[int, ...]], units: list[tuple[int, ...]], slots: int) -> None:
         self._parts = np.array(parts, np.int64).reshape(-1, 5)
-        self._units = np.array([*units, *units[-1:]], np.int64).reshape(-1, 4)  # the kernel looks one ahead
+        self._units = np.array([*units, *units[-1:]], np.int64).reshape(-1, 6)  # the kernel looks one ahead
         self.slots = slots
         """Digests of a block: one for each part of the layout, then one a piece."""
         self.bytes = int(self._parts[:, 3].sum())
@@ -68,7 +68,7 @@ def program(planes: Planes, parts: int, pieces: Sequence[tuple[int, int]], *, to
 def _made(planes: Planes, parts: int, pieces: Sequence[tuple[int, int]], *, touched: bool) -> Program | None:
     layout = planes.layout
     rows = [(kv, layout.rows, dim * layout.itemsize) for kv, dim in enumerate((layout.k_dim, layout.v_dim)) if dim]
-    if any(row % native.ROW_BYTES for _, _, row in rows):
+    if any(row % native.ROW_BYTES or row > native.ROW_BYTES_MAX for _, _, row in rows):
         return None
     spans: list[tuple[int, ...]] = []
     units: list[tuple[int, ...]] = []
@@ -83,21 +83,22 @@ def _made(planes: Planes, parts: int, pieces: Sequence[tuple[int, int]], *, touc
             for head in heads:
                 for kv, _, row in rows:
                     held = layer in planes.shard.layers and head in planes.shard.heads
-                    place = _place(planes, layer, head, kv) if held else (0, row, 0)
+                    place = _place(planes, layer, head, kv) if held else (0, row, 0, 0)
                     if place is None:
                         return None
-                    units.append((*place[:2], row, place[2]))
+                    units.append((*place[:2], row, *place[2:], layout.itemsize))
     return Program(planes, spans, units, layout.parts + len(pieces))
 
 
-def _place(planes: Planes, layer: int, head: int, kv: int) -> tuple[int, int, int] | None:
-    """Address of row 0 at position 0, bytes from row to row, kind; None if its rows do not lie together."""
+def _place(planes: Planes, layer: int, head: int, kv: int) -> tuple[int, int, int, int] | None:
+    """Address of row 0 at position 0, bytes from row to row, kind, Grid.apart; None if a row is in several grids."""
     for which, grid in enumerate(planes.grids):
         if grid.kv == kv and layer in grid.layers and head in grid.heads:
-            if grid.apart or len(grid.dims) != (planes.layout.v_dim if kv else planes.layout.k_dim):
+            if len(grid.dims) != (planes.layout.v_dim if kv else planes.layout.k_dim):
                 return None
             address = grid.address + (layer - grid.layers.start) * grid.layer_step
-            return address + (head - grid.heads.start) * grid.head_stride, grid.token_stride, planes.kinds[which]
+            address += (head - grid.heads.start) * grid.head_stride
+            return address, grid.token_stride, planes.kinds[which], grid.apart
     return None
 
 

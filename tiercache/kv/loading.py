@@ -129,7 +129,7 @@ class Loading:
 
     def _resident(self, lease: Lease, blocks: Sequence[int], groups: Sequence[Group]) -> Steps:
         """Everything is in memory: one lease, first layers first."""
-        sources = {block: (lease.buffer(i), lease.digests(i)) for i, block in enumerate(blocks)}
+        sources = dict(zip(blocks, lease.extents(range(len(blocks))), strict=True))
         for group in self._bundles(groups):
             again = yield from self._scatter(self._living(blocks), sources, group)
             if again:
@@ -176,8 +176,8 @@ class Loading:
 
     def _copied(self, lease: Lease, some: list[int], group: Group) -> Generator[Awaited, None, list[int]]:
         """Copies a group of what is a hit in a lease; answers what was damaged for the first time."""
-        hits = [(i, block) for i, block in enumerate(some) if lease.outcomes[i] is Outcome.HIT]
-        sources = {block: (lease.buffer(i), lease.digests(i)) for i, block in hits}
+        hits = [i for i, outcome in enumerate(lease.outcomes) if outcome is Outcome.HIT]
+        sources = dict(zip([some[i] for i in hits], lease.extents(hits), strict=True))
         return (yield from self._scatter(self._living(sources), sources, group))
 
     def _refused(self, outcomes: dict[int, Outcome]) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Saving: blocks on their way out of engine memory into the cache.
 
-One join a batch of blocks, gathered in turns straight into the blocks' extents (the one copy there is), each turn
-committed while the next one is gathered. What has no room or no time is tried again a few times, then it is reported:
-the cache is the engine's guest.
+One join a batch of blocks, the next one asked for while this one is gathered, in turns, straight into the blocks'
+extents (the one copy there is); each turn is committed while the next one is gathered. What has no room or no time is
+tried again a few times, then it is reported: the cache is the engine's guest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tiercache.kv.stretch import lead
 from tiercache.model import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from concurrent.futures import Future
 
     from tiercache.core import BlockTicket
@@ -33,8 +34,10 @@ SAVE_S_MAX = 120.0
 """What is not stored by then is given up."""
 GATHER_BYTES = 32 << 20
 """A turn of copying: some milliseconds, so that a cancellation or a load waits no longer than that."""
-JOIN_BYTES = 128 << 20
-"""Blocks of one join; two joins may be open at a time."""
+FIRST_BYTES = 8 << 20
+"""Blocks of the first join, which nothing is gathered beside."""
+JOIN_BYTES = 32 << 20
+"""Blocks of one join; three may be open at a time."""
 JOIN_BLOCKS = 1024
 COMMITS_MAX = 2
 """Turns whose digests the owner may be checking while the next one is gathered."""
@@ -78,6 +81,7 @@ class Saving:
         self._store, self._stretch, self._terms, self._durable = store, stretch, terms, durable
         self._share = store.holder.share(stretch.layout)
         self._comparing = Comparing(store, stretch, self.differs) if store.holder.replicas > 1 else None
+        self._asked: tuple[range, Future[BlockTicket]] | None = None
         self._open: deque[Batch] = deque()
         self._unacknowledged: deque[tuple[Future[list[Outcome]], Batch]] = deque()
         self._left: dict[int, Outcome] = {}  # blocks that nothing came of in this round
@@ -133,33 +137,56 @@ class Saving:
 
     def _round(self, todo: list[int]) -> Steps:
         """Every block once; what came to nothing is in `_left` then."""
-        layout = self._stretch.layout
-        most = max(1, min(JOIN_BLOCKS, JOIN_BYTES // layout.block_bytes))
-        if layout.rule.span is Span.STATE:
-            most = 1  # each on its own: see Stretch.parent
-        while todo:
-            span = lead(todo, most)
-            todo = todo[len(span) :]
-            yield from self._store_batch(span)
+        spans = deque(self._spans(todo))
+        self._ask(spans.popleft())
+        while self._asked is not None:
+            span, future = self._asked
+            yield future
+            self._asked = None
+            batch = self._begin(span, future)
+            if spans:
+                self._ask(spans.popleft())
+            if batch is not None:
+                yield from self._store_batch(batch)
             if len(self._open) > 1:
                 yield from self._finish(self._open.popleft())
-            if self._left.get(span[-1]) is Outcome.FULL and most > 1:
-                self._left.update(dict.fromkeys(todo, Outcome.FULL))  # below it nothing has a place
-                break
+            if self._left.get(span[-1]) is Outcome.FULL and len(span) > 1:
+                for each in spans:  # below it nothing has a place
+                    self._left.update(dict.fromkeys(each, Outcome.FULL))
+                spans.clear()
         while self._open:
             yield from self._finish(self._open.popleft())
 
-    def _store_batch(self, span: range) -> Steps:
-        """Joins a batch, and gathers what is this rank's to write."""
+    def _spans(self, todo: list[int]) -> Iterator[range]:
+        """The blocks of each join."""
+        layout, at, size = self._stretch.layout, 0, FIRST_BYTES
+        while at < len(todo):
+            most = max(1, min(JOIN_BLOCKS, size // layout.block_bytes))
+            if layout.rule.span is Span.STATE:
+                most = 1  # each on its own: see Stretch.parent
+            span = lead(todo[at : at + most], most)
+            yield span
+            at, size = at + len(span), JOIN_BYTES
+
+    def _ask(self, span: range) -> None:
+        """Asks for a join."""
         layout, (parts, pieces) = self._stretch.layout, self._share
         keys, parent = self._stretch.of_blocks(span), self._stretch.parent(span.start)
-        try:
-            ticket = self._store.core.join_blocks(
+
+        def join() -> BlockTicket:
+            return self._store.core.join_blocks(
                 keys, layout.block_bytes, layout.part_bytes, parts, pieces, self._terms, parent=parent
             )
+
+        self._asked = span, self._store.workers.ask(join)
+
+    def _begin(self, span: range, joined: Future[BlockTicket]) -> Batch | None:
+        """A batch that was joined; None where the owner has gone."""
+        try:
+            ticket = joined.result(0)
         except UnavailableError:
             self._left.update(dict.fromkeys(span, Outcome.BUSY))
-            return
+            return None
         batch = Batch(span, ticket, list(ticket.claims))
         self._open.append(batch)
         for block, outcome in zip(span, ticket.outcomes, strict=True):
@@ -167,6 +194,10 @@ class Saving:
                 batch.taken.append(block)
             else:
                 self._left[block] = outcome if outcome in RETRIES else Outcome.BUSY
+        return batch
+
+    def _store_batch(self, batch: Batch) -> Steps:
+        """Gathers what is this rank's to write of a batch."""
         try:
             yield from self._gathered(batch)
             if self._comparing is not None:  # while the owner hashes what was gathered
@@ -293,6 +324,8 @@ class Saving:
             self._decide(block, Outcome.MISS)
         for batch in [*self._open, *(one for _, one in self._unacknowledged)]:
             batch.ticket.end()
+        if self._asked is not None:
+            self._asked[1].add_done_callback(_give_back)
         self._open.clear()
         self._unacknowledged.clear()
         metrics, stored = self._store.core.metrics, self.outcomes.count(Outcome.HIT)
@@ -305,3 +338,9 @@ class Saving:
         if stored < len(self.outcomes):
             metrics.add("tiercache_kv_failed_blocks_total", len(self.outcomes) - stored, operation="save")
         metrics.observe("tiercache_kv_seconds", self._store.core.clock.monotonic() - self._began, operation="save")
+
+
+def _give_back(joined: Future[BlockTicket]) -> None:
+    """Nobody waits for this join any more."""
+    if not joined.cancelled() and joined.exception() is None:
+        joined.result().end()

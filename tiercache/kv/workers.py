@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Generator
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiercache.errors import ClosedError, TierCacheError
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     Awaited = futures.Future[Any] | float | None
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Steps = Generator["Awaited", None, None]
 
@@ -102,6 +104,7 @@ class Workers:
         self._numbers = itertools.count()
         self._closed = False
         self._process = os.getpid()
+        self._asks: futures.ThreadPoolExecutor | None = None
 
     def make(self, steps: Steps, finish: Callable[[], None], *, urgent: bool, deadline_s: float) -> Work:
         """A job that has not started: its generator runs to its end once it was given to `start` or `run`, and then
@@ -137,6 +140,14 @@ class Workers:
         if os.getpid() != self._process:
             raise ClosedError("this KvStore came into a forked process, where its threads are not: open the cache anew")
 
+    def ask(self, question: Callable[..., T], *about: object) -> futures.Future[T]:
+        """Asks the cache something in a thread of its own, in order, so that a job can copy meanwhile."""
+        with self._changed:
+            self._check()
+            if self._asks is None:
+                self._asks = futures.ThreadPoolExecutor(1, "tiercache-kv-ask")
+            return self._asks.submit(question, *about)
+
     def cancel(self, work: Work) -> None:
         """No engine memory is touched by it when this returns; its generator gets GivenUp soon after."""
         work.given_up = True
@@ -154,6 +165,8 @@ class Workers:
         ends = self._clock.monotonic() + timeout_s
         for work in alive:
             work.ended.wait(max(0.0, ends - self._clock.monotonic()))
+        if self._asks is not None:
+            self._asks.shutdown(wait=False)
 
     # -- the threads ---------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 DIGEST_BYTES_MIN = 241
 """The kernel hashes nothing shorter: XXH3 has other forms for that."""
-ROW_BYTES = 64
-"""Rows of KV are multiples of this, or NumPy copies them."""
+ROW_BYTES, ROW_BYTES_MAX = 64, 16384
+"""Rows of KV are multiples of this, and no longer than that, or NumPy copies them."""
 GATHER, SCATTER, DIGEST = 0, 1, 2
 """Modes of a program of `Kernel.blocks`: engine memory to stored blocks, the way back, or neither."""
 
@@ -36,7 +36,10 @@ class Kernel:
         """Raises OSError or AttributeError where there is no such library."""
         library = ctypes.CDLL(str(path))
         self.choose = _function(library.tiercache_choose, _INT, [_INT])
-        self.parts = _function(library.tiercache_parts, None, [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT])
+        parts: list[type] = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]
+        self.parts = _function(library.tiercache_parts, None, parts)
+        self.parts_small = _function(ctypes.PyDLL(str(path)).tiercache_parts, None, parts)
+        """The same without releasing the GIL: for what is over before another thread could use it."""
         self.blocks = _function(library.tiercache_blocks, None, [_POINTER, _INT, *[_POINTER] * 5])
         self.bits = int(self.choose(0))
         """Width of the instructions that it uses here."""

@@ -60,30 +60,6 @@ static inline uint64_t read64(const uint8_t *at)
 
 #if defined(__x86_64__)
 
-#define NAME(name) name##_512
-#define TARGET __attribute__((target("avx512f")))
-typedef __m512i Vec_512;
-TARGET static inline Vec_512 load_512(const uint8_t *at) { return _mm512_loadu_si512(at); }
-TARGET static inline void store_512(uint8_t *at, Vec_512 value) { _mm512_storeu_si512(at, value); }
-TARGET static inline void stream_512(uint8_t *at, Vec_512 value) { _mm512_stream_si512((void *)at, value); }
-TARGET static inline Vec_512 mix_512(Vec_512 acc, Vec_512 data, const uint8_t *secret)
-{
-    __m512i key = _mm512_xor_si512(data, _mm512_loadu_si512(secret));
-    __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
-    return _mm512_add_epi64(acc, _mm512_add_epi64(product, _mm512_shuffle_epi32(data, _MM_PERM_BADC)));
-}
-TARGET static inline Vec_512 scramble_512(Vec_512 acc)
-{
-    __m512i prime = _mm512_set1_epi32((int)PRIME32_1);
-    __m512i mixed = _mm512_xor_si512(acc, _mm512_srli_epi64(acc, 47));
-    mixed = _mm512_xor_si512(mixed, _mm512_loadu_si512(SECRET + SECRET_BYTES - STRIPE));
-    __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
-    return _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
-}
-#include "body.h"
-#undef NAME
-#undef TARGET
-
 #define NAME(name) name##_256
 #define TARGET __attribute__((target("avx2")))
 typedef struct {
@@ -168,16 +144,13 @@ static inline Vec_64 scramble_64(Vec_64 acc)
 typedef void Stripes(State *, const uint8_t *, uint8_t *, int64_t, int64_t, int, int);
 static Stripes *stripes = stripes_64;
 
-/* Chooses the widest instructions that this processor has, at most `bits` (0: no limit); answers their width. */
+/* Chooses the widest instructions that this processor has, at most `bits` (0: no limit); answers their width. Wider ones
+ * than 256 bits hash no faster than memory is, and copy slower where addresses are no multiples of 64. */
 int64_t tiercache_choose(int64_t bits)
 {
     stripes = stripes_64;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if ((!bits || bits >= 512) && __builtin_cpu_supports("avx512f")) {
-        stripes = stripes_512;
-        return 512;
-    }
     if ((!bits || bits >= 256) && __builtin_cpu_supports("avx2")) {
         stripes = stripes_256;
         return 256;
@@ -264,6 +237,8 @@ typedef struct { /* K or V of one layer and head: rows that follow one another w
     int64_t row_stride;
     int64_t row_bytes; /* a multiple of 64 */
     int64_t kind;      /* which position counts */
+    int64_t apart;     /* bytes from element to element of a row, where they do not lie together in the engine; or 0 */
+    int64_t element;   /* bytes of one, then: 1, 2, 4 or 8 */
 } Unit;
 
 typedef struct {
@@ -274,9 +249,91 @@ typedef struct {
 
 enum { GATHER, SCATTER, DIGEST };
 
+#define STAGE 16384 /* a row is no longer than this, where its elements lie apart */
+
+#define TRANSPOSE(type)                                                                              \
+    for (int64_t i = 0; i < unit->row_bytes / (int64_t)sizeof(type); i++)                            \
+        for (int64_t row = 0; row < rows; row++) {                                                   \
+            uint8_t *there = engine + i * unit->apart + row * unit->row_stride;                      \
+            uint8_t *here = stage + row * unit->row_bytes + i * sizeof(type);                        \
+            out ? memcpy(there, here, sizeof(type)) : memcpy(here, there, sizeof(type));             \
+        }
+
+#if defined(__x86_64__)
+/* Transposes 8 x 8 elements of two bytes. */
+static inline void transpose_8x8(const uint8_t *from, int64_t from_step, uint8_t *to, int64_t to_step)
+{
+    __m128i a[8], b[8];
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm_loadu_si128((const void *)(from + i * from_step));
+    for (int i = 0; i < 4; i++) {
+        b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
+        b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+    }
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]);
+        a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_si128((void *)(to + 2 * i * to_step), _mm_unpacklo_epi16(a[i], a[i + 4]));
+        _mm_storeu_si128((void *)(to + (2 * i + 1) * to_step), _mm_unpackhi_epi16(a[i], a[i + 4]));
+    }
+}
+#endif
+
+/* Moves rows between the stage and an engine that keeps their elements apart. */
+static void transpose(const Unit *unit, uint8_t *stage, uint8_t *engine, int64_t rows, int out)
+{
+#if defined(__x86_64__)
+    if (unit->element == 2 && unit->row_stride == 2 && rows % 8 == 0) { /* rows of 64 bytes have 32 elements */
+        for (int64_t i = 0; i < unit->row_bytes / 2; i += 8)
+            for (int64_t row = 0; row < rows; row += 8) {
+                uint8_t *there = engine + i * unit->apart + row * 2, *here = stage + row * unit->row_bytes + i * 2;
+                if (out)
+                    transpose_8x8(here, unit->row_bytes, there, unit->apart);
+                else
+                    transpose_8x8(there, unit->apart, here, unit->row_bytes);
+            }
+        return;
+    }
+#endif
+    if (unit->element == 1)
+        TRANSPOSE(uint8_t)
+    else if (unit->element == 2)
+        TRANSPOSE(uint16_t)
+    else if (unit->element == 4)
+        TRANSPOSE(uint32_t)
+    else
+        TRANSPOSE(uint64_t)
+}
+
+static void move_apart(
+    const Program *program, State *state, const Unit *unit, uint8_t *stored, uint8_t *engine, int64_t rows)
+{
+    uint8_t stage[STAGE] __attribute__((aligned(64)));
+    int64_t most = STAGE / unit->row_bytes;
+    for (int64_t some; rows; rows -= some, engine += some * unit->row_stride) {
+        some = rows < most ? rows : most;
+        int64_t bytes = some * unit->row_bytes, count = bytes / STRIPE;
+        if (program->mode == SCATTER) {
+            stripes(state, stored, stage, count, AHEAD, (int)program->hashed, 0);
+            transpose(unit, stage, engine, some, 1);
+        } else {
+            transpose(unit, stage, engine, some, 0);
+            uint8_t *to = program->mode == DIGEST ? NULL : stored;
+            stripes(state, stage, to, count, 0, (int)program->hashed, to && aligned(to));
+        }
+        stored += program->mode == DIGEST ? 0 : bytes;
+    }
+}
+
 /* Moves some rows that follow one another where they are stored. */
 static void move(const Program *program, State *state, const Unit *unit, uint8_t *stored, uint8_t *engine, int64_t rows)
 {
+    if (unit->apart) {
+        move_apart(program, state, unit, stored, engine, rows);
+        return;
+    }
     int64_t stripes_of_row = unit->row_bytes / STRIPE, times = rows;
     if (unit->row_stride == unit->row_bytes) {
         stripes_of_row *= rows;

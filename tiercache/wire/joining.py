@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Answered = Callable[[Session, Post, int, memoryview], bytes | None]
 
-STEP_BLOCKS = 16
+STEP_BLOCKS = 32
 """More blocks than these, or rows, are dealt with bit by bit, so that others are answered in between."""
 
 
