@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from functools import lru_cache
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,6 @@ _Span = ctypes.c_uint8 * (1 << 46)
 # All of the address space: a slice of it is a view of a span in a quarter of the time that Buffer.view takes. It keeps
 # nothing alive, so it serves only whoever holds the span's owner meanwhile.
 _MEMORY = memoryview((ctypes.c_uint8 * (1 << 62)).from_address(0)).cast("B")
-_EMPTY = b""
 _NOWHERE = ctypes.c_uint8()  # what empty arrays point at
 _first_byte = ctypes.c_char.from_buffer
 
@@ -124,6 +124,8 @@ def copy(source: Buffer, target: Buffer) -> None:
     (_move_small if length < _SMALL_BYTES else _move)(target.address, source.address, length)
 
 
+Span = tuple[int, int, int, int]
+"""What is copied, or only hashed: address, address of the copy or 0, length, size of its parts."""
 Source = tuple[int, int, int, bytes, object]
 """A whole entry to be copied: address, size, size of its parts, their digests, and what keeps the memory alive."""
 
@@ -228,34 +230,58 @@ def copy_many_verified(sources: Sequence[Source], targets: Sequence[Buffer]) -> 
     The caller looks everything up before the first byte moves: a copy of 1 MiB drives the interpreter out of the
     processor's cache, and what runs between two copies then takes several times as long.
     """
-    good = []
-    for (origin, size, part_bytes, wanted, _), target in zip(sources, targets, strict=True):
+    spans: list[Span] = []
+    for (origin, size, part_bytes, _, _), target in zip(sources, targets, strict=True):
         assert size <= target.length, (size, target.length)
-        good.append(_moved(origin, target.address, size, part_bytes) == wanted)
-    return good
+        spans.append((origin, target.address, size, part_bytes))
+    return [found == source[3] for found, source in zip(_moved_many(spans), sources)]
+
+
+def many_digests(payloads: Sequence[tuple[Buffer, int, int]]) -> list[bytes]:
+    """As `part_digests` of each (payload, part_bytes, parts), with one look at all of them."""
+    spans, rows = list[Span](), list[tuple[int, int, int]]()
+    for which, (payload, part_bytes, parts) in enumerate(payloads):
+        for first, last in runs(parts):
+            start = first * part_bytes
+            spans.append((payload.address + start, 0, min(payload.length, last * part_bytes) - start, part_bytes))
+            rows.append((which, first, last))
+    answers = [bytearray(8 * part_count(payload.length, part_bytes)) for payload, part_bytes, _ in payloads]
+    for (which, first, last), found in zip(rows, _moved_many(spans), strict=True):
+        answers[which][8 * first : 8 * last] = found
+    return [bytes(each) for each in answers]
 
 
 def _moved(origin: int, goal: int, length: int, part_bytes: int) -> bytes:
-    """Copies a span to `goal` (0: nowhere) and answers the digests of its parts, of which the last may be shorter: of
-    what was written, not of what lies at the origin then. The caller holds both owners."""
-    whole = length - length % part_bytes
-    if length - whole >= DIGEST_BYTES_MIN:
-        whole = length
+    return _moved_many([(origin, goal, length, part_bytes)])[0]
+
+
+def _moved_many(spans: Sequence[Span]) -> list[bytes]:
+    """Copies spans, and answers the digests of each one's parts: of what was written, not of what lies at the origin
+    then. The caller holds all owners."""
     kernel = native.KERNEL
-    if kernel is None or part_bytes < DIGEST_BYTES_MIN:
-        return _moved_by_steps(origin, goal, length, part_bytes)
-    found = _EMPTY
-    if whole:
-        row = (ctypes.c_uint64 * (-(-whole // part_bytes)))()
-        (kernel.parts if whole >= _SMALL_BYTES else kernel.parts_small)(origin, goal, whole, part_bytes, row, 0)
-        found = bytes(row)
-    if whole < length or not length:
-        found += _moved_by_steps(origin + whole, goal and goal + whole, length - whole, part_bytes)
-    return found
+    if kernel is None or not all(_fits(length, part_bytes) for _, _, length, part_bytes in spans):
+        some = kernel is not None and len(spans) > 1
+        return [_moved(*span) if some and _fits(*span[2:]) else _moved_by_steps(*span) for span in spans]
+    counts = [-(-length // part_bytes) for _, _, length, part_bytes in spans]
+    found = (ctypes.c_uint64 * sum(counts))()
+    size = sum(span[2] for span in spans)
+    facts = (ctypes.c_int64 * (4 * len(spans)))(*chain.from_iterable(spans))
+    (kernel.spans if size >= _SMALL_BYTES else kernel.spans_small)(facts, len(spans), found)
+    row = bytes(found)
+    if len(spans) == 1:
+        return [row]
+    ends = [8 * end for end in accumulate(counts)]
+    return [row[end - 8 * count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _fits(length: int, part_bytes: int) -> bool:
+    """Whether the kernel hashes parts of such lengths."""
+    return part_bytes >= DIGEST_BYTES_MIN and (length % part_bytes or part_bytes) >= DIGEST_BYTES_MIN and length > 0
 
 
 def _moved_by_steps(origin: int, goal: int, length: int, part_bytes: int) -> bytes:
-    """The same without the kernel: a step is hashed right after it was copied, out of the processor's cache."""
+    """The same of one span without the kernel: a step is hashed right after it was copied, out of the processor's
+    cache."""
     values: list[int] = []
     at = goal or origin
     stride = max(1, STEP_BYTES // part_bytes) * part_bytes

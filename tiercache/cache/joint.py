@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
-from tiercache.buffers import part_digests, same_digests
+from tiercache.buffers import many_digests, part_digests, same_digests
 from tiercache.errors import ClosedError, ConfigError
 from tiercache.model import Outcome
 
@@ -195,11 +195,10 @@ class BlockTicket:
         outcomes = [Outcome.MISS] * (len(landed) + len(pieces))
         rows: list[tuple[Fill, int, bytes]] = []
         whose: list[tuple[int, int]] = []
-        for at, (item, parts, digests) in enumerate(landed):
-            fill = self._claimed(item, parts)
-            if fill is None:
-                continue
-            found = part_digests(self.buffers(item), self.part_bytes, parts)
+        mine = [(at, fill) for at, one in enumerate(landed) if (fill := self._claimed(*one[:2])) is not None]
+        asked = [(self.buffers(landed[at][0]), self.part_bytes, landed[at][1]) for at, _ in mine]
+        for (at, fill), found in zip(mine, many_digests(asked), strict=True):
+            item, parts, digests = landed[at]
             if same_digests(found, digests, parts):
                 rows.append((fill, parts, found))
                 whose.append((at, item))

@@ -36,9 +36,9 @@ class Kernel:
         """Raises OSError or AttributeError where there is no such library."""
         library = ctypes.CDLL(str(path))
         self.choose = _function(library.tiercache_choose, _INT, [_INT])
-        parts: list[type] = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]
-        self.parts = _function(library.tiercache_parts, None, parts)
-        self.parts_small = _function(ctypes.PyDLL(str(path)).tiercache_parts, None, parts)
+        spans: list[type] = [_POINTER, _INT, _POINTER]
+        self.spans = _function(library.tiercache_spans, None, spans)
+        self.spans_small = _function(ctypes.PyDLL(str(path)).tiercache_spans, None, spans)
         """The same without releasing the GIL: for what is over before another thread could use it."""
         self.blocks = _function(library.tiercache_blocks, None, [_POINTER, _INT, *[_POINTER] * 5])
         self.bits = int(self.choose(0))
@@ -68,10 +68,11 @@ def load(path: Path = _PATH) -> tuple[Kernel | None, str]:
 
 def agrees(kernel: Kernel) -> bool:
     """Whether its digests are those of xxhash."""
-    text, found = bytes(range(256)) * 17, ctypes.c_uint64()
+    text, found = (ctypes.c_uint8 * 4352)(*range(256)), ctypes.c_uint64()
     for length in (DIGEST_BYTES_MIN, 1024, 1025, len(text)):
-        kernel.parts(text, None, length, length, ctypes.addressof(found), 0)
-        if found.value != xxhash.xxh3_64_intdigest(text[:length]):
+        span = (ctypes.c_int64 * 4)(ctypes.addressof(text), 0, length, length)
+        kernel.spans(span, 1, ctypes.addressof(found))
+        if found.value != xxhash.xxh3_64_intdigest(bytes(text)[:length]):
             return False
     return True
 

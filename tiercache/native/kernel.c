@@ -196,13 +196,13 @@ static void finish(void)
 
 /* Copies `bytes`, or only hashes them where `to` is NULL, and writes the digest of each part. Every part is longer than
  * 240 bytes. */
-static uint64_t copy_part(const uint8_t *from, uint8_t *to, int64_t bytes, int streamed)
+static uint64_t copy_part(const uint8_t *from, uint8_t *to, int64_t bytes)
 {
     State state;
     begin(&state, bytes);
     int64_t whole = (bytes - 1) / STRIPE, rest = bytes - whole * STRIPE;
     if (whole)
-        stripes(&state, from, to, whole, AHEAD, 1, streamed && aligned(to));
+        stripes(&state, from, to, whole, AHEAD, 1, 0);
     /* The last stripe of the hash is the last 64 bytes, of which some were in the one before, too. Those are read twice:
      * whoever changes them meanwhile gets a digest that fits neither. */
     uint8_t last[2 * STRIPE];
@@ -213,15 +213,20 @@ static uint64_t copy_part(const uint8_t *from, uint8_t *to, int64_t bytes, int s
     return end(&state, bytes);
 }
 
-/* Copies (or hashes: `to` is NULL) [0, bytes) in parts of `part_bytes`; `digests` takes one a part. */
-void tiercache_parts(const uint8_t *from, uint8_t *to, int64_t bytes, int64_t part_bytes, uint64_t *digests, int64_t streamed)
+typedef struct {
+    const uint8_t *from;
+    uint8_t *to; /* NULL: it is only hashed */
+    int64_t bytes, part_bytes;
+} Span;
+
+/* Copies (or hashes) spans in parts; `digests` takes one a part. Nothing is streamed: whoever asked reads it next. */
+void tiercache_spans(const Span *span, int64_t spans, uint64_t *digests)
 {
-    for (int64_t at = 0; at < bytes; at += part_bytes) {
-        int64_t some = bytes - at < part_bytes ? bytes - at : part_bytes;
-        *digests++ = copy_part(from + at, to ? to + at : NULL, some, (int)streamed);
-    }
-    if (to && streamed)
-        finish();
+    for (; spans--; span++)
+        for (int64_t at = 0; at < span->bytes; at += span->part_bytes) {
+            int64_t some = span->bytes - at < span->part_bytes ? span->bytes - at : span->part_bytes;
+            *digests++ = copy_part(span->from + at, span->to ? span->to + at : NULL, some);
+        }
 }
 
 /* ----------------------------------------------------------------------------- blocks of KV, strided at one of both */
