@@ -11,8 +11,13 @@ BENCHES := memory memory_index policy_sim policy represent ssd origin lake
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
 
+# What the native copy kernel is built with, where there is none.
+.PHONY: compiler
+compiler:
+	@tools/system.sh cc
+
 .PHONY: venv
-venv:  ## .venv with the package (editable) and everything that tests and benchmarks want
+venv: compiler  ## .venv with the package (editable) and everything that tests and benchmarks want
 	@tools/venv.sh .venv -e '.[dev]'
 
 # DuckDB 1.5 beside DuckDB 2: two versions of one module need two environments.
@@ -29,7 +34,7 @@ peers: venv system  ## .venv-peers: Mooncake, LMCache and a Redis client, for be
 # SGLang comes without what it depends on (CUDA, 10 GB), which its interface does not need; and without its metadata, or pip
 # would list all of that as missing whenever it installs something here.
 .PHONY: torch
-torch:  ## .venv-torch: PyTorch and transformers beside the package
+torch: compiler  ## .venv-torch: PyTorch and transformers beside the package
 	@tools/venv.sh .venv-torch -e '.[s3,transformers]' torch==2.13.0 transformers==5.23.0 peft==0.21.2 pyarrow \
 	    hypothesis==6.170.15 pytest==9.2.0 pytest-timeout==2.4.0
 	@[[ -e .venv-torch/.sglang-0.5.23 ]] || { \
@@ -51,7 +56,7 @@ test: venv readers torch system  ## the whole suite against the built wheel, fro
 
 # vLLM has no wheels that fit beside our tools' pins, and takes 4 GB: an environment of its own.
 .PHONY: test-engines
-test-engines:  ## real engines: vLLM on the CPU over the cache, as a table of models, doors and cases
+test-engines: compiler  ## real engines: vLLM on the CPU over the cache, as a table of models, doors and cases
 	@tools/engines.sh
 	@.venv-engines/bin/python -m pytest -q tests/engines
 	@.venv-engines/bin/python -m tests.engines $(ARGS)

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that tests and benchmarks use if they are there. Never fails: without root, apt or a
-# network it says in a line what will be skipped. NO_APT=1 says so at once.
+# tools/system.sh [PROGRAM...]: installs Debian packages that we use if they are there: those of these programs, or all.
+# Never fails: without root, apt or a network it says in a line what will be skipped. NO_APT=1 says so at once.
 set -uo pipefail
 declare -A packages=(
     [fio]="fio" [zstd]="zstd" [radosgw]="radosgw ceph-mon ceph-osd ceph-mgr ceph-common"
-    [redis-server]="redis-server"
+    [redis-server]="redis-server" [cc]="gcc libc6-dev"
 )
 declare -A uses=(
     [fio]="the peer of bench.ssd" [zstd]="the traces arc_OLTP and arc_P3" [radosgw]="Ceph as origin (--s3 ceph)"
-    [redis-server]="a peer of bench.local"
+    [redis-server]="a peer of bench.local" [cc]="the native copy kernel (without it verified copies take twice as long)"
 )
 missing=()
-for program in "${!packages[@]}"; do
+[[ $# -gt 0 ]] || set -- "${!packages[@]}"
+for program in "$@"; do
     command -v "$program" >/dev/null || missing+=("$program")
 done
 [[ ${#missing[@]} -eq 0 ]] && exit 0

@@ -19,7 +19,8 @@ find_python() {
     return 1
 }
 
-key=$( { cat pyproject.toml tools/constraints.txt hatch_build.py tiercache/native/*.[ch] "$0"; printf "%s\n" "$@"; } | sha256sum | cut -d" " -f1)
+sources=(pyproject.toml tools/constraints.txt hatch_build.py tiercache/native/*.[ch] "$0")
+key=$( { command -v cc || true; cat "${sources[@]}"; printf "%s\n" "$@"; } | sha256sum | cut -d" " -f1)
 if [[ -x $venv/bin/python && -f $venv/.stamp && $(<"$venv/.stamp") == "$key" ]]; then
     exit 0
 fi
