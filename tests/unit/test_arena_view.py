@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.unit.descriptors import Descriptors
 from tiercache.buffers import Buffer, part_digests
 from tiercache.cpu import layout
 from tiercache.cpu import view as view_module
@@ -124,10 +125,6 @@ def shown(tier: MemoryTier) -> ArenaView:
 def copied(view: ArenaView, location: int, one: Item, verify: bool = True) -> tuple[Outcome, bytes]:
     target = bytearray(len(one.data))
     return view.copy_out([location], [Buffer.of(target)], verify=verify)[0], bytes(target)
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.slow
@@ -330,25 +327,24 @@ def test_only_the_segment_asked_for_is_mapped(pair: tuple[MemoryTier, ArenaView]
         (0, lambda: file(changed(256, b"\xff\xff\xff\xff"))),
     ]
     other = ArenaView(ID)
-    before = open_files()
-    for ordinal, made in bad:
-        with pytest.raises(ProtocolError):
-            other.attach(ordinal, made())
-        assert other.known == 0 and open_files() == before, "the descriptor was taken over, and closed"
-    other.attach(0, os.dup(source))
-    other.attach(0, os.dup(source))  # once is enough
-    with pytest.raises(ProtocolError, match="not the memory that it was"):
-        other.attach(0, file(whole))
-    assert other.known == 1 and len(other.segments) == 1
-    assert open_files() <= before + 2, "one, and one that the mapping itself has"
-    other.close()
-    other.close()
-    assert open_files() == before
-    with pytest.raises(ClosedError):
+    with Descriptors() as held:
+        for ordinal, made in bad:
+            with pytest.raises(ProtocolError):
+                other.attach(ordinal, made())
+            assert other.known == 0 and not held.changed, "the descriptor was taken over, and closed"
         other.attach(0, os.dup(source))
-    with pytest.raises(ClosedError):
-        other.buffers([0])
-    assert open_files() == before
+        other.attach(0, os.dup(source))  # once is enough
+        with pytest.raises(ProtocolError, match="not the memory that it was"):
+            other.attach(0, file(whole))
+        assert other.known == 1 and len(other.segments) == 1
+        assert len(held.changed) <= 2, "one, and one that the mapping itself has"
+        other.close()
+        other.close()
+        assert not held.changed
+        with pytest.raises(ClosedError):
+            other.attach(0, os.dup(source))
+        with pytest.raises(ClosedError):
+            other.buffers([0])
 
 
 def test_segments_may_be_missing_in_between(pair: tuple[MemoryTier, ArenaView]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.unit.descriptors import Descriptors
 from tiercache.wire import sockets
 from tiercache.wire.sockets import CannotShare, Foreign, NoOwner, Peer
 
@@ -200,22 +201,17 @@ def test_a_socket_of_a_stranger_is_not_trusted(open_path: Path) -> None:
 # -- descriptors
 
 
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_descriptors_travel_and_are_closed_on_exec() -> None:
     here, there = socket.socketpair()
-    before = open_fds()
-    made = [os.memfd_create(f"m{i}") for i in range(5)]
-    assert sockets.send_fds(here, b"five", made) == 4
-    sockets.close_all(made)
-    data, got = sockets.recv_fds(there, 100, 5)
-    assert data == b"five"
-    assert [os.readlink(f"/proc/self/fd/{each}").split()[0] for each in got] == [f"/memfd:m{i}" for i in range(5)]
-    assert not any(os.get_inheritable(each) for each in got)
-    sockets.close_all(got)
-    assert open_fds() == before
+    with Descriptors():
+        made = [os.memfd_create(f"m{i}") for i in range(5)]
+        assert sockets.send_fds(here, b"five", made) == 4
+        sockets.close_all(made)
+        data, got = sockets.recv_fds(there, 100, 5)
+        assert data == b"five"
+        assert [os.readlink(f"/proc/self/fd/{each}").split()[0] for each in got] == [f"/memfd:m{i}" for i in range(5)]
+        assert not any(os.get_inheritable(each) for each in got)
+        sockets.close_all(got)
     here.close()
     there.close()
 
@@ -223,11 +219,10 @@ def test_descriptors_travel_and_are_closed_on_exec() -> None:
 @pytest.mark.parametrize("fds_max", [0, 1, 2])
 def test_too_many_descriptors_are_refused_and_none_stays_open(fds_max: int) -> None:
     here, there = socket.socketpair()
-    before = open_fds()
-    sockets.send_fds(here, b"three", [0, 1, 2])
-    with pytest.raises(OSError, match="not all descriptors"):
-        sockets.recv_fds(there, 100, fds_max)
-    assert open_fds() == before
+    with Descriptors():
+        sockets.send_fds(here, b"three", [0, 1, 2])
+        with pytest.raises(OSError, match="not all descriptors"):
+            sockets.recv_fds(there, 100, fds_max)
     here.close()
     there.close()
 
@@ -235,24 +230,23 @@ def test_too_many_descriptors_are_refused_and_none_stays_open(fds_max: int) -> N
 def test_a_full_table_of_descriptors_is_an_error_and_leaks_nothing() -> None:
     here, there = socket.socketpair()
     sockets.send_fds(here, b"three", [0, 1, 2])
-    before = open_fds()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(each) for each in os.listdir("/proc/self/fd"))
-    filling = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
-    try:
-        while True:
-            filling.append(os.dup(0))
-    except OSError:
-        os.close(filling.pop())
-    finally:
+    with Descriptors():
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(int(each) for each in os.listdir("/proc/self/fd"))
+        filling = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
         try:
-            with pytest.raises(OSError, match="ulimit"):
-                sockets.recv_fds(there, 100, 3)
+            while True:
+                filling.append(os.dup(0))
+        except OSError:
+            os.close(filling.pop())
         finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    sockets.close_all(filling)
-    assert open_fds() == before
+            try:
+                with pytest.raises(OSError, match="ulimit"):
+                    sockets.recv_fds(there, 100, 3)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        sockets.close_all(filling)
     here.close()
     there.close()
 
@@ -300,10 +294,9 @@ def test_a_number_that_may_be_somebody_elses_is_not_watched(monkeypatch: pytest.
         here = sockets.connect(str(tmp_path))
         there = listener.accept()[0]
         here.close()
-        before = open_fds()
-        assert sockets.ended(there)
-        assert sockets.open_pidfd(there) is None
-        assert open_fds() == before
+        with Descriptors():
+            assert sockets.ended(there)
+            assert sockets.open_pidfd(there) is None
         there.close()
 
 

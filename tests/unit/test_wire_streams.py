@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.descriptors import Descriptors
 from tiercache.errors import CapacityError, ProtocolError, UnavailableError
 from tiercache.wire import frames, stream
 from tiercache.wire import line as line_module
@@ -107,9 +108,8 @@ async def owner() -> AsyncIterator[Owner]:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    asyncio.run(scene())  # type: ignore[arg-type]
-    assert len(os.listdir("/proc/self/fd")) == before
+    with Descriptors():
+        asyncio.run(scene())  # type: ignore[arg-type]
 
 
 async def elsewhere(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
