@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tiercache import native
+
 ROOT = Path(__file__).resolve().parents[1]
 BARE = {"numpy", "xxhash", "rocksdict", "fsspec"}
 
@@ -58,7 +60,9 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tiercache", "tiercache_connectors"}
-    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".so"))]
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".part"))]
+    built = [name for name in names if name.endswith(".so")]
+    assert built == (["tiercache/native/_kernel.so"] if native.KERNEL is not None else [])
     assert {"tiercache/py.typed", "tiercache_connectors/py.typed"} <= set(names)
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("tiercache/**/*.py")}
     assert sources <= set(names)

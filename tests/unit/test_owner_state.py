@@ -87,6 +87,9 @@ def test_a_zombie_is_dead() -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert state.process(child.pid) is None
+        assert state.ended(child.pid)
+    assert state.ended(child.pid) and not state.ended(os.getpid())
+    assert not state.ended(0)  # of another PID namespace: who knows
 
 
 def test_memory_files_of_another_process_are_found_by_arena() -> None:

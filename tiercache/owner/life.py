@@ -273,7 +273,8 @@ class Owner:
         there = self._door.present.union(coming)
         known = {pid: state.process(pid) for pid in {pid for pid, _ in there}}
         holders = {Client(found, token) for pid, token in there if (found := known[pid]) is not None}
-        strangers = len(there) - len(holders)
+        # Whoever was killed a moment ago may still be counted in: it holds nothing, and is nobody's stranger.
+        strangers = sum(known[pid] is None and not state.ended(pid) for pid, _ in there)
         if self._adoption is not None:
             holders |= self._adoption.awaited
         now = State(self._arena, state.me(), tuple(sorted(holders)), strangers, assemble.plain(self._settings))

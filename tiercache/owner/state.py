@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 FILE = "owner.state"
+_ENDED = (b"Z", b"X")
+"""States of what has ended: a zombie's memory and descriptors are gone."""
 _MEMORY = re.compile(r"/memfd:tiercache-([0-9a-f]{32})-(\d{1,5})(?: \(deleted\))?")
 
 
@@ -117,16 +119,30 @@ def remove(directory: str) -> None:
 
 def process(pid: int) -> Process | None:
     """The process of this number, or None when there is none that runs, or none that can be seen from here."""
-    if pid <= 0:
-        return None
+    fields = _facts(pid)
+    return Process(pid, int(fields[19])) if fields and fields[0] not in _ENDED else None
+
+
+def ended(pid: int) -> bool:
+    """Whether a process that was there runs no more; of one that cannot be seen from here nobody knows."""
+    if fields := _facts(pid):
+        return fields[0] in _ENDED
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
+        os.kill(pid, 0) if pid > 0 else None
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _facts(pid: int) -> list[bytes]:
+    """What the kernel says of a process after its name; nothing of one that cannot be seen."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes() if pid > 0 else b""
     except OSError:
-        return None
-    fields = text[text.rindex(b")") + 2 :].split()  # the name before it may hold anything
-    if fields[0] in (b"Z", b"X"):
-        return None
-    return Process(pid, int(fields[19]))
+        text = b""
+    return text[text.rindex(b")") + 2 :].split() if text else []  # the name before it may hold anything
 
 
 def me() -> Process:
