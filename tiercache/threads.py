@@ -1,12 +1,14 @@
-"""Work in threads that a coroutine must not leave behind."""
+"""Work in threads: that a coroutine must not leave behind, that is given out while the interpreter ends."""
 
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Executor
 
 T = TypeVar("T")
 
@@ -23,3 +25,16 @@ async def in_thread(call: Callable[..., T], *arguments: object) -> T:
             except asyncio.CancelledError:
                 continue
         raise
+
+
+def submit(pool: Executor, call: Callable[..., T], *arguments: object) -> Future[T]:
+    """Gives work to a thread, or does it here and now where the interpreter is ending and starts none any more."""
+    try:
+        return pool.submit(call, *arguments)
+    except RuntimeError:
+        answer: Future[T] = Future()
+        try:
+            answer.set_result(call(*arguments))
+        except Exception as fault:  # noqa: BLE001 (it is the caller's to raise)
+            answer.set_exception(fault)
+        return answer

@@ -60,9 +60,15 @@ def test_torch_and_numpy_say_the_same() -> None:
 
 def test_layers_a_constant_step_apart_are_one_grid() -> None:
     assert len(Planes(LAYOUT, WHOLE, paged(MEMORY, "lpthC", **WHERE)).grids) == 2
-    uneven = [MEMORY[0], MEMORY[1], np.zeros_like(MEMORY[0])]
-    planes = [p for i, each in enumerate(uneven) for p in paged(each, "pthC", layers=range(i, i + 1), heads=range(2))]
-    assert [grid.layers for grid in Planes(LAYOUT, WHOLE, planes).grids] == [range(2), range(2, 3)] * 2
+    alone = paged(np.zeros_like(MEMORY[0]), "pthC", layers=range(2, 3), heads=range(2))
+    both = paged(MEMORY[:2], "lpthC", layers=range(2), heads=range(2))
+    assert [grid.layers for grid in Planes(LAYOUT, WHOLE, both + alone).grids] == [range(2), range(2, 3)] * 2
+
+
+def test_layers_in_several_pieces_of_memory_are_a_grid_each() -> None:
+    """However far apart they lie: a view of two would span what belongs to others."""
+    planes = [p for i in range(3) for p in paged(MEMORY[i], "pthC", layers=range(i, i + 1), heads=range(2))]
+    assert [grid.layers for grid in Planes(LAYOUT, WHOLE, planes).grids] == [range(i, i + 1) for i in range(3)] * 2
 
 
 @pytest.mark.parametrize("order", ORDERS)

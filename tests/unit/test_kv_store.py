@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from concurrent import futures
 from contextlib import suppress
@@ -453,6 +455,46 @@ def test_a_cancelled_save_frees_its_pages_and_its_ticket(cache: BlockingCache) -
         assert saving.wait(PATIENCE_S) == [Outcome.MISS] * 4
         assert store.match(keys).length == 0
         assert store.save(keys, rank.planes, table).wait(PATIENCE_S) == [HIT] * 4
+
+
+def test_a_cancelled_save_asks_for_nothing_more(cache: BlockingCache) -> None:
+    layout = layout_of("GQA")
+    rank, hung = Rank(layout, Shard.whole(layout), 16, 4), threading.Event()
+    with cache.kv(layout) as store:
+        keys = store.keys(range(64))
+        before = store.workers.ask(hung.wait, PATIENCE_S)
+        saving = store.save(keys, rank.planes, rank.table(64))
+        saving.cancel()
+        assert saving.wait(PATIENCE_S) == [Outcome.MISS] * 4
+        hung.set()
+        assert before.result(PATIENCE_S)
+        assert saving._asked is None or saving._asked[1].cancelled()
+    check_nothing_leaked(cache)
+
+
+AT_EXIT = """
+import atexit, sys
+import tiercache
+from tests.kv_matrix.engine import Rank, layout_of
+from tiercache.kv.shard import Shard
+
+layout = layout_of("GQA")
+rank = Rank(layout, Shard.whole(layout), 16, 4)
+cache = tiercache.open(sys.argv[1], memory_bytes=1 << 24, ssd_bytes=0, share=False)
+store = cache.kv(layout)
+
+def last() -> None:
+    outcomes = store.save(store.keys(range(64)), rank.planes, rank.table(64), inline=True).outcomes
+    print(*[each.name for each in outcomes], flush=True)
+
+atexit.register(last)
+"""
+
+
+def test_a_save_while_the_interpreter_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout.split() == ["HIT"] * 4, done.stderr
 
 
 def test_a_save_stopped_in_the_middle_leaves_no_claims(cache: BlockingCache) -> None:

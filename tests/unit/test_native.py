@@ -70,6 +70,15 @@ def test_a_library_that_is_not_there_or_not_ours_is_not_used(tmp_path: Path) -> 
     assert kernel is None and "reinstall" in why
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize(("flags", "why"), [([], "other sources"), (['-DSOURCE="0123456789abcdef"'], "other sources")])
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path, flags: list[str], why: str) -> None:
+    source, library = Path(native.__file__).with_name("kernel.c"), tmp_path / "old.so"
+    subprocess.run(["cc", "-shared", "-fPIC", *flags, "-o", str(library), str(source)], check=True)
+    kernel, said = native.load(library)
+    assert kernel is None and why in said
+
+
 @pytest.mark.skipif(not (ROOT / "hatch_build.py").exists(), reason="not in a checkout")
 def test_a_wheel_is_built_without_a_compiler_and_says_so(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):

@@ -21,6 +21,7 @@ from tiercache.errors import ClosedError, ConfigError
 from tiercache.index import Reservation
 from tiercache.lease import Lease, check_blocks
 from tiercache.model import ALIGN_BYTES, Form, Name, Outcome, State, TierId
+from tiercache.threads import submit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -428,7 +429,8 @@ class Blocks:
                 raise ClosedError("this cache was closed: open it again with tiercache.open(...)")
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "tiercache-commit")
-            return self._worker.submit(work)
+            worker = self._worker
+        return submit(worker, work)
 
     def close(self) -> None:
         """Ends that thread, after what was given to it."""

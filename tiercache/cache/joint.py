@@ -199,6 +199,8 @@ class BlockTicket:
         asked = [(self.buffers(landed[at][0]), self.part_bytes, landed[at][1]) for at, _ in mine]
         for (at, fill), found in zip(mine, many_digests(asked), strict=True):
             item, parts, digests = landed[at]
+            if self._claimed(item, parts) is None:  # it was named twice, and spoilt the first time
+                continue
             if same_digests(found, digests, parts):
                 rows.append((fill, parts, found))
                 whose.append((at, item))

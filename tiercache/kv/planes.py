@@ -190,11 +190,13 @@ def _grids(planes: Sequence[Plane]) -> list[Grid]:
 
 
 def _runs(planes: list[Plane]) -> list[list[Plane]]:
-    """Consecutive layers a constant number of bytes apart."""
+    """Consecutive layers a constant number of bytes apart, in one piece of memory: a view of several would span what
+    lies between them, too; where NumPy cannot rule out that a copy overlaps it, it makes a temporary one, which may
+    come to lie in there, and so on without end."""
     runs: list[list[Plane]] = []
     for plane in planes:
         run = runs[-1] if runs else []
-        follows = bool(run) and plane.layer == run[-1].layer + 1
+        follows = bool(run) and plane.layer == run[-1].layer + 1 and plane.memory == run[-1].memory
         if follows and (len(run) == 1 or plane.address - run[-1].address == run[1].address - run[0].address):
             run.append(plane)
         else:

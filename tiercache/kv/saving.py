@@ -150,7 +150,7 @@ class Saving:
                 yield from self._store_batch(batch)
             if len(self._open) > 1:
                 yield from self._finish(self._open.popleft())
-            if self._left.get(span[-1]) is Outcome.FULL and len(span) > 1:
+            if self._left.get(span[-1]) is Outcome.FULL and self._stretch.layout.rule.span is not Span.STATE:
                 for each in spans:  # below it nothing has a place
                     self._left.update(dict.fromkeys(each, Outcome.FULL))
                 spans.clear()
@@ -324,7 +324,7 @@ class Saving:
             self._decide(block, Outcome.MISS)
         for batch in [*self._open, *(one for _, one in self._unacknowledged)]:
             batch.ticket.end()
-        if self._asked is not None:
+        if self._asked is not None and not self._asked[1].cancel():
             self._asked[1].add_done_callback(_give_back)
         self._open.clear()
         self._unacknowledged.clear()

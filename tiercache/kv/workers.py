@@ -17,6 +17,7 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiercache.errors import ClosedError, TierCacheError
+from tiercache.threads import submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +147,8 @@ class Workers:
             self._check()
             if self._asks is None:
                 self._asks = futures.ThreadPoolExecutor(1, "tiercache-kv-ask")
-            return self._asks.submit(question, *about)
+            asks = self._asks
+        return submit(asks, question, *about)
 
     def cancel(self, work: Work) -> None:
         """No engine memory is touched by it when this returns; its generator gets GivenUp soon after."""
@@ -166,7 +168,7 @@ class Workers:
         for work in alive:
             work.ended.wait(max(0.0, ends - self._clock.monotonic()))
         if self._asks is not None:
-            self._asks.shutdown(wait=False)
+            self._asks.shutdown(wait=False, cancel_futures=True)
 
     # -- the threads ---------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Calls release the GIL, check nothing and keep nothing alive: callers have checke
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ ROW_BYTES, ROW_BYTES_MAX = 64, 16384
 GATHER, SCATTER, DIGEST = 0, 1, 2
 """Modes of a program of `Kernel.blocks`: engine memory to stored blocks, the way back, or neither."""
 
+SOURCES = ("kernel.c", "body.h")
 _PATH = Path(__file__).with_name("_kernel.so")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -41,6 +43,8 @@ class Kernel:
         self.spans_small = _function(ctypes.PyDLL(str(path)).tiercache_spans, None, spans)
         """The same without releasing the GIL: for what is over before another thread could use it."""
         self.blocks = _function(library.tiercache_blocks, None, [_POINTER, _INT, *[_POINTER] * 5])
+        self.source = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "tiercache_source"))).decode()
+        """Digest of what it was built from; see `source_digest`."""
         self.bits = int(self.choose(0))
         """Width of the instructions that it uses here."""
 
@@ -59,11 +63,19 @@ def load(path: Path = _PATH) -> tuple[Kernel | None, str]:
         return None, "not built: there was no C compiler when tiercache was installed (install gcc, then reinstall)"
     try:
         kernel = Kernel(path)
-    except (OSError, AttributeError) as fault:
+        if kernel.source != source_digest():
+            return None, "built from other sources than these (reinstall tiercache)"
+    except (OSError, AttributeError, ValueError) as fault:
         return None, f"built for another machine or version (reinstall tiercache): {fault}"
     if not agrees(kernel):
         return None, "its digests are wrong on this processor: please report this"
     return kernel, f"{kernel.bits}-bit instructions"
+
+
+def source_digest() -> str:
+    """Of the sources that lie here, as hatch_build.py compiles it in: a library of others may have other structures."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
 
 def agrees(kernel: Kernel) -> bool:

@@ -144,6 +144,12 @@ static inline Vec_64 scramble_64(Vec_64 acc)
 typedef void Stripes(State *, const uint8_t *, uint8_t *, int64_t, int64_t, int, int);
 static Stripes *stripes = stripes_64;
 
+#ifndef SOURCE
+#define SOURCE ""
+#endif
+/* Of what it was built: the caller packs structures by hand, and has to know that they are these. */
+const char tiercache_source[] = SOURCE;
+
 /* Chooses the widest instructions that this processor has, at most `bits` (0: no limit); answers their width. Wider ones
  * than 256 bits hash no faster than memory is, and copy slower where addresses are no multiples of 64. */
 int64_t tiercache_choose(int64_t bits)
