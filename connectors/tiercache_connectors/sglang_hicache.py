@@ -9,7 +9,8 @@ With `interface_v1` pages are copied straight between SGLang's host pool and the
 where the pool is understood (sglang_pools): engines of any parallelism and page layout share them. Without it SGLang
 hands over flat copies of pages, which ranks of the same set-up find again. SGLang's own hashes of pages (they cover
 tokens, LoRA and salt) become keys inside a namespace of weights, dtype and layout, which they do not cover. Nothing is
-reused of a model with a "longrope": SGLang turns its keys by the longest request of a batch (sglang_rope).
+reused of a model with a "longrope": SGLang turns its keys by the longest request of a batch (sglang_rope). Which model
+it is, SGLang's runtime says: `model_name` of the storage's configuration may be whatever name the model is served by.
 
 Further settings in the extra configuration: `model` and `revision` (what the weights are, instead of a digest of them),
 `salt` (a tenant's), `settings` (of the cache, see tiercache.settings).
@@ -34,7 +35,7 @@ from tiercache.kv.planes import paged
 from tiercache_connectors.sglang_pages import Pages
 from tiercache_connectors.sglang_pools import Canonical, canonical, opaque
 from tiercache_connectors.sglang_rope import unsteady
-from tiercache_connectors.weights import Weights, identify
+from tiercache_connectors.weights import Weights, configuration_file, identify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,23 +60,25 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         self._config, self._salt = storage_config, str(extra.get("salt", ""))
         self._canonical_wanted = bool(extra.get("interface_v1", 0))
         args = _server_args()
-        revision, changes = extra.get("revision", "") or getattr(args, "revision", None) or "", _changes(args)
-        self._weights = (
-            Weights(extra["model"], extra.get("revision", ""))
-            if extra.get("model")
-            else identify(storage_config.model_name or "", revision)
-        )
-        if changes:
-            self._weights = self._weights._replace(revision=f"{self._weights.revision}+{changes}")
+        path, loaded = _model_path(), getattr(args, "revision", None) or ""
+        self._refusal = unsteady(path, loaded, args)
+        file = configuration_file(path, loaded)
+        self._home = str(file.parent) if file else ""
+        self._weights = self._identity(extra, path, extra.get("revision", "") or loaded, _changes(args))
         self._cache = tiercache.open(extra.get("directory"), **extra.get("settings", {}))
         self._pools: dict[str, Any] = {}
         self._canonical: dict[str, tuple[Pages, list[Plane]]] = {}
         self._flat: dict[tuple[str, int], Pages] = {}
         self._said: dict[str, None] = {}
         self._lock = threading.Lock()
-        self._refusal = unsteady(storage_config.model_name or "", revision, args)
         if self._refusal:
             self._say(f"nothing is reused: {self._refusal}")
+
+    def _identity(self, extra: dict[str, Any], path: str, revision: str, changes: str) -> Weights:
+        if self._refusal:
+            return Weights("")  # which nobody asks for
+        told = Weights(extra["model"], extra.get("revision", "")) if extra.get("model") else identify(path, revision)
+        return told._replace(revision=f"{told.revision}+{changes}") if changes else told
 
     def close(self) -> None:
         """Ends copies under way and leaves the cache. SGLang calls it when the backend is detached."""
@@ -105,10 +108,10 @@ class TierCacheHiCache(HiCacheStorage):  # type: ignore[misc]
         if self._pools.get(name) is pool:
             return
         self._pools[name] = pool
-        if name != PoolName.KV.value or not self._canonical_wanted:
+        if self._refusal or name != PoolName.KV.value or not self._canonical_wanted:
             return
         try:
-            found = canonical(pool, self._config, self._weights, self._salt)
+            found = canonical(pool, self._config, self._weights, self._salt, self._home)
             if isinstance(found, Canonical):
                 self._canonical[name] = (Pages(self._cache, found.layout, found.shard), list(found.planes))
                 return
@@ -309,6 +312,19 @@ def _server_args() -> Any:
         return runtime.get_server_args() if runtime is not None else None
     except (AttributeError, RuntimeError, ValueError):  # a version without, or not told yet
         return None
+
+
+def _model_path() -> str:
+    """The name or directory that this SGLang loads its model from; empty where nobody says. What it made of its
+    arguments comes first: a name may have become a directory (of another hub than Hugging Face's, say)."""
+    runtime = sys.modules.get("sglang.srt.runtime_context")
+    for told in ("get_model", "get_server_args"):
+        try:
+            path = getattr(runtime, told)().model_path
+        except (AttributeError, RuntimeError, ValueError):
+            continue
+        return str(path or "")
+    return ""
 
 
 def _changes(args: Any) -> str:

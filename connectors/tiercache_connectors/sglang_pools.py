@@ -45,10 +45,11 @@ class Canonical:
     planes: Sequence[Plane]
 
 
-def canonical(pool: Any, config: Any, weights: Weights, salt: str) -> Canonical | str:
+def canonical(pool: Any, config: Any, weights: Weights, salt: str, home: str) -> Canonical | str:
     """How the pool is stored in the canonical form, or why it cannot be.
 
-    `config` is SGLang's HiCacheStorageConfig. Nothing of the pool is assumed that it does not say itself.
+    `config` is SGLang's HiCacheStorageConfig, `home` the directory with the model's own (the former may name it as it
+    is served). Nothing of the pool is assumed that it does not say itself.
     """
     mla = type(pool).__name__ == "MLATokenToKVPoolHost"
     axes = (MLA_AXES if mla else MHA_AXES).get(pool.layout)
@@ -56,7 +57,7 @@ def canonical(pool: Any, config: Any, weights: Weights, salt: str) -> Canonical 
         return reason
     if axes is None:
         return f"its page layout is {pool.layout}"
-    said = _said(pool, config, weights, salt, mla)
+    said = _said(pool, config, weights, salt, home)
     if isinstance(said, str):
         return said
     first = pool.start_layer or 0
@@ -91,8 +92,9 @@ def _odd(pool: Any, config: Any, mla: bool) -> str:
     return ""
 
 
-def _said(pool: Any, config: Any, weights: Weights, salt: str, mla: bool) -> Layout | str:
+def _said(pool: Any, config: Any, weights: Weights, salt: str, home: str) -> Layout | str:
     """The layout of the whole model: from its configuration, else from the pool where that tells everything."""
+    mla = type(pool).__name__ == "MLATokenToKVPoolHost"
     order = "interleaved" if mla else "neox"
     dtype = str(pool.dtype).removeprefix("torch.")
     dims = (pool.kv_cache_dim, 0) if mla else (pool.head_dim, pool.head_dim)
@@ -100,7 +102,7 @@ def _said(pool: Any, config: Any, weights: Weights, salt: str, mla: bool) -> Lay
         from transformers import AutoConfig
 
         found = Layout.from_hf_config(
-            AutoConfig.from_pretrained(config.model_name, local_files_only=True).get_text_config(decoder=True),
+            AutoConfig.from_pretrained(home, local_files_only=True).get_text_config(decoder=True),
             dtype=dtype,
             model=weights.model,
             revision=weights.revision,

@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 
 LONG = ("longrope", "su")
 """By its names, the old one included."""
+NAMED = ("rope_type", "type")
+"""Where a table says its name. Tables of other things may have anything there, lists too."""
 
 
 def unsteady(model: str, revision: str, args: Any) -> str:
-    """Why KV of this model cannot be reused, or nothing. `args`: what SGLang was told; None outside of an engine."""
+    """Why KV of this model cannot be reused, or nothing. `model`: the name or directory that SGLang loads, empty where
+    that is not known. `args`: what else SGLang was told; None outside of an engine."""
+    if not model:
+        return "SGLang does not say which model it runs, and so not how it turns keys"
     facts = configuration(model, revision)
+    if facts is None:
+        return f"no config.json of {model} can be read here, which says how SGLang turns keys"
     try:
         overrides = json.loads(getattr(args, "json_model_override_args", None) or "{}")
     except ValueError:
         overrides = {}
-    ropes = [rope for rope in _tables([facts, overrides]) if {rope.get("rope_type"), rope.get("type")} & set(LONG)]
+    ropes = [rope for rope in _tables([facts, overrides]) if any(rope.get(key) in LONG for key in NAMED)]
     if not ropes:
         return ""
     first = [each.get("original_max_position_embeddings") for each in _tables([facts, overrides])]

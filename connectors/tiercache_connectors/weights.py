@@ -42,6 +42,8 @@ def identify(model: str, revision: str = "") -> Weights:
 
     Raises ConfigError where it cannot be found out without asking a hub: then the user has to say it.
     """
+    if not model:  # which as a path would be the working directory
+        raise ConfigError("nobody says which model it is: say model= and revision= of the weights")
     path = Path(model)
     if path.is_dir():
         return _snapshot(path) or Weights(f"weights:{digest(path)}")
@@ -57,16 +59,23 @@ def _snapshot(path: Path) -> Weights | None:
     return Weights(found["name"].replace("--", "/"), found["commit"]) if found else None
 
 
-def configuration(model: str, revision: str = "") -> dict[str, Any]:
-    """What a model's `config.json` says, by the name or directory that an engine was given; empty where it is not on
-    this machine, or says nothing."""
-    path = Path(model)
-    file = path / "config.json" if path.is_dir() else None if path.is_file() else _cached(model, revision)
+def configuration(model: str, revision: str = "") -> dict[str, Any] | None:
+    """What a model's `config.json` says, by the name or directory that an engine was given; None where it is not on
+    this machine, or is not what it should be."""
+    file = configuration_file(model, revision)
     try:
-        facts = json.loads(file.read_bytes()) if file is not None else {}
+        facts = json.loads(file.read_bytes()) if file is not None else None
     except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def configuration_file(model: str, revision: str = "") -> Path | None:
+    """Where a model's `config.json` would lie; None where that is nowhere here."""
+    if not model:  # which as a path would be the working directory
+        return None
+    path = Path(model)
+    return path / "config.json" if path.is_dir() else None if path.is_file() else _cached(model, revision)
 
 
 def _cached(name: str, revision: str) -> Path | None:

@@ -163,7 +163,28 @@ def config(tmp_path, **changes):
 
 
 @pytest.fixture
-def backend(tmp_path):
+def started(tmp_path, monkeypatch):
+    """Says to SGLang's own processes what it was started with, as its runtime does: by default a model with an empty
+    configuration. Answers the directory of that model."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    plain = {"json_model_override_args": "{}", "quantization": None, "load_format": "auto", "revision": None}
+
+    def start(path=None, **changes):
+        args = types.SimpleNamespace(
+            **plain | {"context_length": None, "model_path": str(model) if path is None else str(path)} | changes
+        )
+        runtime = types.SimpleNamespace(get_server_args=lambda: args)
+        monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", runtime)
+        return model
+
+    start()
+    return start
+
+
+@pytest.fixture
+def backend(tmp_path, started):
     """Makes backends as SGLang's factory does, over one cache."""
     made = []
 
@@ -395,19 +416,39 @@ def test_other_weights_never_meet(backend, change, interface):
     ],
     ids=json.dumps,
 )
-def test_what_sglang_makes_of_the_weights_makes_others(backend, monkeypatch, told):
+def test_what_sglang_makes_of_the_weights_makes_others(backend, started, told):
     """What it was told is known to its own processes alone: its storage's configuration does not say."""
     pool, keys = fill(MHATokenToKVPoolHost()), hashes(2)
-    plain = {"json_model_override_args": "{}", "quantization": None, "load_format": "auto", "revision": None}
+    assert all(backend(pool).batch_set_v1(keys, slots([0, 1])))
+    assert backend(pool).batch_exists(keys) == 2
+    started(**told)
+    assert backend(pool).batch_exists(keys) == 0
 
-    def of(args):
-        runtime = types.SimpleNamespace(get_server_args=lambda: types.SimpleNamespace(**args))
-        monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", runtime)
-        return backend(pool)
 
-    assert all(of(plain).batch_set_v1(keys, slots([0, 1])))
-    assert of(plain).batch_exists(keys) == 2
-    assert of(plain | told).batch_exists(keys) == 0
+def test_the_weights_are_those_that_were_loaded_whatever_they_are_served_as(backend, started, tmp_path):
+    """Another model lies where the name leads that this one is served by: they must not meet."""
+    other, keys = tmp_path / "other", hashes(2)
+    for model, byte in ((started(), b"1"), (other, b"2")):
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text("{}")
+        (model / "model.safetensors").write_bytes(byte)
+    told = {"model_name": str(other), "extra": {"model": None}}
+    assert all(backend(fill(MHATokenToKVPoolHost()), **told).batch_set_v1(keys, slots([0, 1])))
+    assert backend(fill(MHATokenToKVPoolHost()), **told).batch_exists(keys) == 2
+    started(other)
+    assert backend(fill(MHATokenToKVPoolHost()), **told).batch_exists(keys) == 0
+
+
+def test_the_layout_is_that_of_the_model_that_was_loaded(backend, started, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "other").mkdir()
+    facts = {"model_type": "llama", "hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "rope_theta": 5e5}
+    for model, layers in ((started(), LAYERS), (tmp_path / "other", 4 * LAYERS)):
+        (model / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": layers}))
+    one = backend(fill(MHATokenToKVPoolHost()), model_name=str(tmp_path / "other"))
+    layout = one._canonical["kv"][0]._alone.layout
+    assert layout.layers == LAYERS
+    assert "sglang" not in layout.rope  # it came from the configuration, not from the pool
 
 
 def test_other_dtypes_and_page_sizes_never_meet(backend):
@@ -469,7 +510,8 @@ def test_slots_that_do_not_fit_are_refused(backend):
     assert one.batch_set_v1([], slots([0])[:0]) == []
 
 
-def test_weights_that_cannot_be_identified_stop_the_start(tmp_path):
+def test_weights_that_cannot_be_identified_stop_the_start(tmp_path, started):
+    started()  # a model without files of weights
     with pytest.raises(ConfigError, match="model="):
         TierCacheHiCache(config(tmp_path, extra={"model": None}))
 

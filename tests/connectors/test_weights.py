@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tiercache.errors import ConfigError
-from tiercache_connectors.weights import Weights, identify
+from tiercache_connectors.weights import Weights, configuration, identify
 
 
 @pytest.fixture
@@ -88,6 +88,13 @@ def test_a_directory_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no weights"):
         identify(str(tmp_path))
+
+
+def test_no_name_is_not_the_working_directory(model, monkeypatch):
+    monkeypatch.chdir(model)
+    with pytest.raises(ConfigError, match="nobody says which model"):
+        identify("")
+    assert configuration("") is None
 
 
 def test_an_adapter_with_another_scaling_is_another_one(tmp_path):
