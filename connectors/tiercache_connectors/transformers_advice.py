@@ -68,6 +68,7 @@ class Advice:
         began: list[tuple[int, float]] = []
 
         def before(*_: Any) -> None:
+            _wait_for(model.device)  # what was queued before is no part of the pass
             began[:] = [(past.get_seq_length(), self._clock.monotonic())]
 
         def after(*_: Any) -> None:
@@ -89,8 +90,10 @@ class Advice:
 
 
 def _wait_for(device: Any) -> None:
-    """A device computes on after its kernels were queued; what comes next needs their result anyway."""
+    """An accelerator computes on after its kernels were queued. `generate` waits for each of its passes anyway, to know
+    whether it is through."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == device.type:
+        torch.accelerator.synchronize(device)

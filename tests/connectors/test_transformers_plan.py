@@ -84,6 +84,54 @@ def test_prefills_are_learnt_from_the_models_own_passes(by_hand):
     assert advice.patience_s(PROMPT, 1e9) == pytest.approx(PROMPT * DEAR_S)
 
 
+class Queueing(torch.nn.Module):
+    """A model on an accelerator: what it is given is queued, and takes its time only once somebody waits for it."""
+
+    def __init__(self, device: str, clock: HandClock) -> None:
+        super().__init__()
+        self.device, self._clock = torch.device(device), clock
+        self.queued_s, self.tokens = 0.0, 0
+
+    def forward(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.queued_s += tokens * DEAR_S
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def synchronize(self, device: object) -> None:
+        assert device == self.device
+        self._clock.now += self.queued_s
+        self.queued_s = 0.0
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_pass_on_an_accelerator_lasts_from_its_own_beginning_to_its_end(by_hand, monkeypatch, kind):
+    cache, clock = by_hand
+    with TransformersKV(cache, made(), name="the model") as reuse:
+        (layout,) = reuse.layouts
+    model, advice = Queueing(f"{kind}:0", clock), Advice(layout, clock)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "synchronize", model.synchronize)
+    for _ in range(WARM_UP + 2):
+        model.tokens = 0
+        model.queued_s = 100.0  # copies that load a prefix, say
+        with advice.watching(model, model):
+            model(PROMPT)
+    assert advice.patience_s(PROMPT, 1e9) == pytest.approx(PROMPT * DEAR_S)
+
+
+def test_a_model_beside_the_accelerator_is_not_waited_for(by_hand, monkeypatch):
+    cache, clock = by_hand
+    with TransformersKV(cache, made(), name="the model") as reuse:
+        (layout,) = reuse.layouts
+    model = Queueing("cpu", clock)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: pytest.fail("it computes on the CPU"))
+    with Advice(layout, clock).watching(model, model):
+        model(PROMPT)
+
+
 def test_models_of_which_not_every_block_is_loaded_have_no_plan(by_hand):
     cache, clock = by_hand
     for name in ("mistral_sliding", "gemma3_hybrid"):
