@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,6 +119,30 @@ def test_a_bucket_that_hangs_is_said_in_one_line_within_the_deadline(
     told = remote.line(facts, "s3://bucket/kv")
     assert told.startswith("s3://bucket/kv: cannot be reached (")
     assert "\n" not in told
+
+
+def test_a_bucket_whose_opening_hangs_is_said_in_one_line_within_the_deadline(
+    command: Command,  # noqa: F811
+    bucket: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Credentials from a service that is silent, say. Whoever opens cannot be interrupted."""
+    opening, ended = threading.Event(), threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        opening.set()
+        ended.wait(10)
+
+    monkeypatch.setattr("tiercache.remote.bucket.open_bucket", hang)
+    began_s = time.monotonic()
+    try:
+        facts = remote.look(load(), within_s=0.3)
+        assert time.monotonic() - began_s < 5
+    finally:
+        ended.set()
+    assert opening.is_set()
+    assert facts is not None
+    assert (facts["health"], facts["used_bytes"], facts["reason"]) == ("off", None, "no answer within 0.3 s")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from tiercache.errors import TierCacheError
 from tiercache.notation import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tiercache.settings import Settings
 
 LOOK_S = 5.0
@@ -35,11 +37,15 @@ async def _sizes(settings: Settings, within_s: float) -> list[int]:
     from tiercache.remote.catalog import PACKS
     from tiercache.remote.landing import Threads
 
+    def listed() -> Sequence[tuple[str, int]]:
+        options = parse_options(settings.remote_options)
+        # Opening may ask others already: for credentials, or a metadata service for its region.
+        return open_bucket(settings.remote_url, options, deadline_s=within_s).list(PACKS)
+
     threads = Threads(1)
     try:
         async with asyncio.timeout(within_s):
-            bucket = open_bucket(settings.remote_url, parse_options(settings.remote_options), deadline_s=within_s)
-            found = await threads.run(lambda: bucket.list(PACKS))
+            found = await threads.run(listed)
     finally:
         threads.close()
     return [size for _, size in found]
