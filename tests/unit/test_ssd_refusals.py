@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -61,6 +61,43 @@ def test_a_cache_there_lives_in_memory_and_says_why(
 def test_a_directory_of_a_group_is_let_in(theirs: Path) -> None:
     with tiercache.open(
         theirs, memory_bytes=16 * MIB, ssd_bytes=SSD_BYTES, share=False, share_group=True, disk_free_floor_bytes=0
+    ) as cache:
+        assert cache.core.durable
+
+
+@root_only
+def test_a_volume_that_a_group_of_ours_may_write_to_says_what_to_do(theirs: Path) -> None:
+    """As Kubernetes mounts one with fsGroup: it is somebody else's, and its group's processes write into it."""
+    os.chown(theirs, NOBODY, os.getegid())
+    theirs.chmod(0o2775)
+    place = theirs / "cache"
+    with pytest.raises(UnavailableError) as refused:
+        SsdTier(str(theirs), SSD_BYTES)
+    group = os.getegid()
+    assert f"(group {group} lets it make one here: directory={place}), or share it with a group" in str(refused.value)
+    assert "(share_group)" in str(refused.value)
+    assert tree(theirs) == {}
+    limits: dict[str, Any] = {"memory_bytes": 16 * MIB, "ssd_bytes": SSD_BYTES, "disk_free_floor_bytes": 0}
+    with tiercache.open(place, share=False, **limits) as cache:
+        assert cache.core.durable
+    with tiercache.open(theirs, share=False, share_group=True, **limits) as cache:
+        assert cache.core.durable
+
+
+@root_only
+@pytest.mark.parametrize(("mode", "gid"), [(0o755, 0), (0o775, NOBODY)])
+def test_nothing_is_said_of_a_group_that_does_not_let_us_in(theirs: Path, mode: int, gid: int) -> None:
+    os.chown(theirs, NOBODY, gid)
+    theirs.chmod(mode)
+    with pytest.raises(UnavailableError, match="use a directory of its own, or share it with a group"):
+        SsdTier(str(theirs), SSD_BYTES)
+
+
+def test_a_directory_of_ours_into_which_others_may_write_is_used(tmp_path: Path) -> None:
+    """What an empty volume of a container is: root's, 0777."""
+    tmp_path.chmod(0o777)
+    with tiercache.open(
+        tmp_path, memory_bytes=16 * MIB, ssd_bytes=SSD_BYTES, share=False, disk_free_floor_bytes=0
     ) as cache:
         assert cache.core.durable
 

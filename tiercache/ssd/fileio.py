@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from tiercache.clock import system_random
@@ -41,16 +42,21 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 def check_user(directory: str, *, group: bool) -> None:
     """Raises UnavailableError where the directory is another user's and not shared with a group: files of ours would
-    lock its user out, also when we are root, and what he writes there would be taken for what we stored."""
+    lock its user out, also when we are root. That is no guard against those who mean harm: a directory of ours into
+    which others may write is used (with a umask of 002, or as an empty volume of a container, it often is one)."""
     try:
-        owner = os.stat(directory).st_uid
+        facts = os.stat(directory)
     except OSError:
         return  # not there yet, or whoever uses it hears why
-    if owner != os.geteuid() and not group:
-        raise UnavailableError(
-            f"{directory} belongs to user {owner}, this process runs as {os.geteuid()}: use a directory of its own, or "
-            "share it with a group (share_group)"
-        )
+    owner, user = facts.st_uid, os.geteuid()
+    if owner == user or group:
+        return
+    told = f"{directory} belongs to user {owner}, this process runs as {user}: use a directory of its own"
+    if facts.st_mode & stat.S_IWGRP and facts.st_gid in (os.getegid(), *os.getgroups()):
+        # A volume of Kubernetes with fsGroup, say.
+        place = os.path.join(directory, "cache")
+        told += f" (group {facts.st_gid} lets it make one here: directory={place})"
+    raise UnavailableError(f"{told}, or share it with a group (share_group)")
 
 
 class FileIO:
