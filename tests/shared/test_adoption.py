@@ -361,6 +361,7 @@ def test_memory_knows_better_than_the_ssd(settings: Settings) -> None:
 def test_what_the_disk_may_have_in_an_older_state_stays_until_it_is_written_anew(settings: Settings) -> None:
     if not settings.ssd_bytes:
         pytest.skip("for a cache with an SSD")
+    settings = replace(settings, ssd_bytes=256 * MIB)  # room for all: the queue may or may not drop what is new below
     dead = Dead(settings, [(str(i), chr(97 + i), 2 * MIB, True) for i in range(8)])
 
     async def use(cache: Cache, adoption: Adoption) -> None:
