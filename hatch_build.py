@@ -19,6 +19,7 @@ FLAGS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-Wall", "-Wextra")
 FOLDER = "tiercache/native"
 SOURCES = ("kernel.c", "body.h")
 LIBRARY = "_kernel.so"
+COMPILE_S_MAX = 300
 
 
 class KernelHook(BuildHookInterface[Any]):
@@ -32,7 +33,7 @@ class KernelHook(BuildHookInterface[Any]):
             if version == "editable":
                 self._put(library)
                 return
-        except (OSError, subprocess.CalledProcessError) as fault:
+        except (OSError, subprocess.SubprocessError) as fault:
             why = getattr(fault, "stderr", "") or fault
             self.app.display_warning(f"tiercache is built without its native kernel, and will be slower: {why}")
             return
@@ -51,7 +52,7 @@ class KernelHook(BuildHookInterface[Any]):
         compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
         source = hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
         command = [*compiler, *FLAGS, f'-DSOURCE="{source}"', "-o", str(target), str(folder / SOURCES[0])]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S_MAX)
         return target
 
     def _put(self, library: Path) -> None:

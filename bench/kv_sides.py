@@ -21,8 +21,8 @@ import tiercache
 from bench.kv_shapes import ORDERS, SHAPES, Shape, array_shape
 from tiercache.kv import moving
 from tiercache.kv.layout import Attention, Layout
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Plane, Planes
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 

@@ -26,8 +26,8 @@ import numpy as np
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.kv.groups import Model
 from tiercache.kv.layout import Attention, Layout
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Plane, Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 from tiercache_connectors.transformers_advice import Advice

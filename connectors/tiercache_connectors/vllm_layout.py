@@ -19,9 +19,9 @@ import xxhash
 from tiercache.errors import ConfigError
 from tiercache.kv.groups import Model
 from tiercache.kv.layout import Attention, Layout
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Plane, Planes, paged
 from tiercache.kv.proof import prove
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache_connectors.weights import Weights, identify
 

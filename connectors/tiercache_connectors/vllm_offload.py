@@ -28,8 +28,8 @@ from vllm.v1.kv_offload.base import (
 )
 
 from tiercache.errors import TierCacheError
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.model import Outcome
 from tiercache_connectors.vllm_options import Options
 from tiercache_connectors.vllm_pages import Promises, engine_tag, identify_engine, keys_of, page_layout, rank_shard

@@ -17,8 +17,8 @@ from vllm.v1.kv_offload.base import LookupResult, Medium, RequestOffloadingConte
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from tiercache.errors import TierCacheError
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 from tiercache_connectors.vllm_offload import HOST_OPTIONS

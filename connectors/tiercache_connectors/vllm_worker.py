@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import TierCacheError
-from tiercache.kv.moving import Table
+from tiercache.kv.runs import Table
 from tiercache.model import Outcome
 from tiercache_connectors.vllm_layout import Group, Groups, Unusable, pages_as_planes, proven_planes, shard_of
 from tiercache_connectors.vllm_options import LoadMode

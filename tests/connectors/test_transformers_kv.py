@@ -309,10 +309,7 @@ def test_bytes_poisoned_after_their_digest_are_never_used(cache):
     with reusing(cache, model) as reuse:
         truth = reuse.generate(ids, **greedy(ids))
         assert reuse.flush()
-        (layout,) = reuse.layouts
-        keys = reuse._stores[0].keys(ids[0].tolist())
-        with cache.core.lease_blocks_resident(keys, layout.all_parts) as lease:
-            ctypes.memset(lease.buffer(5).address + layout.block_bytes // 2, 0x5A, 64)
+        poison(cache, reuse, ids, 5)
         before = corrupt(cache)
         assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
         assert reuse.reused.tokens == 5 * BLOCK
@@ -320,6 +317,14 @@ def test_bytes_poisoned_after_their_digest_are_never_used(cache):
         # What was computed anew is stored anew.
         assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
         assert reuse.reused.tokens == WHOLE
+
+
+def poison(cache, reuse, ids, block):
+    """Changes bytes of a stored block in memory, after its digest was taken."""
+    (layout,) = reuse.layouts
+    keys = reuse._stores[0].keys(ids[0].tolist())
+    with cache.core.lease_blocks_resident(keys, layout.all_parts) as lease:
+        ctypes.memset(lease.buffer(block).address + layout.block_bytes // 2, 0x5A, 64)
 
 
 def corrupt(cache):

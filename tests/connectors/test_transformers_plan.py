@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 
 import pytest
@@ -18,7 +17,7 @@ from tiercache.testing.faults import Fault, Script
 torch = pytest.importorskip("torch", reason="PyTorch is not in this environment: make test runs these in .venv-torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not in this environment")
 
-from tests.connectors.test_transformers_kv import BLOCK, PROMPT, WHOLE, greedy, made, prompt  # noqa: E402
+from tests.connectors.test_transformers_kv import BLOCK, PROMPT, WHOLE, greedy, made, poison, prompt  # noqa: E402
 from tiercache_connectors.transformers_advice import WARM_UP, Advice  # noqa: E402
 from tiercache_connectors.transformers_kv import TransformersKV  # noqa: E402
 
@@ -204,10 +203,7 @@ def test_what_lies_before_a_damaged_block_is_used(tmp_path):
         with TransformersKV(cache, model) as reuse:
             truth = reuse.generate(ids, **greedy(ids))
             assert reuse.flush()
-            (layout,) = reuse.layouts
-            keys = reuse._stores[0].keys(ids[0].tolist())
-        with cache.core.lease_blocks_resident(keys, layout.all_parts) as lease:
-            ctypes.memset(lease.buffer(5).address + layout.block_bytes // 2, 0x5A, 64)
+            poison(cache, reuse, ids, 5)
         with TransformersKV(cache, model) as reuse:
             assert torch.equal(reuse.generate(ids, **greedy(ids)), truth)
             assert reuse.reused.tokens == 5 * BLOCK

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiercache import native
 from tiercache.buffers import Buffer
 from tiercache.kv.layout import Attention, Layout
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Plane, Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 
 TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

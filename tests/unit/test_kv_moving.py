@@ -15,8 +15,9 @@ from tests.unit.kv_engine import KERNELS, ORDERS, Engine, empty_blocks, layouts,
 from tiercache.buffers import part_digests
 from tiercache.errors import ConfigError
 from tiercache.kv.layout import STATE, Layout
-from tiercache.kv.moving import Table, digests_of, gather, gather_digested, scatter, scatter_verified
+from tiercache.kv.moving import digests_of, gather, gather_digested, scatter, scatter_verified
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 
 SHAPES = [(1, 1), (2, 1), (4, 2), (8, 1), (16, 3), (1, 2)]

@@ -8,9 +8,9 @@ import pytest
 from tests.unit.kv_engine import ORDERS, Engine, table_for, values
 from tiercache.errors import ConfigError
 from tiercache.kv.layout import Layout
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
 from tiercache.kv.proof import prove
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 
 LAYOUT = Layout("m", heads=4, layers=3, k_dim=8, v_dim=8, dtype="bfloat16")

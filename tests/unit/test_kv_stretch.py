@@ -11,8 +11,8 @@ import tiercache
 from tests.kv_matrix.engine import Rank, layout_of
 from tiercache.errors import ConfigError
 from tiercache.kv.layout import Rule, Span
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 

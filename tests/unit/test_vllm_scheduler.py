@@ -13,8 +13,8 @@ import tiercache
 from tiercache.errors import ConfigError
 from tiercache.kv.groups import Model
 from tiercache.kv.layout import Layout
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.model import Outcome
 from tiercache_connectors.vllm_layout import Group, Groups, Unusable, layer_number

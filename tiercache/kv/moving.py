@@ -22,7 +22,6 @@ from tiercache.buffers import Buffer, digest_rows
 from tiercache.errors import ConfigError
 from tiercache.kv import fused
 from tiercache.kv.lanes import LANES
-from tiercache.kv.runs import Table as Table
 from tiercache.kv.runs import runs_of
 from tiercache.kv.tiles import WIDE_BYTES, plan
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.kv.planes import Planes
-    from tiercache.kv.runs import Runs
+    from tiercache.kv.runs import Runs, Table
     from tiercache.kv.tiles import Tile
 
     Parts = int | Sequence[int] | None

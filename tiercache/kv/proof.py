@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from tiercache.kv.moving import Table
     from tiercache.kv.planes import Planes
+    from tiercache.kv.runs import Table
 
     Stamp = npt.NDArray[np.uint8]
 

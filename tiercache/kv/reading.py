@@ -12,8 +12,8 @@ import numpy as np
 
 from tiercache.errors import ConfigError
 from tiercache.kv.loading import Loading
-from tiercache.kv.moving import Table
 from tiercache.kv.planes import Planes, paged
+from tiercache.kv.runs import Table
 from tiercache.kv.shard import Shard
 from tiercache.kv.stretch import Stretch
 from tiercache.model import Outcome

@@ -14,8 +14,8 @@ from tiercache.model import Outcome
 if TYPE_CHECKING:
     from collections.abc import Sequence as Many
 
-    from tiercache.kv.moving import Table
     from tiercache.kv.planes import Planes
+    from tiercache.kv.runs import Table
     from tiercache.kv.saving import Saving
     from tiercache.kv.store import KvStore
 

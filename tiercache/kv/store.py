@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
     from tiercache.core import Core
     from tiercache.kv.layout import Layout
-    from tiercache.kv.moving import Table
     from tiercache.kv.planes import Planes
+    from tiercache.kv.runs import Table
     from tiercache.model import Outcome
 
 CLOSE_S_MAX = 10.0

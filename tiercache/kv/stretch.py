@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from tiercache.kv.layout import Layout
-    from tiercache.kv.moving import Table
     from tiercache.kv.planes import Planes
+    from tiercache.kv.runs import Table
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -200,15 +200,13 @@ static void finish(void)
 
 /* ------------------------------------------------------------------------------------------- whole spans, by parts */
 
-/* Copies `bytes`, or only hashes them where `to` is NULL, and writes the digest of each part. Every part is longer than
- * 240 bytes. */
+/* Copies `bytes`, more than 240, or only hashes them where `to` is NULL; answers their digest. */
 static uint64_t copy_part(const uint8_t *from, uint8_t *to, int64_t bytes)
 {
     State state;
     begin(&state, bytes);
     int64_t whole = (bytes - 1) / STRIPE, rest = bytes - whole * STRIPE;
-    if (whole)
-        stripes(&state, from, to, whole, AHEAD, 1, 0);
+    stripes(&state, from, to, whole, AHEAD, 1, 0);
     /* The last stripe of the hash is the last 64 bytes, of which some were in the one before, too. Those are read twice:
      * whoever changes them meanwhile gets a digest that fits neither. */
     uint8_t last[2 * STRIPE];
@@ -363,21 +361,26 @@ static void move(const Program *program, State *state, const Unit *unit, uint8_t
     }
 }
 
-/* One unit of one block: rows that have a place in the engine are moved, of a scatter the others are only hashed. */
+/* Rows [first, stop) of a stored unit have no place in the engine: of a scatter they count in the digest all the same. */
+static void skip(const Program *program, State *state, const Unit *unit, uint8_t *stored, int64_t first, int64_t stop)
+{
+    if (first < stop && program->hashed && program->mode == SCATTER)
+        stripes(state, stored + first * unit->row_bytes, NULL, (stop - first) * unit->row_bytes / STRIPE, AHEAD, 1, 0);
+}
+
+/* One unit of one block: rows that have a place in the engine are moved, the others skipped. */
 static void move_unit(
     const Program *program, State *state, const Unit *unit, uint8_t *stored, const int64_t *run, int64_t runs)
 {
     int64_t done = 0, width = 2 + program->kinds;
     for (int64_t i = 0; i < runs && unit->engine; i++, run += width) {
         int64_t first = run[0], rows = run[1];
-        if (first > done && program->hashed && program->mode == SCATTER)
-            stripes(state, stored + done * unit->row_bytes, NULL, (first - done) * unit->row_bytes / STRIPE, AHEAD, 1, 0);
+        skip(program, state, unit, stored, done, first);
         uint8_t *engine = (uint8_t *)(unit->engine + run[2 + unit->kind]);
         move(program, state, unit, stored ? stored + first * unit->row_bytes : NULL, engine, rows);
         done = first + rows;
     }
-    if (done < program->rows && program->hashed && program->mode == SCATTER)
-        stripes(state, stored + done * unit->row_bytes, NULL, (program->rows - done) * unit->row_bytes / STRIPE, AHEAD, 1, 0);
+    skip(program, state, unit, stored, done, program->rows);
 }
 
 /* Blocks [0, blocks): `stored` are their addresses (of a DIGEST: none), the runs of block b are starts[b] to starts[b + 1],
