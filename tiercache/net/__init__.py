@@ -1,0 +1,42 @@
+"""Net: the transports between machines, behind the port of transport.py. One module or folder a transport, one line in
+TRANSPORTS."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tiercache.transport import Transport
+
+TRANSPORTS = {
+    "shm": "tiercache.net.shm",
+    "nixl": "tiercache.net.nixl",
+    "ucx": "tiercache.net.ucx",
+    "tcp": "tiercache.net.tcp",
+}
+"""Names, the most wanted first, and the modules that have them: each has `usable` and `open_transport`, as here."""
+
+
+class Usable(NamedTuple):
+    """Whether a transport can work on this machine, and in words why, or with what."""
+
+    usable: bool
+    why: str
+    rdma: bool = False
+    """Whether it would take an RDMA device of this machine."""
+
+
+def usable(name: str) -> Usable:
+    """Whether the transport of this name works here. Never raises; may take a moment."""
+    answer: Usable = importlib.import_module(TRANSPORTS[name]).usable()
+    return answer
+
+
+def open_transport(name: str, host: str, notified: Callable[[bytes], None]) -> Transport:
+    """A transport that peers reach at the interface with the address `host`; `notified` hears their notes, on the
+    running loop. Raises ConfigError or UnavailableError where it cannot work here."""
+    made: Transport = importlib.import_module(TRANSPORTS[name]).open_transport(host, notified)
+    return made

@@ -1,0 +1,1 @@
+"""Peer: other machines' caches as the next place to look, and to spill to."""
