@@ -1,12 +1,13 @@
 """Transport: moves bytes between the memories of two processes, mostly on two machines. The port of net/.
 
 Each end makes a Transport, exposes the memory that the other may reach, and says over a control channel of its own
-(peer/) where it can be found (`address`) and what it exposed (descriptors). Both ends connect to each other; a Link then
-reads and writes the other end's exposed memory in batches, one-sided: nobody is asked there, only its transport works.
+(peer/) where it can be found (`address`) and what it exposed (descriptors). Both ends connect to each other; a Link
+then reads and writes the other end's exposed memory in batches, one-sided: nobody is asked there, only its transport
+works.
 
 What arrives is checked by whoever asked for it, against digests that came another way: a transport moves bytes, it does
-not vouch for them. Whatever a peer says wrongly (addresses, descriptors, lengths) ends in ProtocolError or MISS, never in
-bytes outside of the pieces that were named here.
+not vouch for them. Whatever a peer says wrongly (addresses, descriptors, lengths) ends in ProtocolError or MISS, never
+in bytes outside of the pieces that were named here.
 """
 
 from __future__ import annotations
