@@ -214,7 +214,7 @@ class Core(Protocol):
     def probe_chain(self, digests: Sequence[bytes], parts: int, *, touch: bool = False) -> bytes:
         """One byte a block for the longest prefix of a chain whose blocks have all these parts (a map; those beyond a
         block do not count): 1 where memory has them, 2 where some are on the SSD alone, 3 where some are in the remote
-        tier alone. Pins and loads nothing; what it saw may be gone by the next call. `touch`: what is answered was
+        tier alone, 4 where a peer is believed to have them. Pins and loads nothing; what it saw may be gone by the next call. `touch`: what is answered was
         used, as by `touch_chain`."""
         ...
 

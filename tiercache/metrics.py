@@ -64,6 +64,7 @@ METRICS: tuple[Metric, ...] = (
             "Entries not copied down, for pressure or faults; they are misses later.",
         ),
         ("uploads_total", "entries", "Entries copied to object storage in the background."),
+        ("spills_total", "entries", "Entries that peers took before they were evicted here."),
         ("uploads_dropped_total", "entries", "Entries not copied there, for pressure, room or faults."),
         ("corruptions_total", "entries", "Key or digest mismatches found before a reader got the bytes.", "tier"),
         (

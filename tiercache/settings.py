@@ -41,8 +41,9 @@ SLOTS_MIN, SLOTS_MAX = 1 << 16, 1 << 21
 
 UNBOUNDED = float(1 << 62)
 PREFIX = "TIERCACHE_"
-NOT_SETTINGS = frozenset({"TIERCACHE_CONFIG", "TIERCACHE_DATA"})
-"""Environment names with our prefix that are no settings: where the file is, and where benchmarks find traces."""
+NOT_SETTINGS = frozenset({"TIERCACHE_CONFIG", "TIERCACHE_DATA", "TIERCACHE_UCX_LIB"})
+"""Environment names with our prefix that are no settings: where the file is, where benchmarks find traces, and which
+libucp this process loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,14 @@ class Settings:
     remote_lifetime_s: float = 0.0
     remote_rate_bytes_s: int = 64 * MIB
     remote_deadline_s: float = 2.0
+    peers: str = ""
+    peer_listen: str = ""
+    peer_token_file: str = ""
+    peer_transport: str = "auto"
+    peer_landing_bytes: int = 64 * MIB
+    peer_rate_bytes_s: int = 0
+    peer_deadline_s: float = 5.0
+    peer_spill: bool = True
     sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
     """Where each value came from, for `explain`; no setting itself."""
 
@@ -170,6 +179,14 @@ RULES: dict[str, Rule] = {
     "remote_lifetime_s": Rule(Kind.TIME, "What is uploaded lives so long at most; 0: until it is evicted."),
     "remote_rate_bytes_s": Rule(Kind.SIZE, "Bytes a second that uploads take on average; 0 is no limit."),
     "remote_deadline_s": Rule(Kind.TIME, "After this long a read from there counts as a miss.", low=0.01, high=600),
+    "peers": Rule(Kind.OPTION, "Caches of other machines, as host:port with commas between; empty: none."),
+    "peer_listen": Rule(Kind.OPTION, "Where other machines' caches find this one, as host:port; empty: nowhere."),
+    "peer_token_file": Rule(Kind.OPTION, "File with the secret that all peers share; needed beyond loopback."),
+    "peer_transport": Rule(Kind.TEXT, "What bytes take between peers: auto, or shm, nixl, ucx or tcp alone."),
+    "peer_landing_bytes": Rule(Kind.SHARE_OR_SIZE, "Bytes on their way from peers, at most.", MIB, whole="memory"),
+    "peer_rate_bytes_s": Rule(Kind.SIZE, "Bytes a second taken from peers on average; 0 is no limit."),
+    "peer_deadline_s": Rule(Kind.TIME, "A peer that is silent for so long is gone around.", low=0.1, high=600),
+    "peer_spill": Rule(Kind.FLAG, "Whether peers are offered what no tier here has room for, and take such offers."),
 }
 
 
@@ -247,6 +264,11 @@ class Machine:
     disk: Callable[[Path], Disk]
     home: Path
     cwd: Path
+
+
+def ucx_library() -> str:
+    """The libucp that was named explicitly (TIERCACHE_UCX_LIB), or nothing."""
+    return os.environ.get("TIERCACHE_UCX_LIB", "")
 
 
 def read_machine(root: Path = Path("/")) -> Machine:

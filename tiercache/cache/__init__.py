@@ -16,13 +16,13 @@ import numpy as np
 
 from tiercache.buffers import Buffer
 from tiercache.cache.blocks import Blocks
+from tiercache.cache.bringing import EVERY
 from tiercache.cache.chained import Chained
 from tiercache.cache.demotion import Demotion
 from tiercache.cache.filling import Filling
 from tiercache.cache.here import Here
 from tiercache.cache.pressure import Pressure
 from tiercache.cache.recovery import Recovery
-from tiercache.cache.remote import EVERY
 from tiercache.cache.serving import Serving
 from tiercache.cache.storing import Storing
 from tiercache.cache.survey import Survey
@@ -113,8 +113,8 @@ class Cache(Chained):
             self._recovery.begin(self._tasks)
             self._forever.append(self._tasks.start(self._demotion.run(), "write to SSD"))
         self._forever.append(self._tasks.start(self._pressure.run(), "evict from memory"))
-        if self.remote is not None:
-            self.remote.begin(self._tasks)
+        for each in self._outside:
+            each.begin(self._tasks)
 
     # -- any thread, memory only ---------------------------------------------------------------------------------------
 
@@ -294,8 +294,7 @@ class Cache(Chained):
         """A lease on whole entries, brought to memory from the SSD where needed; look at its `outcomes`."""
         tiers = self._open()
         await self._recovery.find(names)
-        if self.remote is not None:
-            await self.remote.bring([name.key for name in names], EVERY)
+        await self.blocks.bring([name.key for name in names], EVERY)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
         return await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None, "object")
@@ -304,8 +303,7 @@ class Cache(Chained):
         """A lease on the longest prefix of a chain that the local tiers have, in memory; `len(lease)` blocks."""
         tiers = self._open()
         await self._recovery.find([Name(digest) for digest in digests])
-        if self.remote is not None:
-            await self.remote.bring(digests, EVERY)
+        await self.blocks.bring(digests, EVERY)
         match = tiers.index.match_chain(digests, width=len(digests[0])) if len(digests) else tiers.index.match([])
         facts = tiers.index.facts(match.slots)
         lease = await self._lease(match, whole(facts.size, facts.part_bytes).tolist(), None, "object")
@@ -349,6 +347,8 @@ class Cache(Chained):
             cost_s=run.cost_s,
             expiry_s=run.expiry_s,
         )
+        if self.peering is not None:
+            load = self.peering.around(run, load)
         return await self._lease(reservation, parts, load, "page")
 
     async def _lease(self, pin: Match | Reservation, wanted: Sequence[int], load: Load | None, kind: str) -> Lease:
@@ -412,8 +412,8 @@ class Cache(Chained):
         for task in self._forever:
             task.cancel()
         self._recovery.stop()
-        if self.remote is not None:
-            await self.remote.close()
+        for each in self._outside:
+            await each.close()
         self.blocks.close()
         await self._tasks.close(CLOSE_PATIENCE_S)
         self.tiers.drain()
@@ -482,8 +482,8 @@ class Cache(Chained):
     def _dirtied(self, slots: npt.NDArray[np.int64]) -> None:
         """New bytes in memory: they wait for the SSD, and may have pushed memory over its mark."""
         self._demotion.mark(slots)
-        if self.remote is not None:
-            self.remote.mark(slots)
+        for each in self._outside:
+            each.mark(slots)
         self._nudge()
 
     def _nudge(self) -> None:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     Pieces = Sequence[tuple[int, int]]
 
-REMOTE = b"\3"
 ALL = (1 << 64) - 1
 STEP_BLOCKS = 32
 """Blocks that are joined, shown or given back in one go: no lock is held for longer than some 0.5 ms."""
@@ -50,8 +49,9 @@ WAITING_MAX = 1 << 16
 class Beyond(Protocol):
     """What has blocks that no local tier has."""
 
-    def probe(self, digests: Sequence[bytes], parts: int) -> int:
-        """How many of these blocks, from the first on, it has with all of these parts; any thread, without waiting."""
+    def probe(self, digests: Sequence[bytes]) -> bytes:
+        """One byte for each of these blocks, from the first on, as far as it has them with all of their parts: 3 for
+        the remote tier, 4 for a peer; any thread, without waiting."""
         ...
 
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
@@ -79,7 +79,7 @@ class Blocks:
     ) -> None:
         """`stored` hears of slots of which the SSD may lack parts; `flush` returns when all in memory is durable;
         `lease` brings parts of what was matched to memory."""
-        self.tiers, self.stored, self.flush, self._lease = tiers, stored, flush, lease
+        self.tiers, self.stored, self.flush, self.matched = tiers, stored, flush, lease
         self._recovery, self._storing, self._flights = recovery, storing, flights
         self.lock = threading.Lock()
         self._fills: dict[int, Fill] = {}  # slot -> what is being filled there
@@ -104,7 +104,7 @@ class Blocks:
             digests = [digests[at : at + width] for at in range(len(found) * width, len(digests), width)]
         else:
             digests = digests[len(found) :]
-        return found + REMOTE * self.beyond.probe(digests, parts) if digests else found
+        return found + self.beyond.probe(digests) if digests else found
 
     def resident(self, digests: Sequence[bytes], parts: int) -> Lease | None:
         """See Core.lease_blocks_resident."""
@@ -127,11 +127,16 @@ class Blocks:
         if self.beyond is not None:
             known = len(self.tiers.index.chains.probe(digests, parts, ssd=self.tiers.ssd_readable))
             if known < len(digests):
-                await self.beyond.bring(digests[known:], parts)
+                await self.bring(digests[known:], parts)
         match = self.tiers.index.chains.match(digests)
         facts = self.tiers.index.facts(match.slots)
         wanted = whole(facts.size, facts.part_bytes) & np.uint64(parts & (1 << 64) - 1)
-        return await self._lease(match, wanted.tolist(), None, "block")
+        return await self.matched(match, wanted.tolist(), None, "block")
+
+    async def bring(self, digests: Sequence[bytes], parts: int) -> None:
+        """Blocks, or lone entries, that only others have come here, as far as that can be done in time."""
+        if self.beyond is not None:
+            await self.beyond.bring(digests, parts)
 
     def taken(self, slot: int, location: int) -> int:
         """Parts of this slot, in this extent, that nobody but a ticket may write. Takes no lock."""

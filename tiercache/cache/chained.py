@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiercache.cache.elsewhere import Elsewhere
+from tiercache.cache.peering import Peering
 from tiercache.cache.remote import Remote
 from tiercache.errors import ClosedError
 from tiercache.model import Kind, Terms
@@ -12,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.cache.blocks import Blocks
-    from tiercache.cache.far import Far
+    from tiercache.cache.far import Far, Near
     from tiercache.cache.joint import BlockTicket
+    from tiercache.cache.pressure import Pressure
     from tiercache.cache.storing import Storing
     from tiercache.cache.tiers import Tiers
     from tiercache.lease import Lease
@@ -26,13 +29,33 @@ class Chained:
     blocks: Blocks
     remote: Remote | None = None
     """Object storage, if there is any."""
+    peering: Peering | None = None
+    """Caches of other machines, if there are any."""
     _storing: Storing
+    _pressure: Pressure
     _closed = False
 
     def reach(self, store: Far) -> None:
         """From now on blocks go to object storage too, and come from there; before `begin`."""
         self.tiers.far = store.status
-        self.remote = self.blocks.beyond = Remote(self.tiers, self.blocks, self._storing, store)
+        self.remote = self._elsewhere().remote = Remote(self.tiers, self.blocks, self._storing, store)
+
+    def meet(self, near: Near) -> None:
+        """From now on entries come from peers too, and peers may have those of this cache; before `begin`."""
+        self.peering = self._elsewhere().peers = Peering(
+            self.tiers, self.blocks, self._storing, near, lease=self.blocks.matched, relieve=self._pressure.make_room
+        )
+        self._pressure.spill = self.peering.spill
+
+    @property
+    def _outside(self) -> list[Peering | Remote]:
+        return [one for one in (self.peering, self.remote) if one is not None]
+
+    def _elsewhere(self) -> Elsewhere:
+        if self.blocks.beyond is None:
+            self.blocks.beyond = Elsewhere()
+        assert isinstance(self.blocks.beyond, Elsewhere)
+        return self.blocks.beyond
 
     def _open(self) -> Tiers:
         if self._closed:

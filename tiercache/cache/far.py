@@ -1,14 +1,18 @@
-"""Far: what a cache needs of object storage, and of the tickets by which it brings what lies there."""
+"""Far and Near: what a cache needs of object storage and of its peers, and of the tickets by which it brings what lies
+there."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
+    from typing import Any
 
     from tiercache.buffers import Buffer
-    from tiercache.model import Outcome, Payload
+    from tiercache.cache.bringing import Found
+    from tiercache.cache.peering import Loan, Peering
+    from tiercache.model import Name, Outcome, Payload
     from tiercache.tier import TierStatus
 
 
@@ -61,6 +65,39 @@ class Far(Store, Protocol):
 
     def status(self) -> TierStatus:
         """See RemoteBlocks."""
+        ...
+
+
+class Near(Protocol):
+    """The caches of other machines; peer/peers.py has it. On the cache's loop, but for `prefix`, `sees` and `stored`,
+    which any thread may call, and which never wait."""
+
+    def begin(self, host: Peering, start: Callable[[Coroutine[Any, Any, None], str], object]) -> None:
+        """See Peers."""
+        ...
+
+    def prefix(self, keys: Sequence[bytes]) -> int:
+        """See Peers."""
+        ...
+
+    def sees(self, names: Sequence[Name]) -> list[bool]:
+        """See Peers."""
+        ...
+
+    def stored(self, names: Sequence[Name]) -> None:
+        """See Peers."""
+        ...
+
+    async def ask(self, names: Sequence[Name], parts: Sequence[int]) -> Found:
+        """See Peers."""
+        ...
+
+    async def spill(self, loan: Loan) -> int:
+        """See Peers."""
+        ...
+
+    async def close(self) -> None:
+        """See Peers."""
         ...
 
 

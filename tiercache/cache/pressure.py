@@ -9,6 +9,11 @@ from tiercache.model import TierId
 from tiercache.placement import bytes_over, plan_pressure
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import numpy as np
+    import numpy.typing as npt
+
     from tiercache.cache.demotion import Demotion
     from tiercache.cache.tiers import Tiers
 
@@ -22,6 +27,8 @@ class Pressure:
     def __init__(self, tiers: Tiers, demotion: Demotion) -> None:
         self._tiers, self._demotion = tiers, demotion
         self._wake = asyncio.Event()
+        self.spill: Callable[[npt.NDArray[np.int64]], Awaitable[None]] | None = None
+        """Where what no lower tier here takes may go before it is evicted."""
 
     def wake(self) -> None:
         """Memory may have gone over its mark."""
@@ -37,13 +44,25 @@ class Pressure:
 
     async def relieve(self) -> None:
         """Evicts from above the high mark to the low mark; what the SSD lacks is copied there first."""
-        tiers, settings = self._tiers, self._tiers.settings
-        slots_max = tiers.index.slots_max
-        if tiers.index.used > slots_max * settings.high_mark:
-            tiers.make_slots(slots_max - int(slots_max * settings.low_mark))
-        status = tiers.memory.status()
-        over = bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark)
-        count = 1
+        settings = self._tiers.settings
+        slots_max = self._tiers.index.slots_max
+        if self._tiers.index.used > slots_max * settings.high_mark:
+            self._tiers.make_slots(slots_max - int(slots_max * settings.low_mark))
+        status = self._tiers.memory.status()
+        await self._evict(bytes_over(status.used_bytes, status.capacity_bytes, settings.high_mark, settings.low_mark))
+
+    async def make_room(self, wanted_bytes: int) -> bool:
+        """Evicts until so much is free below the high mark, as far as nothing is lost by that: whether it is."""
+        if not self._tiers.ssd_writable:
+            return False
+        status = self._tiers.memory.status()
+        mark = int(status.capacity_bytes * self._tiers.settings.high_mark)
+        await self._evict(status.used_bytes + wanted_bytes - mark)
+        return self._tiers.memory.status().used_bytes + wanted_bytes <= mark
+
+    async def _evict(self, over: int) -> None:
+        """Evicts about so many bytes; what the SSD lacks is copied there first, or spilled where there is no SSD."""
+        tiers, count = self._tiers, 1
         while over > 0:
             victims = tiers.index.victims(TierId.MEMORY, count)
             if not len(victims):
@@ -55,6 +74,8 @@ class Pressure:
                     await self._demotion.write(plan.demote)
                 except OSError as error:
                     self._demotion.fault(error)
+            elif self.spill is not None and not tiers.ssd_writable:
+                await self.spill(victims)
             freed = tiers.forget(victims)
             if not freed:
                 return

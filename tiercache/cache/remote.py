@@ -15,21 +15,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tiercache.cache.bringing import BATCH_SHARE, Bringing
 from tiercache.cache.tiers import whole
 from tiercache.errors import TierCacheError
-from tiercache.model import PARTS_MAX, Form, Kind, Name, Outcome, Payload, State, Terms, all_parts, part_bytes_for
-from tiercache.threads import in_thread
+from tiercache.model import Form, Kind, Name, Outcome, Payload, State
 from tiercache.tier import Health
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Sequence
     from typing import Any
 
     import numpy.typing as npt
 
-    from tiercache.buffers import Buffer
     from tiercache.cache.blocks import Blocks
-    from tiercache.cache.far import Far, Ticket
+    from tiercache.cache.far import Far
     from tiercache.cache.storing import Storing
     from tiercache.cache.tasks import Tasks
     from tiercache.cache.tiers import Tiers
@@ -38,15 +37,9 @@ log = logging.getLogger(__name__)
 
 LINGER_S = 2.0
 """What is new waits so long for more, so that packs are full; and is not held up longer by what keeps coming."""
-BATCH_SHARE = 8
-"""Of memory, what one pack may pin while it is copied."""
-BRING_SHARE = 2
-"""Of memory, what one call may bring."""
 FINISH_S, CLOSE_S = 10.0, 5.0
 """Closing waits so long for uploads, and so long for what the bucket is told at the end."""
 KINDS = (Kind.KV, Kind.TENSOR)
-EVERY = (1 << PARTS_MAX) - 1
-"""The map of all parts that an entry may have."""
 
 
 class Queued(NamedTuple):
@@ -64,17 +57,16 @@ class Remote:
 
     def __init__(self, tiers: Tiers, blocks: Blocks, storing: Storing, store: Far) -> None:
         self.store = store
-        self._tiers, self._blocks, self._storing = tiers, blocks, storing
+        self._tiers = tiers
         self._queue: dict[int, Queued] = {}
         self._bytes = 0
         self._lock = threading.Lock()  # for the two above
         self._batch_bytes = min(store.pack_bytes, tiers.settings.memory_bytes // BATCH_SHARE)
-        self._bring_bytes = tiers.settings.memory_bytes // BRING_SHARE
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = asyncio.Event()
-        self._coming: dict[bytes, asyncio.Future[None]] = {}
+        self._bringing = Bringing(tiers, blocks, storing, "remote")
 
     def begin(self, tasks: Tasks) -> None:
         """Starts uploading, and keeping up with the bucket."""
@@ -302,8 +294,8 @@ class Remote:
 
     # -- loads ---------------------------------------------------------------------------------------------------------
 
-    def probe(self, digests: Sequence[bytes], parts: int) -> int:
-        """See blocks.Beyond: what is in the bucket is there with all of its parts."""
+    def probe(self, digests: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, are in the bucket, with all of their parts; any thread."""
         count = self.store.prefix(digests)
         if count < len(digests) and self._loop is not None:
             try:
@@ -317,99 +309,26 @@ class Remote:
         self.store.hide([name.key for name in names])
 
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
-        """See blocks.Beyond. Lone entries are brought as well, by their keys."""
-        if not parts or self._all_local(digests, parts):
-            return
-        try:
-            await self.store.known()
-            for _ in range(2):  # what others are loading is waited for, and what they did not get is loaded
-                coming = [self._coming[one] for one in digests if one in self._coming]
-                if not coming:
-                    break
-                await asyncio.wait(coming)
-            await self._bring(digests, parts)
-        except (TierCacheError, OSError) as error:
-            self._tiers.metrics.add("tiercache_tier_errors_total", 1, tier="remote", operation="load")
-            log.debug("what the bucket has was not loaded: %s", error)
+        """Puts what the bucket has of these blocks, or lone entries, into memory, as far as that can be done in time.
+        Never raises."""
+        await self._bringing.bring(digests, parts, self._found)
 
-    async def _bring(self, digests: Sequence[bytes], parts: int) -> None:
+    async def _found(self, digests: Sequence[bytes]) -> InBucket:
+        await self.store.known()
         found = self.store.find(digests)
         if None in found:
             self.store.missed()
-        local = self._local(digests, parts)
-        wanted = [one for one, here in zip(found, local, strict=True) if one is not None and not here]
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        mine = [one.name.key for one in wanted if one.name.key not in self._coming]
-        self._coming |= dict.fromkeys(mine, future)
-        try:
-            room = self._bring_bytes
-            for run in _runs(wanted, self._batch_bytes):
-                room -= sum(one.size for one in run)
-                if room < 0 or not await self._load(run, parts):
-                    break
-        finally:
-            for one in mine:
-                del self._coming[one]
-            future.set_result(None)
+        return InBucket([one for one in found if one is not None], self.store)
 
-    def _all_local(self, digests: Sequence[bytes], parts: int) -> bool:
-        tiers = self._tiers
-        if len({len(one) for one in digests}) == 1:  # perhaps a chain, of which this is the faster way to know
-            there = tiers.index.chains.probe(digests, parts, ssd=tiers.ssd_readable)
-            if len(there) == len(digests):
-                return True
-        return all(self._local(digests, parts))
 
-    def _local(self, digests: Sequence[bytes], parts: int) -> list[bool]:
-        """Which of these the local tiers have with these parts."""
-        tiers = self._tiers
-        match = tiers.index.match([Name(one) for one in digests])
-        try:
-            facts = tiers.index.facts(match.slots)
-        finally:
-            tiers.release(match)
-        wanted = whole(facts.size, facts.part_bytes) & np.uint64(parts & (1 << 64) - 1)
-        there = facts.memory_parts | (facts.ssd_parts if tiers.ssd_readable else np.uint64(0))
-        found: list[bool] = ((match.slots >= 0) & ((there & wanted) == wanted)).tolist()
-        return found
+class InBucket:
+    """What a bucket has of what was asked for; see bringing.Found."""
 
-    async def _load(self, run: Sequence[Payload], parts: int) -> bool:
-        """Blocks of one chain and shape in order, or one lone entry. False where there is no use in going on."""
-        first = run[0]
-        terms = Terms(first.kind, first.scope, max(one.cost_s for one in run), first.expiry_s)
-        wanted = parts & all_parts(first.size, first.part_bytes)
-        if first.form is Form.BLOCK:
-            digests = [one.name.key for one in run]
-            joined = self._blocks.join(digests, first.size, first.part_bytes, wanted, (), terms, parent=first.parent)
-            claims = {i: claim for i, claim in enumerate(joined.claims) if claim}
-            return await self._fill(joined, run, claims, joined.buffers)
-        if first.part_bytes != part_bytes_for(first.size):
-            return True
-        lone = self._storing.reserve([Name(first.name.key)], [first.size], terms)
-        claims = {0: wanted} if lone.locations[0] >= 0 else {}
-        return await self._fill(lone, run, claims, lambda _: self._tiers.memory.buffers(lone.locations)[0])
+    def __init__(self, payloads: list[Payload], store: Far) -> None:
+        self.payloads, self.read = payloads, store.read
 
-    async def _fill(
-        self, ticket: Ticket, run: Sequence[Payload], claims: dict[int, int], buffer: Callable[[int], Buffer]
-    ) -> bool:
-        """Reads what was claimed into its extents, and shows what is right."""
-        tiers = self._tiers
-        began_s = tiers.clock.monotonic()
-        try:
-            asked = [_with_parts(run[i], claim) for i, claim in claims.items()]
-            answers = await self.store.read(asked, [buffer(i) for i in claims]) if asked else []
-            landed = [
-                (i, claim, digests)
-                for (i, claim), (outcome, digests) in zip(claims.items(), answers, strict=True)
-                if outcome is Outcome.HIT
-            ]
-            if landed:  # which hashes once more, for what arrived now lies in memory that others may write to
-                await in_thread(ticket.commit, landed)
-        finally:
-            ticket.end()
-        tiers.metrics.observe("tiercache_read_seconds", tiers.clock.monotonic() - began_s, tier="remote")
-        tiers.metrics.add("tiercache_hits_total", len(landed), tier="remote", kind="block")
-        return len(landed) == len(claims)
+    def end(self) -> None:
+        """Nothing was held there."""
 
 
 def _parents_first(payloads: Sequence[Payload]) -> list[int]:
@@ -426,32 +345,3 @@ def _parents_first(payloads: Sequence[Payload]) -> list[int]:
             at = places.get(payloads[at].parent)
         order += reversed(path)
     return order
-
-
-def _with_parts(one: Payload, parts: int) -> Payload:
-    return Payload(
-        one.name, one.size, one.part_bytes, parts, b"", one.kind, one.parent,
-        one.scope, one.cost_s, one.expiry_s, one.tick, one.form,
-    )  # fmt: skip
-
-
-def _runs(found: Sequence[Payload], bytes_max: int) -> Iterator[list[Payload]]:
-    """Blocks that follow each other in one chain, of one shape and with the same terms, up to so many bytes together;
-    lone entries each alone."""
-    run: list[Payload] = []
-    for one in found:
-        last = run[-1] if run else None
-        if (
-            last is None
-            or one.form is not Form.BLOCK
-            or one.parent != last.name.key
-            or (one.size, one.part_bytes, one.kind, one.scope, one.expiry_s)
-            != (last.size, last.part_bytes, last.kind, last.scope, last.expiry_s)
-            or sum(each.size for each in run) + one.size > bytes_max
-        ):
-            if run:
-                yield run
-            run = []
-        run.append(one)
-    if run:
-        yield run

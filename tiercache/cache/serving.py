@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.buffers import verify_parts
-from tiercache.cache.remote import EVERY
+from tiercache.cache.bringing import EVERY
 from tiercache.cache.tiers import Mapped, whole
 from tiercache.lease import Lease
 from tiercache.model import Form, Name, Outcome, TierId
@@ -85,8 +85,8 @@ class Serving:
         held, unless all of it is local."""
         tiers = self._tiers
         await self._recovery.find(names)
-        if parts is None and not together and self._blocks.beyond is not None:
-            await self._blocks.beyond.bring([name.key for name in names], EVERY)
+        if parts is None and not together:
+            await self._blocks.bring([name.key for name in names], EVERY)
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
         wanted = _wanted(facts, parts)

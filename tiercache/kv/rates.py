@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MEMORY, SSD, REMOTE = 1, 2, 3
+MEMORY, SSD, REMOTE, PEER = 1, 2, 3, 4
 """Tiers as `Core.probe_chain` and `KvStore.match` name them."""
 
 SAMPLES = 16
@@ -121,8 +121,10 @@ PRIORS: Mapping[int, Rate] = {
     MEMORY: Rate(4e9, 50e-6),
     SSD: Rate(500e6, 1e-3),
     REMOTE: Rate(50e6, 50e-3),
+    PEER: Rate(1e9, 2e-3),
 }
-"""What is believed before the first transfer: a slow machine, an old SSD, an object store across a network."""
+"""What is believed before the first transfer: a slow machine, an old SSD, an object store, and a peer, across a
+network."""
 
 
 @dataclass(slots=True)

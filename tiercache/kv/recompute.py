@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.kv.rates import FADE, MEMORY, REMOTE, SECONDS_MIN, SLOW_IN_A_ROW, SSD, Doubt, Rates
+from tiercache.kv.rates import FADE, MEMORY, PEER, REMOTE, SECONDS_MIN, SLOW_IN_A_ROW, SSD, Doubt, Rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     F64 = npt.NDArray[np.float64]
 
-TIERS = (MEMORY, SSD, REMOTE)
+TIERS = (MEMORY, SSD, REMOTE, PEER)
 MARGIN = 1.05
 """A load must save so many times what may have to be expected of its duration."""
 PATIENCE = 8
@@ -250,7 +250,7 @@ def plan_load(
         allowance_s: what may be lost on a probe of a tier (Purse.allowance); none without it.
 
     A load is taken to be one transfer a tier, one after the other. While nothing is known of the prefill, all of it is
-    loaded that is on this host: there is nothing to compare with.
+    loaded that is on this host or with a peer: there is nothing to compare with.
     """
     first = computed_tokens // block_tokens
     tier_of = np.frombuffer(tiers, np.uint8)[first:]
@@ -260,7 +260,7 @@ def plan_load(
     load, load_max = _load_seconds(tier_of, rates, block_bytes)
     without_s = prefill.seconds(computed_tokens, max(1, total_tokens - computed_tokens))
     if not prefill.known:
-        count = _leading(tier_of < REMOTE)
+        count = _leading((tier_of < REMOTE) | (tier_of == PEER))
         refused = int(tier_of[count]) if count < len(tier_of) else 0
         return Plan(
             first,

@@ -117,7 +117,7 @@ class KvStore:
             tiers = b""
         metrics = self.core.metrics
         counts = [("tiercache_kv_missed_blocks_total", len(keys) - len(tiers), "", "")]
-        for code, name in enumerate(("memory", "ssd", "remote"), start=1):
+        for code, name in enumerate(("memory", "ssd", "remote", "peer"), start=1):
             if count := tiers.count(code):
                 counts.append(("tiercache_kv_matched_blocks_total", count, name, ""))
         metrics.add_all(counts)

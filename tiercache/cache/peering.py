@@ -1,0 +1,251 @@
+"""Peering: what a cache does with the caches of other machines: looks there before object storage and origins, lends
+what they ask for, takes what they offer, and offers what would be lost here.
+
+What a peer lends stays pinned there until it is told that the bytes have come, and what is lent here likewise: see
+peer/. Nothing is believed before its digests were compared with what arrived.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tiercache.cache.bringing import EVERY, Bringing, with_parts
+from tiercache.cache.tiers import whole
+from tiercache.errors import TierCacheError
+from tiercache.lease import Lease, extent_bytes
+from tiercache.model import Form, Kind, Name, Outcome, Payload, State, TierId
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    import numpy.typing as npt
+
+    from tiercache.cache.blocks import Blocks
+    from tiercache.cache.bringing import Found
+    from tiercache.cache.far import Near
+    from tiercache.cache.storing import Storing
+    from tiercache.cache.tasks import Tasks
+    from tiercache.cache.tiers import Tiers
+    from tiercache.index import Match
+    from tiercache.lease import Gap, Landed, Load, PageRun
+
+log = logging.getLogger(__name__)
+
+NAMES_AT_ONCE = 4096
+"""Names that are looked up in the index in one go."""
+
+
+class Loan(NamedTuple):
+    """What a peer asked for, pinned: item i belongs to name i; None where it is not there, with why."""
+
+    lease: Lease
+    payloads: list[Payload | None]
+
+
+class Peering:
+    """See the module. `probe` and `mark` may be called in any thread, all else on the cache's loop."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        blocks: Blocks,
+        storing: Storing,
+        near: Near,
+        *,
+        lease: Callable[[Match, list[int], None, str], Awaitable[Lease]],
+        relieve: Callable[[int], Awaitable[bool]],
+    ) -> None:
+        """`lease` brings parts of what was matched to memory; `relieve` makes room without losing anything."""
+        self._tiers, self._near, self._lease, self._relieve = tiers, near, lease, relieve
+        self._bringing = Bringing(tiers, blocks, storing, "peer")
+
+    def begin(self, tasks: Tasks) -> None:
+        """Looks for peers, and lets them in."""
+        self._near.begin(self, lambda work, name: tasks.start(work, name))
+
+    async def close(self) -> None:
+        """Peers are told, and what they had of this cache is theirs no more."""
+        await self._near.close()
+
+    # -- what peers have -----------------------------------------------------------------------------------------------
+
+    def probe(self, digests: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, some peer is believed to have."""
+        return self._near.prefix(digests)
+
+    async def bring(self, digests: Sequence[bytes], parts: int) -> None:
+        """Puts what peers have of these blocks, or lone entries, into memory, as far as that can be done in time. Never
+        raises."""
+        names = [Name(one) for one in digests]
+        if any(self._near.sees(names)):
+            await self._bringing.bring(
+                digests, parts, lambda some: self._near.ask([Name(one) for one in some], [parts] * len(some))
+            )
+
+    def around(self, run: PageRun, load: Load) -> Load:
+        """A load that takes from peers what they have of a file's pages, and leaves the rest to `load`."""
+
+        async def first(gaps: Sequence[Gap], landed: Landed) -> None:
+            seen = self._near.sees([Name(run.key, gap.ordinal) for gap in gaps])
+            rest = list(range(len(gaps)))
+            if any(seen):
+                there = [i for i, one in enumerate(seen) if one]
+                came = await self._pages(run, [gaps[i] for i in there])
+                rest = [i for i in rest if i not in {there[at] for at in came}]
+                if came:
+                    landed([there[at] for at in came], list(came.values()))
+            if rest:
+                await load([gaps[i] for i in rest], _Shifted(landed, rest))
+
+        return first
+
+    async def _pages(self, run: PageRun, gaps: Sequence[Gap]) -> dict[int, bytes]:
+        """Fills gaps from peers: which of them, with the digests of what lies there now."""
+        came: dict[int, bytes] = {}
+        began_s = self._tiers.clock.monotonic()
+        places = {gap.ordinal: i for i, gap in enumerate(gaps)}
+        try:
+            found = await self._near.ask([Name(run.key, gap.ordinal) for gap in gaps], [gap.parts for gap in gaps])
+            try:
+                wanted: list[tuple[int, Payload]] = []
+                for one in found.payloads:
+                    i = places[one.name.ordinal]
+                    same = (one.size, one.part_bytes) == (run.page_size(one.name.ordinal), run.part_bytes)
+                    if same and not gaps[i].parts & ~one.parts:
+                        wanted.append((i, with_parts(one, gaps[i].parts)))
+                answers = await found.read([one for _, one in wanted], [gaps[i].target for i, _ in wanted])
+            finally:
+                found.end()
+        except (TierCacheError, OSError) as error:
+            writing = getattr(error, "writing", None)
+            if writing is not None and not writing.done():
+                raise  # something may still be written to the gaps: nobody else may fill them now
+            log.debug("pages were not loaded from peers: %s", error)
+            self._tiers.metrics.add("tiercache_tier_errors_total", 1, tier="peer", operation="load")
+            return came
+        for (i, _), (outcome, digests) in zip(wanted, answers, strict=True):
+            if outcome is Outcome.HIT:
+                came[i] = digests
+        self._tiers.metrics.observe("tiercache_read_seconds", self._tiers.clock.monotonic() - began_s, tier="peer")
+        self._tiers.metrics.add("tiercache_hits_total", len(came), tier="peer", kind="page")
+        return came
+
+    # -- what peers may have -------------------------------------------------------------------------------------------
+
+    def mark(self, slots: npt.NDArray[np.int64]) -> None:
+        """These slots have got parts: what is of use to peers is announced to them."""
+        if len(slots):
+            self._near.stored(self._useful(slots))
+
+    def _useful(self, slots: npt.NDArray[np.int64]) -> list[Name]:
+        """Names of what of these slots is readable: pages with any parts, all else as a whole."""
+        index = self._tiers.index
+        facts = index.facts(slots)
+        there = facts.memory_parts | facts.ssd_parts
+        fit = (facts.state >= State.RESIDENT) & (there != 0)
+        fit &= (facts.kind == Kind.PAGE) | (there == whole(facts.size, facts.part_bytes))
+        some = slots[fit]
+        forms = index.forms(some).tolist()
+        return [
+            Name(name.key) if form == Form.BLOCK else name for name, form in zip(index.names(some), forms, strict=True)
+        ]
+
+    def contents(self, after: int) -> tuple[list[Name], int]:
+        """Names of what the slots from `after` on hold, as far as one step goes, and where the next one begins; 0 at
+        the end."""
+        index = self._tiers.index
+        residents = np.union1d(index.residents(TierId.MEMORY), index.residents(TierId.SSD))
+        at = int(np.searchsorted(residents, after))
+        some = residents[at : at + NAMES_AT_ONCE]
+        pin = index.hold(some.tolist(), readable=True)
+        try:
+            names = self._useful(pin.slots)
+        finally:
+            self._tiers.release(pin)
+        return names, int(some[-1]) + 1 if at + len(some) < len(residents) else 0
+
+    async def lend(self, names: Sequence[Name], parts: Sequence[int]) -> Loan:
+        """Pins what the local tiers have of these, in memory, as far as these parts (a map each) go. An entry that has
+        some of them is lent with those."""
+        tiers = self._tiers
+        match = tiers.index.match(names)
+        facts = tiers.index.facts(match.slots)
+        there = facts.memory_parts | (facts.ssd_parts if tiers.ssd_readable else np.uint64(0))
+        wanted = np.array([one & EVERY for one in parts], np.uint64) & there
+        wanted[tiers.expired(facts.expiry_s)] = 0
+        lease = await self._lease(match, wanted.tolist(), None, "")
+        payloads: list[Payload | None] = [None] * len(names)
+        hits = [i for i, one in enumerate(lease.outcomes) if one is Outcome.HIT and wanted[i]]
+        try:
+            described = self.payloads(match.slots[hits])
+            for i, one in zip(hits, described, strict=True):
+                payloads[i] = with_parts(one, int(wanted[i]))
+        except BaseException:
+            lease.release()
+            raise
+        return Loan(lease, payloads)
+
+    def payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
+        """All that is known of entries in memory, digests included. The caller has pinned them."""
+        index = self._tiers.index
+        facts = index.facts(slots)
+        rows = zip(
+            index.names(slots), self._tiers.memory.payloads(facts.memory_location.tolist()), index.parents(slots),
+            facts.kind.tolist(), facts.scope.tolist(), facts.cost_s.tolist(), facts.expiry_s.tolist(),
+            index.forms(slots).tolist(), strict=True,
+        )  # fmt: skip
+        return [
+            Payload(
+                name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
+                scope, cost_s, expiry_s, 0, Form(form),
+            )
+            for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
+        ]  # fmt: skip
+
+    async def take(self, found: Found, *, evict: bool) -> int:
+        """Brings what a peer offers: how many of its entries are here now. With `evict` room is made, without losing
+        what is here alone; else only what is free is used."""
+        wanted = [one for one in found.payloads if one.form is not Form.PAGE]
+        lacking = self._bringing.local([one.name.key for one in wanted], EVERY)
+        need = sum(extent_bytes(one.size) for one, here in zip(wanted, lacking, strict=True) if not here)
+        if need > self.room_bytes and not (evict and await self._relieve(need)):
+            return 0
+        await self._bringing.take(found)
+        return self._bringing.local([one.name.key for one in wanted], EVERY).count(True)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes of memory below its high mark: what can be taken without evicting anything."""
+        status = self._tiers.memory.status()
+        return max(0, int(status.capacity_bytes * self._tiers.settings.high_mark) - status.used_bytes)
+
+    async def spill(self, slots: npt.NDArray[np.int64]) -> None:
+        """These are about to be evicted, and nobody else here has them: peers with free memory may have them."""
+        facts = self._tiers.index.facts(slots)
+        alone = (facts.memory_location >= 0) & (facts.kind != Kind.PAGE)
+        alone &= (facts.memory_parts & ~facts.ssd_parts) != 0
+        alone &= facts.memory_parts == whole(facts.size, facts.part_bytes)
+        if not alone.any():
+            return
+        pin = self._tiers.index.hold(slots[alone].tolist(), readable=True)
+        payloads = self.payloads(pin.slots)
+        locations = self._tiers.index.facts(pin.slots).memory_location.tolist()
+        lease = Lease([Outcome.HIT] * len(payloads), locations, self._tiers.memory, self._tiers.end_of(pin))
+        try:
+            spilled = await self._near.spill(Loan(lease, list(payloads)))
+        finally:
+            lease.release()
+        self._tiers.metrics.add("tiercache_spills_total", spilled)
+
+
+class _Shifted:
+    """Hears of gaps of a shorter list."""
+
+    def __init__(self, landed: Landed, places: Sequence[int]) -> None:
+        self._landed, self._places = landed, places
+
+    def __call__(self, indexes: Sequence[int], digests: Sequence[bytes] | None = None, /) -> None:
+        self._landed([self._places[i] for i in indexes], digests)
