@@ -1,0 +1,1 @@
+"""Transports: another process to talk to, and memory that both know."""
