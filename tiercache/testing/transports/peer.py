@@ -70,7 +70,7 @@ class Told:
         memory = self.regions[descriptor].array
         return xxhash.xxh3_64_hexdigest(memory[offset : len(memory) if length < 0 else offset + length].data)
 
-    async def read(self, descriptor: str, offset: int, length: int, times: int = 1, deadline_s: float = 30.0,
+    async def read(self, descriptor: str, offset: int, length: int, *, times: int = 1, deadline_s: float = 30.0,
                    link: int = 0) -> list[str]:  # fmt: skip
         """Reads from the other end, so often, and answers the digest of what came, or the name of the outcome."""
         target = bytearray(length)
@@ -81,11 +81,11 @@ class Told:
             answers.append(xxhash.xxh3_64_hexdigest(target) if not outcome else outcome.name)
         return answers
 
-    async def write(self, descriptor: str, offset: int, length: int, seed: int = 0, times: int = 1,
+    async def write(self, descriptor: str, offset: int, length: int, *, seed: int = 0, times: int = 1,
                     deadline_s: float = 30.0, link: int = 0) -> list[str]:  # fmt: skip
         """Writes bytes [offset, offset + length) of the pattern of this seed there, so often; names of outcomes."""
         source = pattern(seed, offset, length)
-        move = Move(self._attach(descriptor, link), offset, [Buffer.of(source)])
+        move = Move(self._attach(descriptor, link), offset, [Buffer.of(source.data)])
         return [(await self.links[link].write([move], deadline_s))[0].name for _ in range(times)]
 
     def _attach(self, descriptor: str, link: int) -> int:
