@@ -10,9 +10,22 @@ class TestMyTransport(TransportTests):            # and TransportProcessTests, w
 
 from __future__ import annotations
 
+from tiercache.testing.transports.deaths import TransportProcessTests, meet
 from tiercache.testing.transports.pair import GUARD, Ear, Guarded, Pair
 from tiercache.testing.transports.pattern import MIB, Exposure, pattern
 from tiercache.testing.transports.plain import TransportTests
 from tiercache.testing.transports.process import PeerProcess
 
-__all__ = ["GUARD", "MIB", "Ear", "Exposure", "Guarded", "Pair", "PeerProcess", "TransportTests", "pattern"]
+__all__ = [
+    "GUARD",
+    "MIB",
+    "Ear",
+    "Exposure",
+    "Guarded",
+    "Pair",
+    "PeerProcess",
+    "TransportProcessTests",
+    "TransportTests",
+    "meet",
+    "pattern",
+]
