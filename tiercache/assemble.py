@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tiercache.core import Core
     from tiercache.origin import Origin
     from tiercache.pages.reader import PageReader
+    from tiercache.peer.members import Member
+    from tiercache.peer.peers import Peers
     from tiercache.remote.blocks import RemoteBlocks
     from tiercache.tier import Tier
     from tiercache.wire.client import SharedCache
@@ -58,12 +60,15 @@ def build(
 
     _check(settings)
     remote = _open_remote(settings, clock, metrics) if settings.remote_url else None  # before anything is held
+    peers = _open_peers(settings, clock, metrics) if settings.peers or settings.peer_listen else None
     ssd = _open_ssd(settings, clock, ssd_again) if settings.ssd_bytes else None
     policies = [POLICIES[settings.policy]() for _ in range(2 if ssd is not None else 1)]
     memory = MemoryTier(settings.memory_bytes, arena_id=arena_id)
     cache = Cache(Index(settings.slots_max, policies), memory, ssd, settings=settings, clock=clock, metrics=metrics)
     if remote is not None:
         cache.reach(remote)
+    if peers is not None:
+        cache.meet(peers)
     return cache
 
 
@@ -77,6 +82,54 @@ def _check(settings: Settings) -> None:
         from tiercache.remote.bucket import open_bucket, parse_options
 
         open_bucket(settings.remote_url, parse_options(settings.remote_options))
+    if settings.peers or settings.peer_listen:
+        _peer_places(settings)
+
+
+def _peer_places(settings: Settings) -> tuple[list[Member], Member | None, bytes]:
+    """Peers, where to listen for them, and the secret. Raises ConfigError for what cannot be."""
+    from tiercache.net import TRANSPORTS
+    from tiercache.peer.channel import read_secret
+    from tiercache.peer.members import parse_member, parse_members
+
+    listen = parse_member(settings.peer_listen, "peer_listen") if settings.peer_listen else None
+    members = parse_members(settings.peers)
+    secret = read_secret(settings.peer_token_file)
+    far = next((one for one in (*members, *((listen,) if listen else ())) if not one.loopback), None)
+    if far is not None and not settings.peer_token_file:
+        raise ConfigError(f"{far} is not on loopback: peers there need a secret, set peer_token_file on all of them")
+    if settings.peer_transport not in ("auto", *TRANSPORTS):
+        known = ", ".join(("auto", *TRANSPORTS))
+        raise ConfigError(f"peer_transport must be one of {known}, not {settings.peer_transport!r}")
+    return members, listen, secret
+
+
+def _open_peers(settings: Settings, clock: Clock, metrics: Metrics) -> Peers:
+    """The caches of other machines; nobody is called yet."""
+    from tiercache import net
+    from tiercache.peer.members import Listed
+    from tiercache.peer.peers import Limits, Peers
+    from tiercache.peer.pool import Pool
+
+    members, listen, secret = _peer_places(settings)
+    limits = Limits(
+        settings.peer_landing_bytes,
+        int(settings.memory_bytes * settings.client_share),
+        settings.peer_rate_bytes_s,
+        settings.peer_deadline_s,
+        settings.peer_spill,
+    )
+    pool = Pool(
+        Listed(members),
+        listen,
+        secret=secret,
+        open_transport=lambda name, host: net.open_transport(name, host, lambda note: None),
+        names=net.choose(settings.peer_transport),
+        clock=clock,
+        random=system_random(),
+        deadline_s=settings.peer_deadline_s,
+    )
+    return Peers(pool, limits, clock=clock, metrics=metrics)
 
 
 def _open_remote(settings: Settings, clock: Clock, metrics: Metrics) -> RemoteBlocks:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from tiercache.cache.tiers import whole
-from tiercache.errors import TierCacheError
+from tiercache.errors import AbandonedLoad, TierCacheError
 from tiercache.model import PARTS_MAX, Form, Name, Outcome, Payload, Terms, all_parts, part_bytes_for
 from tiercache.threads import in_thread
 
@@ -39,9 +39,11 @@ EVERY = (1 << PARTS_MAX) - 1
 class Found(Protocol):
     """What another place has of what it was asked for, and holds until the end of this."""
 
-    payloads: list[Payload]
-    """Shapes and terms of the entries, in the order of the question, without those that are not there. `parts`: which
-    of them are there."""
+    @property
+    def payloads(self) -> list[Payload]:
+        """Shapes and terms of the entries, in the order of the question, without those that are not there. `parts`:
+        which of them are there."""
+        ...
 
     async def read(self, wanted: Sequence[Payload], targets: Sequence[Buffer]) -> list[tuple[Outcome, bytes]]:
         """Brings parts (`parts` of each) to their places in the extents `targets` of whole entries: HIT and the digests
@@ -153,6 +155,7 @@ class Bringing:
         """Reads what was claimed into its extents, and shows what is right."""
         tiers = self._tiers
         began_s = tiers.clock.monotonic()
+        end = ticket.end
         try:
             asked = [with_parts(run[i], claim) for i, claim in claims.items()]
             answers = await found.read(asked, [buffer(i) for i in claims]) if asked else []
@@ -163,11 +166,20 @@ class Bringing:
             ]
             if landed:  # which hashes once more, for what arrived now lies in memory that others may write to
                 await in_thread(ticket.commit, landed)
+        except AbandonedLoad as gone:
+            if gone.writing is not None and not gone.writing.done():  # its extents are nobody's until that is over
+                gone.writing.add_done_callback(lambda _: ticket.end())
+                end = _nothing
+            raise
         finally:
-            ticket.end()
+            end()
         tiers.metrics.observe("tiercache_read_seconds", tiers.clock.monotonic() - began_s, tier=self._place)
         tiers.metrics.add("tiercache_hits_total", len(landed), tier=self._place, kind="block")
         return len(landed) == len(claims)
+
+
+def _nothing() -> None:
+    """Somebody else ends the ticket."""
 
 
 def with_parts(one: Payload, parts: int) -> Payload:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tiercache.cache.bringing import EVERY, Bringing, with_parts
-from tiercache.cache.tiers import whole
+from tiercache.cache.tiers import Mapped, whole
 from tiercache.errors import TierCacheError
 from tiercache.lease import Lease, extent_bytes
 from tiercache.model import Form, Kind, Name, Outcome, Payload, State, TierId
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tiercache.cache.far import Near
     from tiercache.cache.storing import Storing
     from tiercache.cache.tasks import Tasks
-    from tiercache.cache.tiers import Tiers
+    from tiercache.cache.tiers import Segment, Tiers
     from tiercache.index import Match
     from tiercache.lease import Gap, Landed, Load, PageRun
 
@@ -204,6 +204,12 @@ class Peering:
             )
             for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
         ]  # fmt: skip
+
+    @property
+    def memories(self) -> Sequence[Segment]:
+        """Memory files so far; more may come."""
+        memory: object = self._tiers.memory
+        return memory.segments if isinstance(memory, Mapped) else ()
 
     async def take(self, found: Found, *, evict: bool) -> int:
         """Brings what a peer offers: how many of its entries are here now. With `evict` room is made, without losing

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from tiercache.buffers import Buffer
     from tiercache.clock import Clock
     from tiercache.index import Freed, Index, Match, Reservation
     from tiercache.lease import End
@@ -68,6 +69,11 @@ class Segment(Protocol):
     @property
     def fd(self) -> int | None:
         """Its descriptor."""
+        ...
+
+    @property
+    def span(self) -> Buffer:
+        """All of it, mapped."""
         ...
 
 

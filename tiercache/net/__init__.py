@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
+from tiercache.errors import UnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,6 +35,23 @@ def usable(name: str) -> Usable:
     """Whether the transport of this name works here. Never raises; may take a moment."""
     answer: Usable = importlib.import_module(TRANSPORTS[name]).usable()
     return answer
+
+
+def choose(wanted: str) -> list[str]:
+    """Transports to offer to peers, the most wanted first: the one that was asked for by name, else ("auto") all that
+    work here; NIXL only where there is RDMA, for without it has nothing that UCX lacks. Raises UnavailableError where
+    the wanted one does not work."""
+    if wanted != "auto":
+        answer = usable(wanted)
+        if not answer.usable:
+            raise UnavailableError(f"peer_transport {wanted} does not work here: {answer.why}")
+        return [wanted]
+    found = []
+    for name in TRANSPORTS:
+        answer = usable(name)
+        if answer.usable and (name != "nixl" or answer.rdma):
+            found.append(name)
+    return found
 
 
 def open_transport(name: str, host: str, notified: Callable[[bytes], None]) -> Transport:

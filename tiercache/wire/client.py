@@ -51,6 +51,8 @@ OWNERS_SETTINGS = (
     "memory_bytes", "ssd_bytes", "ssd_files_max", "disk_free_floor_bytes", "ssd_threads", "ssd_deadline_s",
     "queue_bytes", "high_mark", "low_mark", "slots_max", "policy", "segment_bytes", "client_share", "linger_s",
     "remote_url", "remote_options", "remote_bytes", "remote_lifetime_s", "remote_rate_bytes_s", "remote_deadline_s",
+    "peers", "peer_listen", "peer_token_file", "peer_transport", "peer_landing_bytes", "peer_rate_bytes_s",
+    "peer_deadline_s", "peer_spill",
 )  # fmt: skip
 """What belongs to the directory. How files are read and what is verified is each process's own affair."""
 OPENED_BEFORE_FORK = (

@@ -1,0 +1,230 @@
+"""Borrowing: brings what peers have pinned for this cache to where it belongs, and checks every part of it.
+
+Two ways. *Direct*: every run of parts is read from the peer's memory straight into its extent. *Stream*: the peer
+writes many runs one after the other into a landing slot here, and they are scattered from there, hashed on their way
+(RecvScatter of P/D-Serve, arXiv 2408.08147, section 3.5): one message for many pieces, for links that write faster than
+they read, and for small pieces. What `pick_way` takes was measured: bench/transport_stream.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiercache.buffers import Buffer, copy_verified, many_digests, runs, same_digests
+from tiercache.errors import UnavailableError
+from tiercache.model import Outcome
+from tiercache.peer.frames import Op, Pushing, outcome, pack_push, unpack_number
+from tiercache.threads import in_thread
+from tiercache.transport import Move
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tiercache.model import Name, Payload
+    from tiercache.peer.frames import Held, Item
+    from tiercache.peer.gate import Gate, Priority
+    from tiercache.peer.meeting import Peer
+
+SLOWEST_BYTES_S = 20e6
+"""Deadlines grow with what is asked for at this rate."""
+STREAM_BYTES_MAX = 256 << 10
+"""Runs up to this go as a stream also where reading is the faster way."""
+
+
+class Run(NamedTuple):
+    """Parts of one entry that lie one after the other: where they go, and bytes [start, stop) of the entry."""
+
+    at: int
+    """Place in the batch."""
+    item: int
+    """Place among what is pinned."""
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+def runs_of(wanted: Sequence[Payload], items: Sequence[int]) -> list[Run]:
+    """What is wanted as runs of parts, in order."""
+    found = []
+    for at, (one, item) in enumerate(zip(wanted, items, strict=True)):
+        for first, last in runs(one.parts):
+            found.append(Run(at, item, first, last, first * one.part_bytes, min(one.size, last * one.part_bytes)))
+    return found
+
+
+def cut(found: Sequence[Run], wanted: Sequence[Payload], bytes_max: int) -> Iterator[list[Run]]:
+    """Streams of at most so many bytes each, cut between parts; a part that is larger than that is left out."""
+    stream: list[Run] = []
+    room = bytes_max
+    for run in found:
+        step = wanted[run.at].part_bytes
+        while run.start < run.stop:
+            fit = min(room, run.stop - run.start)
+            parts = run.last - run.first if fit == run.stop - run.start else fit // step
+            if not parts:
+                if not stream:
+                    break
+                yield stream
+                stream, room = [], bytes_max
+                continue
+            stop = min(run.stop, run.start + parts * step)
+            stream.append(run._replace(last=run.first + parts, stop=stop))
+            room -= stop - run.start
+            run = run._replace(first=run.first + parts, start=stop)
+    if stream:
+        yield stream
+
+
+class Borrowed:
+    """What one peer has pinned for this cache. On the loop."""
+
+    def __init__(self, peer: Peer, held: Held, gate: Gate, priority: Priority, deadline_s: float) -> None:
+        self._peer, self._gate, self._priority, self._deadline_s = peer, gate, priority, deadline_s
+        self._pin = held.pin
+        self._items: dict[Name, tuple[int, Item]] = {
+            item.payload.name: (i, item) for i, item in enumerate(held.items) if item.payload is not None
+        }
+        self._over = False
+
+    @property
+    def payloads(self) -> list[Payload]:
+        """What is there."""
+        return [item.payload for _, item in self._items.values() if item.payload is not None]
+
+    async def read(self, wanted: Sequence[Payload], targets: Sequence[Buffer]) -> list[tuple[Outcome, bytes]]:
+        """See bringing.Found. `wanted` are entries of `payloads`, with the parts that are wanted of each."""
+        if self._over:
+            raise UnavailableError("what the peer had pinned was given back")
+        meant = [self._items[one.name][1].payload for one in wanted]
+        digests = [one.digests if one is not None else b"" for one in meant]
+        found = runs_of(wanted, [self._items[one.name][0] for one in wanted])
+        good = [True] * len(wanted)
+        longest = max((run.stop - run.start for run in found), default=0)
+        if self._peer.link.pushes or longest <= STREAM_BYTES_MAX:
+            found = await self._streams(found, wanted, targets, digests, good)
+        await self._direct(found, wanted, targets, digests, good)
+        self._peer.count(sum(one.parts.bit_count() * one.part_bytes for one in wanted), good.count(False))
+        return [(Outcome.HIT if fine else Outcome.CORRUPT, rows) for fine, rows in zip(good, digests, strict=True)]
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    async def _streams(
+        self,
+        found: list[Run],
+        wanted: Sequence[Payload],
+        targets: Sequence[Buffer],
+        digests: Sequence[bytes],
+        good: list[bool],
+    ) -> list[Run]:
+        """Brings runs by streams, several at once; those that no slot takes are left."""
+        most = self._peer.landing.slot_bytes
+        fit = [run for run in found if wanted[run.at].part_bytes <= most]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream in cut(fit, wanted, most):
+                    group.create_task(self._stream(stream, wanted, targets, digests, good))
+        except ExceptionGroup as faults:
+            raise faults.exceptions[0] from None
+        return [run for run in found if wanted[run.at].part_bytes > most]
+
+    async def _stream(
+        self,
+        stream: list[Run],
+        wanted: Sequence[Payload],
+        targets: Sequence[Buffer],
+        digests: Sequence[bytes],
+        good: list[bool],
+    ) -> None:
+        peer, size = self._peer, sum(run.stop - run.start for run in stream)
+        async with self._gate.admit(peer.landing.slot_bytes, self._priority):
+            slot = peer.landing.take()
+            try:
+                pieces = [Pushing(run.item, run.start, run.stop) for run in stream]
+                place = slot * peer.landing.slot_bytes
+                body = pack_push(self._pin, 0, place, pieces)
+                answer = await peer.channel.ask(Op.PUSH, body, self._deadline(size))
+                if outcome(-unpack_number(answer.body)) is not Outcome.HIT:
+                    for run in stream:
+                        good[run.at] = False
+                    return
+                await in_thread(self._scatter, slot, stream, wanted, targets, digests, good)
+            finally:
+                peer.landing.give(slot)
+
+    def _scatter(
+        self,
+        slot: int,
+        stream: list[Run],
+        wanted: Sequence[Payload],
+        targets: Sequence[Buffer],
+        digests: Sequence[bytes],
+        good: list[bool],
+    ) -> None:
+        """Copies runs from the slot to their places, and compares the digests of what was copied."""
+        landed = self._peer.landing.buffer(slot)
+        at = landed.address
+        for run in stream:
+            one = wanted[run.at]
+            parts = (1 << run.last) - (1 << run.first)
+            # As if the whole entry lay there: only these parts of it are touched.
+            source = Buffer(at - run.start, one.size, landed.owner)
+            if not copy_verified(source, targets[run.at], one.part_bytes, parts, digests[run.at]):
+                good[run.at] = False
+            at += run.stop - run.start
+
+    # -- direct --------------------------------------------------------------------------------------------------------
+
+    async def _direct(
+        self,
+        found: list[Run],
+        wanted: Sequence[Payload],
+        targets: Sequence[Buffer],
+        digests: Sequence[bytes],
+        good: list[bool],
+    ) -> None:
+        """Brings runs by reads of the peer's memory, a batch at a time, as the gate lets them."""
+        most = self._gate.room_bytes
+        batch: list[Run] = []
+        for run in [*found, None]:
+            if batch and (run is None or sum(one.stop - one.start for one in batch) + run.stop - run.start > most):
+                await self._read(batch, wanted, targets, digests, good)
+                batch = []
+            if run is not None:
+                batch.append(run)
+
+    async def _read(
+        self,
+        batch: list[Run],
+        wanted: Sequence[Payload],
+        targets: Sequence[Buffer],
+        digests: Sequence[bytes],
+        good: list[bool],
+    ) -> None:
+        size = sum(run.stop - run.start for run in batch)
+        moves = []
+        for run in batch:
+            place = self._items[wanted[run.at].name][1].place
+            region = self._peer.region(place.region)
+            moves.append(
+                Move(region, place.offset + run.start, [targets[run.at].slice(run.start, run.stop - run.start)])
+            )
+        async with self._gate.admit(size, self._priority):
+            outcomes = await self._peer.read(moves, self._deadline(size))
+        there = [run for run, one in zip(batch, outcomes, strict=True) if one is Outcome.HIT]
+        for run, one in zip(batch, outcomes, strict=True):
+            good[run.at] &= one is Outcome.HIT
+        masks = [(1 << run.last) - (1 << run.first) for run in there]
+        rows = [(targets[run.at], wanted[run.at].part_bytes, mask) for run, mask in zip(there, masks, strict=True)]
+        for run, mask, row in zip(there, masks, await in_thread(many_digests, rows), strict=True):
+            good[run.at] &= same_digests(row, digests[run.at], mask)
+
+    def _deadline(self, size: int) -> float:
+        return self._deadline_s + size / SLOWEST_BYTES_S
+
+    def end(self) -> None:
+        """The peer need not hold it any longer. Idempotent."""
+        if not self._over:
+            self._over = True
+            self._peer.forgive(self._pin)

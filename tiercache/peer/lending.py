@@ -1,0 +1,197 @@
+"""Lending: what one peer has of this cache: pinned until it says that the bytes have come, or is gone.
+
+A pin is given once, by a number; what is pinned for all peers together has a limit, beyond which whoever asks waits,
+and then gets less. Bytes are read by the other end itself, or pushed to where it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from tiercache.errors import ProtocolError, UnavailableError
+from tiercache.lease import extent_bytes
+from tiercache.model import Outcome
+from tiercache.peer.exposing import Map
+from tiercache.peer.frames import Held, Item
+from tiercache.transport import Move
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.buffers import Buffer
+    from tiercache.lease import Lease
+    from tiercache.model import Name, Payload
+    from tiercache.peer.exposing import Exposed, Memory
+    from tiercache.peer.frames import Pushing
+    from tiercache.transport import Link
+
+log = logging.getLogger(__name__)
+
+PINS_MAX = 1024
+"""Pins of one peer."""
+PUSH_BYTES_MAX = 256 << 20
+"""Bytes of one stream."""
+
+
+class Loan(Protocol):
+    """Entries that are pinned; see cache/peering.py."""
+
+    @property
+    def lease(self) -> Lease:
+        """Their pin."""
+        ...
+
+    @property
+    def payloads(self) -> Sequence[Payload | None]:
+        """What each of them is; None where it is not there."""
+        ...
+
+
+class Lender(Protocol):
+    """The cache that lends."""
+
+    async def lend(self, names: Sequence[Name], parts: Sequence[int]) -> Loan:
+        """See Peering."""
+        ...
+
+    @property
+    def memories(self) -> Sequence[Memory]:
+        """Memory files so far; more may come."""
+        ...
+
+
+class Quota:
+    """What may be pinned for all peers together. On the loop."""
+
+    def __init__(self, room_bytes: int) -> None:
+        self.room_bytes, self.used_bytes = room_bytes, 0
+        self._freed = asyncio.Event()
+
+    def free(self, size: int) -> None:
+        """So much is pinned no more."""
+        self.used_bytes -= size
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    async def wait(self, deadline_s: float) -> None:
+        """Returns when there is room, or after the deadline."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self.used_bytes >= self.room_bytes:
+                    await self._freed.wait()
+        except TimeoutError:
+            return
+
+
+class _Pin:
+    """One loan that a peer has."""
+
+    def __init__(self, loan: Loan, items: list[Item], sources: list[Buffer | None], size: int) -> None:
+        self.loan, self.items, self.sources, self.size = loan, items, sources, size
+        self.pushing = 0
+        self.over = False
+
+
+class Lending:
+    """See the module; of one peer. On the cache's loop."""
+
+    def __init__(self, lender: Lender, quota: Quota, exposed: Exposed) -> None:
+        self._lender, self._quota, self._exposed = lender, quota, exposed
+        self._pins: dict[int, _Pin] = {}
+        self._next = 0
+        self._told: set[int] = set()
+        self._ended = False
+
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], deadline_s: float) -> Held:
+        """Pins what is here of these, as far as the quota goes."""
+        if self._quota.used_bytes >= self._quota.room_bytes:
+            await self._quota.wait(deadline_s)
+        return await self.pin(await self._lender.lend(names, parts))
+
+    async def pin(self, loan: Loan) -> Held:
+        """Makes a loan the peer's: its from now on, until `done`. Also where this raises, it is given back."""
+        try:
+            memories = Map.of(self._lender.memories)
+            regions: list[tuple[int, bytes]] = []
+            items: list[Item] = []
+            sources: list[Buffer | None] = []
+            total, room = 0, self._quota.room_bytes - self._quota.used_bytes
+            for i, payload in enumerate(loan.payloads):
+                item, source = Item(None), None
+                if payload is not None and total + extent_bytes(payload.size) <= room:
+                    source = loan.lease.buffer(i)
+                    there = memories.place(source)
+                    if there is not None:
+                        total += extent_bytes(payload.size)
+                        memory, place = there
+                        regions += await self._introduce(memory)
+                        item = Item(payload, place)
+                items.append(item)
+                sources.append(source)
+            if self._ended or len(self._pins) >= PINS_MAX:
+                raise UnavailableError("this peer has too much pinned, or is gone")
+        except BaseException:
+            loan.lease.release()
+            raise
+        self._next += 1
+        self._pins[self._next] = _Pin(loan, items, sources, total)
+        self._quota.used_bytes += total
+        return Held(self._next, items, regions)
+
+    async def _introduce(self, memory: Memory) -> list[tuple[int, bytes]]:
+        if memory.ordinal in self._told:
+            return []
+        descriptor = await self._exposed.descriptor(memory)
+        self._told.add(memory.ordinal)
+        return [(memory.ordinal, descriptor)]
+
+    async def push(
+        self, pin: int, link: Link, region: int, offset: int, pieces: Sequence[Pushing], deadline_s: float
+    ) -> Outcome:
+        """Writes pieces of what is pinned one after the other to the peer's memory, as one stream."""
+        held = self._pins.get(pin)
+        if held is None:
+            return Outcome.GONE
+        sources = [self._piece(held, one) for one in pieces]
+        if sum(one.length for one in sources) > PUSH_BYTES_MAX:
+            raise ProtocolError(f"a stream of more than {PUSH_BYTES_MAX} bytes")
+        held.pushing += 1
+        try:
+            return (await link.write([Move(region, offset, sources)], deadline_s))[0]
+        finally:
+            held.pushing -= 1
+            self._free(held)
+
+    def _piece(self, held: _Pin, piece: Pushing) -> Buffer:
+        if piece.item >= len(held.items) or (source := held.sources[piece.item]) is None:
+            raise ProtocolError(f"item {piece.item} is not pinned")
+        payload = held.items[piece.item].payload
+        if payload is None or piece.stop > payload.size:
+            raise ProtocolError(f"bytes {piece.start} to {piece.stop} are not those of item {piece.item}")
+        return source.slice(piece.start, piece.stop - piece.start)
+
+    def done(self, pin: int) -> None:
+        """The peer wants it no more. Unknown numbers are ignored."""
+        held = self._pins.pop(pin, None)
+        if held is not None:
+            held.over = True
+            self._free(held)
+
+    def _free(self, held: _Pin) -> None:
+        if held.over and not held.pushing and held.size >= 0:
+            held.loan.lease.release()
+            self._quota.free(held.size)
+            held.size = -1
+
+    def end(self) -> None:
+        """The peer is gone, and its links are closed: what it had is free."""
+        self._ended = True
+        for pin in list(self._pins):
+            self.done(pin)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes pinned for this peer."""
+        return sum(one.size for one in self._pins.values())

@@ -1,0 +1,224 @@
+"""Pool: which other caches are connected. Whoever is listed is dialled, and dialled again where it is gone; whoever
+knows the secret may call. Two caches that list each other end up with one channel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from tiercache.errors import TierCacheError, UnavailableError
+from tiercache.peer.channel import shake
+from tiercache.peer.exposing import Exposed
+from tiercache.peer.meeting import Peer
+from tiercache.peer.members import PEERS_MAX, Member
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from random import Random
+
+    from tiercache.clock import Clock
+    from tiercache.peer.meeting import House
+    from tiercache.peer.members import Membership
+    from tiercache.transport import Transport
+
+log = logging.getLogger(__name__)
+
+AGAIN_S, AGAIN_S_MAX = 0.2, 5.0
+"""A peer that is gone is dialled again after so long, and less and less often."""
+FAILURES_MAX = 2
+"""After so many links to a peer that failed, their transport is not taken again towards it."""
+
+
+class Pool:
+    """See the module. On the cache's loop."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        listen: Member | None,
+        *,
+        secret: bytes,
+        open_transport: Callable[[str, str], Transport],
+        names: Sequence[str],
+        clock: Clock,
+        random: Random,
+        deadline_s: float,
+    ) -> None:
+        """`open_transport(name, host)` opens one of the transports `names` (the most wanted first) at an address of
+        this host."""
+        self._membership, self._listen, self._secret = membership, listen, secret
+        self._open_transport, self._names = open_transport, tuple(names)
+        self._clock, self._random, self.deadline_s = clock, random, deadline_s
+        self.id = random.randbytes(16).hex()
+        self.peers: dict[int, Peer] = {}
+        """Who is connected, or about to be, by number."""
+        self._exposed: dict[tuple[str, str], Exposed] = {}
+        self._failures: dict[tuple[str, str], int] = {}
+        self._house: House
+        self._know: Callable[[Peer], Coroutine[Any, Any, None]]
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._dialling: set[Member] = set()
+        self._closing = False
+        self.port = 0
+        """Where it listens."""
+
+    async def close(self) -> None:
+        """Leaves all peers. Idempotent."""
+        self._closing = True
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=self.deadline_s)
+        for exposed in self._exposed.values():
+            with suppress(TierCacheError, OSError):
+                await exposed.transport.close()
+        self._exposed.clear()
+
+    def exposed(self, name: str, peer: Peer) -> Exposed:
+        """See House."""
+        if self._failures.get((peer.id, name), 0) >= FAILURES_MAX:
+            raise UnavailableError(f"{name} to {peer.name} failed {FAILURES_MAX} times")
+        exposed = self._exposed.get((name, peer.host))
+        if exposed is None:
+            raise UnavailableError(f"{name} does not work here")
+        return exposed
+
+    def failed(self, peer: Peer) -> None:
+        """See House."""
+        key = (peer.id, peer.transport)
+        self._failures[key] = self._failures.get(key, 0) + 1
+
+    def candidates(self, hello: dict[str, Any]) -> list[str]:
+        """See House."""
+        theirs = hello.get("transports")
+        if not isinstance(theirs, dict):
+            return []
+        near = bool(machine()) and hello.get("machine") == machine()
+        return [name for name in self._names if name in theirs and (name != "shm" or near)]
+
+    async def serve(self, house: House, know: Callable[[Peer], Coroutine[Any, Any, None]]) -> None:
+        """Listens, and looks for members; `know` is run for each peer as long as it is connected."""
+        self._house, self._know = house, know
+        self._membership.watch(self._look)
+        if self._listen is not None:
+            try:
+                self._server = await asyncio.start_server(self._called, self._listen.host, self._listen.port)
+                self.port = self._server.sockets[0].getsockname()[1]
+            except OSError as fault:
+                log.error("peers cannot find this cache at %s: %s", self._listen, fault)
+        self._look()
+
+    def _look(self) -> None:
+        """Dials members that are new."""
+        for member in self._membership.members():
+            if member not in self._dialling:
+                self._dialling.add(member)
+                self._start(self._keep(member), f"peer {member}")
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _keep(self, member: Member) -> None:
+        """Dials one member, again and again."""
+        pause_s = AGAIN_S
+        while member in self._membership.members() and not self._closing:
+            began_s = self._clock.monotonic()
+            try:
+                async with asyncio.timeout(self.deadline_s):
+                    reader, writer = await asyncio.open_connection(member.host, member.port)
+                if not await self._meet(reader, writer, dialled=True):
+                    pause_s = AGAIN_S_MAX
+            except (TierCacheError, OSError) as fault:
+                log.debug("peer %s: %s", member, fault)
+            lived = self._clock.monotonic() - began_s > 2 * AGAIN_S_MAX
+            pause_s = AGAIN_S if lived else min(2 * pause_s, AGAIN_S_MAX)
+            await asyncio.sleep(pause_s * (0.5 + self._random.random()))
+        self._dialling.discard(member)
+
+    def _called(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Somebody called."""
+        if self._closing or len(self._tasks) >= 4 * PEERS_MAX:
+            writer.transport.abort()
+            return
+        self._start(self._let_in(reader, writer), "a caller")
+
+    async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._meet(reader, writer, dialled=False)
+        except (TierCacheError, OSError, EOFError) as fault:
+            log.debug("a caller was not let in: %s", fault)
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, dialled: bool) -> bool:
+        """One peer, from its connection to its end. False where there is no use in dialling it: it is this cache
+        itself, or was there already."""
+        try:
+            host = writer.get_extra_info("sockname")[0]
+            self._open_transports(host)
+            channel = await shake(
+                reader, writer, dialled=dialled, about=self._about(host), secret=self._secret, random=self._random,
+                deadline_s=self.deadline_s,
+            )  # fmt: skip
+            if channel.hello["id"] == self.id or not self._wanted(channel.hello["id"], dialled):
+                return False
+            number = next((one for one in range(PEERS_MAX) if one not in self.peers), None)
+            if number is None:
+                raise UnavailableError(f"there are {PEERS_MAX} peers already")
+            peer = Peer(self._house, channel, number, host, dialled=dialled)
+            self.peers[number] = peer
+            try:
+                await peer.settle(reader, writer)
+                log.info("peer %s: connected by %s", peer.name, peer.transport)
+                await self._know(peer)
+                log.info("peer %s is gone", peer.name)
+            finally:
+                del self.peers[number]
+            return True
+        except asyncio.IncompleteReadError:
+            raise UnavailableError("it closed the connection") from None
+        finally:
+            writer.transport.abort()
+
+    def _wanted(self, who: str, dialled: bool) -> bool:
+        """Whether a new channel to this peer is the one to keep: of two, the one that the smaller id dialled."""
+        there = next((peer for peer in self.peers.values() if peer.id == who), None)
+        if there is None:
+            return True
+        if dialled == there.dialled or dialled != (self.id < who):
+            return False
+        there.channel.close("there is a newer channel")
+        return True
+
+    def _about(self, host: str) -> dict[str, Any]:
+        transports = {
+            name: exposed.transport.address.hex() for (name, at), exposed in self._exposed.items() if at == host
+        }
+        where = str(self._listen) if self._listen is not None else host
+        return {"id": self.id, "name": where, "machine": machine(), "transports": transports}
+
+    def _open_transports(self, host: str) -> None:
+        """Opens this end's transports at an address of this host, once."""
+        for name in self._names:
+            if (name, host) not in self._exposed:
+                try:
+                    self._exposed[name, host] = Exposed(self._open_transport(name, host))
+                except (TierCacheError, OSError) as fault:
+                    log.info("transport %s cannot be used: %s", name, fault)
+        if not self._exposed:
+            raise UnavailableError("no transport works here")
+
+
+def machine() -> str:
+    """What tells this machine and user from others, as far as shared memory goes."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()}/{os.getuid()}"
+    except OSError:
+        return ""

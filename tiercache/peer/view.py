@@ -1,0 +1,81 @@
+"""View: what each peer is believed to have, as far as it said so: hints, which cost a miss where they are wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from tiercache.model import Name
+
+MARKS_MAX = 1 << 19
+"""Entries of one peer that are remembered: about 50 MB of memory."""
+_ALL = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15
+"""Spreads ordinals (2^64 over the golden ratio, as in Knuth, The Art of Computer Programming 3, 6.4)."""
+
+
+def mark(key: bytes, ordinal: int = 0) -> int:
+    """What stands for a name in announcements: keys are digests, so their first bytes will do."""
+    return int.from_bytes(key[:8], "little") ^ (ordinal * _STEP & _ALL)
+
+
+class View:
+    """Marks and who has them, a bit a peer. Written on the loop; any thread may look."""
+
+    def __init__(self) -> None:
+        self._who: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, peer: int, marks: Iterable[int]) -> None:
+        """This peer (a number from 0 on) has these; more than it may have are left out."""
+        bit, who, count = 1 << peer, self._who, self._counts.get(peer, 0)
+        for one in marks:
+            known = who.get(one, 0)
+            if known & bit or count >= MARKS_MAX:
+                continue
+            who[one] = known | bit
+            count += 1
+        self._counts[peer] = count
+
+    def drop(self, peer: int, names: Iterable[Name]) -> None:
+        """It does not have these after all."""
+        for name in names:
+            self._drop(peer, mark(name.key, name.ordinal))
+
+    def _drop(self, peer: int, one: int) -> None:
+        known = self._who.get(one, 0)
+        if not known >> peer & 1:
+            return
+        self._counts[peer] -= 1
+        if left := known & ~(1 << peer):
+            self._who[one] = left
+        else:
+            del self._who[one]
+
+    def forget(self, peer: int) -> Iterator[None]:
+        """It is gone, with all that it had; a step at a time, for there may be many."""
+        for at, one in enumerate(list(self._who)):
+            self._drop(peer, one)
+            if not at % 4096:
+                yield
+        self._counts.pop(peer, None)
+
+    def who(self, names: Sequence[Name]) -> list[int]:
+        """Who has each of these, a bit a peer."""
+        get = self._who.get
+        return [get(mark(key, ordinal), 0) for key, ordinal in names]
+
+    def prefix(self, keys: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, somebody has."""
+        who = self._who
+        if not who:
+            return 0
+        for at, key in enumerate(keys):
+            if int.from_bytes(key[:8], "little") not in who:
+                return at
+        return len(keys)
+
+    def __len__(self) -> int:
+        return len(self._who)
