@@ -256,7 +256,7 @@ class TransportTests:
     def foreign_addresses(self) -> list[bytes]:
         """Addresses of the other transports, as far as they work here without anything installed."""
         found = []
-        for name in {"tcp"} & set(TRANSPORTS) - {self.name}:
+        for name in {"tcp", "shm"} & set(TRANSPORTS) - {self.name}:
             if usable(name).usable:
                 other = open_transport(name, self.host, lambda _: None)
                 found.append(other.address)
