@@ -129,7 +129,8 @@ class Bringing:
         return found
 
     async def _load(self, run: Sequence[Payload], parts: int, found: Found) -> bool:
-        """Blocks of one chain and shape in order, or one lone entry. False where there is no use in going on."""
+        """Blocks of one chain and shape in order, or lone entries, as a whole. False where there is no use in going
+        on."""
         first = run[0]
         terms = Terms(first.kind, first.scope, max(one.cost_s for one in run), first.expiry_s)
         wanted = parts & all_parts(first.size, first.part_bytes)
@@ -138,11 +139,10 @@ class Bringing:
             joined = self._blocks.join(digests, first.size, first.part_bytes, wanted, (), terms, parent=first.parent)
             claims = {i: claim & run[i].parts for i, claim in enumerate(joined.claims) if claim & run[i].parts}
             return await self._fill(joined, run, claims, joined.buffers, found)
-        if first.part_bytes != part_bytes_for(first.size) or wanted & ~first.parts:
-            return True
-        lone = self._storing.reserve([Name(first.name.key)], [first.size], terms)
-        claims = {0: wanted} if lone.locations[0] >= 0 else {}
-        return await self._fill(lone, run, claims, lambda _: self._tiers.memory.buffers(lone.locations)[0], found)
+        fit = [one for one in run if one.part_bytes == part_bytes_for(one.size) and one.parts == _whole(one)]
+        lone = self._storing.reserve([Name(one.name.key) for one in fit], [one.size for one in fit], terms)
+        claims = {i: _whole(one) for i, one in enumerate(fit) if lone.locations[i] >= 0}
+        return await self._fill(lone, fit, claims, lambda i: self._tiers.memory.buffers([lone.locations[i]])[0], found)
 
     async def _fill(
         self,
@@ -178,6 +178,10 @@ class Bringing:
         return len(landed) == len(claims)
 
 
+def _whole(one: Payload) -> int:
+    return all_parts(one.size, one.part_bytes)
+
+
 def _nothing() -> None:
     """Somebody else ends the ticket."""
 
@@ -190,18 +194,21 @@ def with_parts(one: Payload, parts: int) -> Payload:
     )  # fmt: skip
 
 
+def _after(one: Payload) -> tuple[bytes, int, int]:
+    """What the block after this one says of itself, where it can go on with it."""
+    return one.name.key, one.size, one.part_bytes
+
+
 def _runs(found: Sequence[Payload], bytes_max: int) -> Iterator[list[Payload]]:
-    """Blocks that follow each other in one chain, of one shape and with the same terms, up to so many bytes together;
-    lone entries each alone."""
+    """Blocks that follow each other in one chain, of one shape and with the same terms, or lone entries with the same
+    terms, up to so many bytes together."""
     run: list[Payload] = []
     for one in found:
         last = run[-1] if run else None
         if (
             last is None
-            or one.form is not Form.BLOCK
-            or one.parent != last.name.key
-            or (one.size, one.part_bytes, one.kind, one.scope, one.expiry_s)
-            != (last.size, last.part_bytes, last.kind, last.scope, last.expiry_s)
+            or (one.form, one.kind, one.scope, one.expiry_s) != (last.form, last.kind, last.scope, last.expiry_s)
+            or (one.form is Form.BLOCK and (one.parent, one.size, one.part_bytes) != _after(last))
             or sum(each.size for each in run) + one.size > bytes_max
         ):
             if run:

@@ -189,7 +189,8 @@ class Peering:
         return Loan(lease, payloads)
 
     def payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
-        """All that is known of entries in memory, digests included. The caller has pinned them."""
+        """All that is known of entries in memory, digests included, by the names that find them (a block's says nothing
+        of its depth). The caller has pinned them."""
         index = self._tiers.index
         facts = index.facts(slots)
         rows = zip(
@@ -199,7 +200,7 @@ class Peering:
         )  # fmt: skip
         return [
             Payload(
-                name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
+                Name(name.key) if form == Form.BLOCK else name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
                 scope, cost_s, expiry_s, 0, Form(form),
             )
             for name, one, parent, kind, scope, cost_s, expiry_s, form in rows

@@ -226,7 +226,12 @@ class Peer:
         frame = await self.channel.ask(Op.WANT, pack_want(names, parts, priority))
         if frame.op != Op.HELD:
             raise ProtocolError(f"operation {frame.op} is no answer to a question for entries")
-        return self.borrowed(unpack_held(frame.body), priority)
+        held = unpack_held(frame.body)
+        if [one.payload.name for one in held.items if one.payload is not None] != [
+            name for name, one in zip(names, held.items, strict=False) if one.payload is not None
+        ] or len(held.items) != len(names):
+            raise ProtocolError("it answers what nobody asked")
+        return self.borrowed(held, priority)
 
     async def offer(self, loan: Loan, deadline_s: float, *, urgent: bool) -> int:
         """Offers what was pinned for it: how many of these it has now. The loan is given back in any case."""
