@@ -200,8 +200,8 @@ class Peering:
         )  # fmt: skip
         return [
             Payload(
-                Name(name.key) if form == Form.BLOCK else name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
-                scope, cost_s, expiry_s, 0, Form(form),
+                Name(name.key) if form == Form.BLOCK else name, one.size, one.part_bytes, one.parts, one.digests,
+                Kind(kind), parent, scope, cost_s, expiry_s, 0, Form(form),
             )
             for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
         ]  # fmt: skip
