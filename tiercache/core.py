@@ -322,9 +322,9 @@ class Core(Protocol):
         ...
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
-        """Rare questions about everything that is held: "status", "contents", "held", "evict" and "validate"; see
-        cache/survey.py. Arguments and answers are plain JSON values. An owner knows "owner" too: who it is, and its
-        clients."""
+        """Rare questions about everything that is held: "status", "contents", "held", "evict", "validate", "peers" and
+        "publish"; see cache/survey.py. Arguments and answers are plain JSON values. An owner knows "owner" too: who it
+        is, and its clients."""
         ...
 
     async def flush(self) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tiercache.cache.joint import BlockTicket
     from tiercache.cache.pressure import Pressure
     from tiercache.cache.storing import Storing
+    from tiercache.cache.survey import Survey
     from tiercache.cache.tiers import Tiers
     from tiercache.lease import Lease
 
@@ -33,6 +34,7 @@ class Chained:
     """Caches of other machines, if there are any."""
     _storing: Storing
     _pressure: Pressure
+    _survey: Survey
     _closed = False
 
     def reach(self, store: Far) -> None:
@@ -46,6 +48,7 @@ class Chained:
             self.tiers, self.blocks, self._storing, near, lease=self.blocks.matched, relieve=self._pressure.make_room
         )
         self._pressure.spill = self.peering.spill
+        self._survey.met = near
 
     @property
     def _outside(self) -> list[Peering | Remote]:

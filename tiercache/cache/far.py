@@ -68,7 +68,19 @@ class Far(Store, Protocol):
         ...
 
 
-class Near(Protocol):
+class Met(Protocol):
+    """What whoever runs a cache asks of its peers."""
+
+    def facts(self) -> list[dict[str, str | int]]:
+        """See Peers."""
+        ...
+
+    async def publish(self, names: Sequence[Name], to: str) -> int:
+        """See Peers."""
+        ...
+
+
+class Near(Met, Protocol):
     """The caches of other machines; peer/peers.py has it. On the cache's loop, but for `prefix`, `sees` and `stored`,
     which any thread may call, and which never wait."""
 

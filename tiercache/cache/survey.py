@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from tiercache.cache.far import Met
     from tiercache.cache.recovery import Recovery
     from tiercache.cache.tiers import Tiers
     from tiercache.index import Match
@@ -43,7 +44,11 @@ class Survey:
             "held": self._held,
             "evict": self._evict,
             "validate": self._validate,
+            "peers": self._peers,
+            "publish": self._publish,
         }
+        self.met: Met | None = None
+        """Caches of other machines, if there are any."""
 
     async def answer(self, question: str, arguments: Mapping[str, Any]) -> Any:
         """See Core.call. Raises ConfigError for what is no question, or has other arguments."""
@@ -72,6 +77,18 @@ class Survey:
             }
             for one in tiers
         }
+
+    async def _peers(self, _: Mapping[str, Any]) -> list[dict[str, str | int]]:
+        """One row a peer that is connected: who it is, by which transport, what came from it and what it has pinned."""
+        return self.met.facts() if self.met is not None else []
+
+    async def _publish(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        """Pins the blocks or lone entries `keys` (hex) until the peer `to` (its name or id) has them, as it finds room:
+        how many it has now."""
+        names, to = [Name(key) for key in _keys(arguments["keys"])], str(arguments["to"])
+        if self.met is None:
+            raise ConfigError("this cache has no peers: set peers or peer_listen")
+        return {"taken": await self.met.publish(names, to)}
 
     async def _validate(self, _: Mapping[str, Any]) -> dict[str, Any]:
         """Checks every invariant of the index, which holds it up for as long: for tests and for whoever suspects

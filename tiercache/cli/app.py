@@ -131,6 +131,8 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
     }
     if facts["remote"] is not None:
         lines["remote"] = remote.line(facts["remote"], settings.remote_url)
+    if settings.peers or facts.get("peers"):
+        lines["peers"] = peers_line(facts.get("peers", []))
     names = {"page": "files", "block": "blocks", "lone": "objects"}
     for form, one in facts["forms"].items():
         lines[names[form]] = f"{one['keys']:,}, {format_size(one['held_bytes'])} in {one['entries']:,} entries"
@@ -141,6 +143,18 @@ def stat(directory: Directory = None, as_json: Json = False) -> None:
         lines["memory"] = f"none in use, for no process has the directory open; its cap is {cap}"
     for name, text in lines.items():
         output.console().print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+
+
+def peers_line(peers: list[dict[str, Any]]) -> str:
+    """Who is connected, and by what."""
+    rows = [f"{one['name']} by {way_of(one)}, {format_size(one['received_bytes'])} came from there" for one in peers]
+    return "; ".join(rows) or "none is connected now"
+
+
+def way_of(peer: dict[str, Any]) -> str:
+    """A transport, and what it takes."""
+    same = peer["negotiated"] in ("", peer["transport"])
+    return peer["transport"] if same else f"{peer['transport']} ({peer['negotiated']})"
 
 
 def disk_line(facts: dict[str, Any]) -> str:

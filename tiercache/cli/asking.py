@@ -68,6 +68,7 @@ async def stat(core: Core) -> dict[str, Any]:
         "forms": by_form(held),
         "memory": tiers["memory"],
         "remote": tiers.get("remote"),
+        "peers": await core.call("peers", {}),
         "owner": await core.call("owner", {}),
     }
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tiercache.transport import Move
 
-HERE_BYTES = 128 << 10
+HERE_BYTES = 1 << 20
 """Up to here the loop itself copies: a thread would take longer to start."""
 STEP_BYTES = 8 << 20
 """Between two steps of a copy it may be stopped."""
