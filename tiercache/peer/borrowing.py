@@ -77,6 +77,21 @@ def cut(found: Sequence[Run], wanted: Sequence[Payload], bytes_max: int) -> Iter
         yield stream
 
 
+class _Batch(NamedTuple):
+    """What one read is about: entry i has target i."""
+
+    wanted: Sequence[Payload]
+    targets: Sequence[Buffer]
+    digests: Sequence[bytes]
+    good: list[bool]
+    """Whether all of it that has come so far is what it should be."""
+
+    def spoil(self, runs: Sequence[Run]) -> None:
+        """These did not come."""
+        for run in runs:
+            self.good[run.at] = False
+
+
 class Borrowed:
     """What one peer has pinned for this cache. On the loop."""
 
@@ -100,125 +115,72 @@ class Borrowed:
         meant = [self._items[one.name][1].payload for one in wanted]
         digests = [one.digests if one is not None else b"" for one in meant]
         found = runs_of(wanted, [self._items[one.name][0] for one in wanted])
-        good = [True] * len(wanted)
-        longest = max((run.stop - run.start for run in found), default=0)
-        if self._peer.link.pushes or longest <= STREAM_BYTES_MAX:
-            found = await self._streams(found, wanted, targets, digests, good)
-        await self._direct(found, wanted, targets, digests, good)
-        self._peer.count(sum(one.parts.bit_count() * one.part_bytes for one in wanted), good.count(False))
-        return [(Outcome.HIT if fine else Outcome.CORRUPT, rows) for fine, rows in zip(good, digests, strict=True)]
-
-    # -- streams -------------------------------------------------------------------------------------------------------
-
-    async def _streams(
-        self,
-        found: list[Run],
-        wanted: Sequence[Payload],
-        targets: Sequence[Buffer],
-        digests: Sequence[bytes],
-        good: list[bool],
-    ) -> list[Run]:
-        """Brings runs by streams, several at once; those that no slot takes are left."""
-        most = self._peer.landing.slot_bytes
-        fit = [run for run in found if wanted[run.at].part_bytes <= most]
+        batch = _Batch(wanted, targets, digests, [True] * len(wanted))
+        longest, most = max((run.stop - run.start for run in found), default=0), self._peer.landing.slot_bytes
+        bring = self._stream if self._peer.link.pushes or longest <= STREAM_BYTES_MAX else self._read
+        small = [run for run in found if wanted[run.at].part_bytes <= most]
+        large = [[run] for run in found if wanted[run.at].part_bytes > most]  # no slot takes a part of these
         try:
-            async with asyncio.TaskGroup() as group:
-                for stream in cut(fit, wanted, most):
-                    group.create_task(self._stream(stream, wanted, targets, digests, good))
+            async with asyncio.TaskGroup() as group:  # so that some are hashed while others come
+                for some in cut(small, wanted, most):
+                    group.create_task(bring(batch, some))
+                for some in large:
+                    group.create_task(self._read(batch, some))
         except ExceptionGroup as faults:
             raise faults.exceptions[0] from None
-        return [run for run in found if wanted[run.at].part_bytes > most]
+        self._peer.count(sum(one.parts.bit_count() * one.part_bytes for one in wanted), batch.good.count(False))
+        return [
+            (Outcome.HIT if fine else Outcome.CORRUPT, rows) for fine, rows in zip(batch.good, digests, strict=True)
+        ]
 
-    async def _stream(
-        self,
-        stream: list[Run],
-        wanted: Sequence[Payload],
-        targets: Sequence[Buffer],
-        digests: Sequence[bytes],
-        good: list[bool],
-    ) -> None:
-        peer, size = self._peer, sum(run.stop - run.start for run in stream)
+    async def _stream(self, batch: _Batch, runs: list[Run]) -> None:
+        """Has the peer write these one after the other into a slot, and scatters them from there."""
+        peer, size = self._peer, sum(run.stop - run.start for run in runs)
         async with self._gate.admit(peer.landing.slot_bytes, self._priority):
             slot = peer.landing.take()
             try:
-                pieces = [Pushing(run.item, run.start, run.stop) for run in stream]
-                place = slot * peer.landing.slot_bytes
-                body = pack_push(self._pin, 0, place, pieces)
+                pieces = [Pushing(run.item, run.start, run.stop) for run in runs]
+                body = pack_push(self._pin, 0, slot * peer.landing.slot_bytes, pieces)
                 answer = await peer.channel.ask(Op.PUSH, body, self._deadline(size))
-                if outcome(-unpack_number(answer.body)) is not Outcome.HIT:
-                    for run in stream:
-                        good[run.at] = False
-                    return
-                await in_thread(self._scatter, slot, stream, wanted, targets, digests, good)
+                if outcome(-unpack_number(answer.body)) is Outcome.HIT:
+                    await in_thread(self._scatter, batch, slot, runs)
+                else:
+                    batch.spoil(runs)
             finally:
                 peer.landing.give(slot)
 
-    def _scatter(
-        self,
-        slot: int,
-        stream: list[Run],
-        wanted: Sequence[Payload],
-        targets: Sequence[Buffer],
-        digests: Sequence[bytes],
-        good: list[bool],
-    ) -> None:
+    def _scatter(self, batch: _Batch, slot: int, runs: list[Run]) -> None:
         """Copies runs from the slot to their places, and compares the digests of what was copied."""
         landed = self._peer.landing.buffer(slot)
         at = landed.address
-        for run in stream:
-            one = wanted[run.at]
+        for run in runs:
+            one = batch.wanted[run.at]
             parts = (1 << run.last) - (1 << run.first)
             # As if the whole entry lay there: only these parts of it are touched.
             source = Buffer(at - run.start, one.size, landed.owner)
-            if not copy_verified(source, targets[run.at], one.part_bytes, parts, digests[run.at]):
-                good[run.at] = False
+            if not copy_verified(source, batch.targets[run.at], one.part_bytes, parts, batch.digests[run.at]):
+                batch.good[run.at] = False
             at += run.stop - run.start
 
-    # -- direct --------------------------------------------------------------------------------------------------------
-
-    async def _direct(
-        self,
-        found: list[Run],
-        wanted: Sequence[Payload],
-        targets: Sequence[Buffer],
-        digests: Sequence[bytes],
-        good: list[bool],
-    ) -> None:
-        """Brings runs by reads of the peer's memory, a batch at a time, as the gate lets them."""
-        most = self._gate.room_bytes
-        batch: list[Run] = []
-        for run in [*found, None]:
-            if batch and (run is None or sum(one.stop - one.start for one in batch) + run.stop - run.start > most):
-                await self._read(batch, wanted, targets, digests, good)
-                batch = []
-            if run is not None:
-                batch.append(run)
-
-    async def _read(
-        self,
-        batch: list[Run],
-        wanted: Sequence[Payload],
-        targets: Sequence[Buffer],
-        digests: Sequence[bytes],
-        good: list[bool],
-    ) -> None:
-        size = sum(run.stop - run.start for run in batch)
+    async def _read(self, batch: _Batch, runs: list[Run]) -> None:
+        """Reads these from the peer's memory to their places, and compares the digests of what lies there then."""
+        size = sum(run.stop - run.start for run in runs)
         moves = []
-        for run in batch:
-            place = self._items[wanted[run.at].name][1].place
-            region = self._peer.region(place.region)
-            moves.append(
-                Move(region, place.offset + run.start, [targets[run.at].slice(run.start, run.stop - run.start)])
-            )
+        for run in runs:
+            place = self._items[batch.wanted[run.at].name][1].place
+            target = batch.targets[run.at].slice(run.start, run.stop - run.start)
+            moves.append(Move(self._peer.region(place.region), place.offset + run.start, [target]))
         async with self._gate.admit(size, self._priority):
             outcomes = await self._peer.read(moves, self._deadline(size))
-        there = [run for run, one in zip(batch, outcomes, strict=True) if one is Outcome.HIT]
-        for run, one in zip(batch, outcomes, strict=True):
-            good[run.at] &= one is Outcome.HIT
+        batch.spoil([run for run, one in zip(runs, outcomes, strict=True) if one is not Outcome.HIT])
+        there = [run for run, one in zip(runs, outcomes, strict=True) if one is Outcome.HIT]
         masks = [(1 << run.last) - (1 << run.first) for run in there]
-        rows = [(targets[run.at], wanted[run.at].part_bytes, mask) for run, mask in zip(there, masks, strict=True)]
+        rows = [
+            (batch.targets[run.at], batch.wanted[run.at].part_bytes, mask)
+            for run, mask in zip(there, masks, strict=True)
+        ]
         for run, mask, row in zip(there, masks, await in_thread(many_digests, rows), strict=True):
-            good[run.at] &= same_digests(row, digests[run.at], mask)
+            batch.good[run.at] &= same_digests(row, batch.digests[run.at], mask)
 
     def _deadline(self, size: int) -> float:
         return self._deadline_s + size / SLOWEST_BYTES_S
