@@ -83,13 +83,13 @@ class _Batch(NamedTuple):
     wanted: Sequence[Payload]
     targets: Sequence[Buffer]
     digests: Sequence[bytes]
-    good: list[bool]
-    """Whether all of it that has come so far is what it should be."""
+    outcomes: list[Outcome]
+    """HIT as long as all of it that has come is what it should be."""
 
-    def spoil(self, runs: Sequence[Run]) -> None:
+    def miss(self, runs: Sequence[Run]) -> None:
         """These did not come."""
         for run in runs:
-            self.good[run.at] = False
+            self.outcomes[run.at] = min(self.outcomes[run.at], Outcome.MISS)
 
 
 class Borrowed:
@@ -115,7 +115,7 @@ class Borrowed:
         meant = [self._items[one.name][1].payload for one in wanted]
         digests = [one.digests if one is not None else b"" for one in meant]
         found = runs_of(wanted, [self._items[one.name][0] for one in wanted])
-        batch = _Batch(wanted, targets, digests, [True] * len(wanted))
+        batch = _Batch(wanted, targets, digests, [Outcome.HIT] * len(wanted))
         longest, most = max((run.stop - run.start for run in found), default=0), self._peer.landing.slot_bytes
         bring = self._stream if self._peer.link.pushes or longest <= STREAM_BYTES_MAX else self._read
         small = [run for run in found if wanted[run.at].part_bytes <= most]
@@ -128,10 +128,9 @@ class Borrowed:
                     group.create_task(self._read(batch, some))
         except ExceptionGroup as faults:
             raise faults.exceptions[0] from None
-        self._peer.count(sum(one.parts.bit_count() * one.part_bytes for one in wanted), batch.good.count(False))
-        return [
-            (Outcome.HIT if fine else Outcome.CORRUPT, rows) for fine, rows in zip(batch.good, digests, strict=True)
-        ]
+        came = sum(run.stop - run.start for run in found if batch.outcomes[run.at] is Outcome.HIT)
+        self._peer.count(came, batch.outcomes.count(Outcome.CORRUPT))
+        return list(zip(batch.outcomes, digests, strict=True))
 
     async def _stream(self, batch: _Batch, runs: list[Run]) -> None:
         """Has the peer write these one after the other into a slot, and scatters them from there."""
@@ -145,7 +144,7 @@ class Borrowed:
                 if outcome(-unpack_number(answer.body)) is Outcome.HIT:
                     await in_thread(self._scatter, batch, slot, runs)
                 else:
-                    batch.spoil(runs)
+                    batch.miss(runs)
             finally:
                 peer.landing.give(slot)
 
@@ -159,7 +158,7 @@ class Borrowed:
             # As if the whole entry lay there: only these parts of it are touched.
             source = Buffer(at - run.start, one.size, landed.owner)
             if not copy_verified(source, batch.targets[run.at], one.part_bytes, parts, batch.digests[run.at]):
-                batch.good[run.at] = False
+                batch.outcomes[run.at] = Outcome.CORRUPT
             at += run.stop - run.start
 
     async def _read(self, batch: _Batch, runs: list[Run]) -> None:
@@ -172,7 +171,7 @@ class Borrowed:
             moves.append(Move(self._peer.region(place.region), place.offset + run.start, [target]))
         async with self._gate.admit(size, self._priority):
             outcomes = await self._peer.read(moves, self._deadline(size))
-        batch.spoil([run for run, one in zip(runs, outcomes, strict=True) if one is not Outcome.HIT])
+        batch.miss([run for run, one in zip(runs, outcomes, strict=True) if one is not Outcome.HIT])
         there = [run for run, one in zip(runs, outcomes, strict=True) if one is Outcome.HIT]
         masks = [(1 << run.last) - (1 << run.first) for run in there]
         rows = [
@@ -180,7 +179,8 @@ class Borrowed:
             for run, mask in zip(there, masks, strict=True)
         ]
         for run, mask, row in zip(there, masks, await in_thread(many_digests, rows), strict=True):
-            batch.good[run.at] &= same_digests(row, batch.digests[run.at], mask)
+            if not same_digests(row, batch.digests[run.at], mask):
+                batch.outcomes[run.at] = Outcome.CORRUPT
 
     def _deadline(self, size: int) -> float:
         return self._deadline_s + size / SLOWEST_BYTES_S
