@@ -16,7 +16,7 @@ from tiercache.cache.bringing import EVERY, Bringing, with_parts
 from tiercache.cache.tiers import Mapped, whole
 from tiercache.errors import TierCacheError
 from tiercache.lease import Lease, extent_bytes
-from tiercache.model import Form, Kind, Name, Outcome, Payload, State, TierId
+from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Outcome, Payload, State, TierId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 NAMES_AT_ONCE = 4096
 """Names that are looked up in the index in one go."""
+
+ROUNDS_MAX = 64
+"""Questions for one batch, as long as each of them brings something."""
 
 
 class Loan(NamedTuple):
@@ -79,11 +82,17 @@ class Peering:
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
         """Puts what peers have of these blocks, or lone entries, into memory, as far as that can be done in time. Never
         raises."""
-        names = [Name(one) for one in digests]
-        if any(self._near.sees(names)):
+        left = list(digests)
+        for _ in range(ROUNDS_MAX):  # a peer pins only so much at a time
+            if not any(self._near.sees([Name(one) for one in left])):
+                return
             await self._bringing.bring(
-                digests, parts, lambda some: self._near.ask([Name(one) for one in some], [parts] * len(some))
+                left, parts, lambda some: self._near.ask([Name(one) for one in some], [parts] * len(some))
             )
+            lacking = [one for one, here in zip(left, self._bringing.local(left, parts), strict=True) if not here]
+            if not lacking or len(lacking) == len(left):
+                return
+            left = lacking
 
     def around(self, run: PageRun, load: Load) -> Load:
         """A load that takes from peers what they have of a file's pages, and leaves the rest to `load`."""
@@ -167,15 +176,17 @@ class Peering:
             self._tiers.release(pin)
         return names, int(some[-1]) + 1 if at + len(some) < len(residents) else 0
 
-    async def lend(self, names: Sequence[Name], parts: Sequence[int]) -> Loan:
-        """Pins what the local tiers have of these, in memory, as far as these parts (a map each) go. An entry that has
-        some of them is lent with those."""
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], room_bytes: int) -> Loan:
+        """Pins what the local tiers have of these, in memory, as far as these parts (a map each) and so much room go.
+        An entry that has some of its parts is lent with those."""
         tiers = self._tiers
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
         there = facts.memory_parts | (facts.ssd_parts if tiers.ssd_readable else np.uint64(0))
         wanted = np.array([one & EVERY for one in parts], np.uint64) & there
         wanted[tiers.expired(facts.expiry_s)] = 0
+        room = -(-np.maximum(facts.size, 1).astype(np.int64) // ALIGN_BYTES) * ALIGN_BYTES
+        wanted[np.cumsum(np.where(wanted != 0, room, 0)) > room_bytes] = 0
         lease = await self._lease(match, wanted.tolist(), None, "")
         payloads: list[Payload | None] = [None] * len(names)
         hits = [i for i, one in enumerate(lease.outcomes) if one is Outcome.HIT and wanted[i]]

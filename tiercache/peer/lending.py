@@ -52,7 +52,7 @@ class Loan(Protocol):
 class Lender(Protocol):
     """The cache that lends."""
 
-    async def lend(self, names: Sequence[Name], parts: Sequence[int]) -> Loan:
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], room_bytes: int) -> Loan:
         """See Peering."""
         ...
 
@@ -75,12 +75,16 @@ class Quota:
         self._freed.set()
         self._freed = asyncio.Event()
 
+    @property
+    def free_bytes(self) -> int:
+        """What may be pinned beyond what is."""
+        return max(0, self.room_bytes - self.used_bytes)
+
     async def wait(self, deadline_s: float) -> None:
-        """Returns when there is room, or after the deadline."""
+        """Returns when something is pinned no more, or after the deadline."""
         try:
             async with asyncio.timeout(deadline_s):
-                while self.used_bytes >= self.room_bytes:
-                    await self._freed.wait()
+                await self._freed.wait()
         except TimeoutError:
             return
 
@@ -106,9 +110,9 @@ class Lending:
 
     async def lend(self, names: Sequence[Name], parts: Sequence[int], deadline_s: float) -> Held:
         """Pins what is here of these, as far as the quota goes."""
-        if self._quota.used_bytes >= self._quota.room_bytes:
+        if not self._quota.free_bytes:
             await self._quota.wait(deadline_s)
-        return await self.pin(await self._lender.lend(names, parts))
+        return await self.pin(await self._lender.lend(names, parts, self._quota.free_bytes))
 
     async def pin(self, loan: Loan) -> Held:
         """Makes a loan the peer's: its from now on, until `done`. Also where this raises, it is given back."""
@@ -117,7 +121,7 @@ class Lending:
             regions: list[tuple[int, bytes]] = []
             items: list[Item] = []
             sources: list[Buffer | None] = []
-            total, room = 0, self._quota.room_bytes - self._quota.used_bytes
+            total, room = 0, self._quota.free_bytes
             for i, payload in enumerate(loan.payloads):
                 item, source = Item(None), None
                 if payload is not None and total + extent_bytes(payload.size) <= room:

@@ -46,6 +46,7 @@ TAKES_MAX = 2
 PUBLISH_S = 600.0
 """A peer may take so long to make room for what was published to it."""
 UNANNOUNCED_MAX = 1 << 20
+_EVERY = (1 << 64) - 1
 
 
 class Limits(NamedTuple):
@@ -76,7 +77,7 @@ class Host(Protocol):
         """See Peering."""
         ...
 
-    async def lend(self, names: Sequence[Name], parts: Sequence[int]) -> Loan:
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], room_bytes: int) -> Loan:
         """See Peering."""
         ...
 
@@ -198,13 +199,17 @@ class Peers:
         peer = next((one for one in self._pool.peers.values() if to in (one.id, one.name)), None)
         if peer is None:
             raise UnavailableError(f"no peer {to!r} is connected: {', '.join(self.names) or 'none is'}")
-        taken = 0
-        for at in range(0, len(names), ITEMS_MAX):
-            some = names[at : at + ITEMS_MAX]
-            while self.quota.used_bytes >= self.quota.room_bytes:
+        taken, left = 0, list(names)
+        while left:
+            some = left[:ITEMS_MAX]
+            loan = await self.lender.lend(some, [_EVERY] * len(some), self.quota.free_bytes)
+            lent = max((i + 1 for i, one in enumerate(loan.payloads) if one is not None), default=0)
+            if not lent and self.quota.used_bytes:  # no room for the first of them: until others have theirs
+                loan.lease.release()
                 await self.quota.wait(PUBLISH_S)
-            loan = await self.lender.lend(some, [(1 << 64) - 1] * len(some))
+                continue
             taken += await peer.offer(loan, PUBLISH_S, urgent=True)
+            left = left[lent or len(some) :]
         return taken
 
     @property
