@@ -1,5 +1,8 @@
-"""Lane: one connection that this end made, over which it asks. Requests leave from the loop or from a thread, answers
-come in a thread, straight into memory. Both threads sleep in the kernel while nothing moves."""
+"""Lane: one connection that this end made, over which it asks.
+
+Small requests and answers are the loop's own work, since a thread takes longer to wake than they take to come; large
+ones are a thread's, which sleeps in the kernel while nothing moves.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,28 @@ import logging
 import queue
 import socket
 import threading
-from collections import deque
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from tiercache.errors import ProtocolError, UnavailableError
-from tiercache.model import Outcome
 from tiercache.net.tcp import frames, stream
+from tiercache.net.tcp.answers import Answers, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from tiercache.model import Outcome
     from tiercache.net.tcp.stream import Span
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 0.25
 """How long a batch that was given up may hold its pieces before the connection is cut."""
-SEND_HERE_BYTES = 64 << 10
-"""Up to here the loop itself sends, where the connection takes it at once."""
+HERE_BYTES = 1 << 20
+"""Up to here the loop itself sends and receives what is under way."""
+TURN_BYTES = 1 << 20
+"""What the loop takes before others have their turn on it."""
 
-_OUTCOMES = {Outcome.HIT: Outcome.HIT, Outcome.MISS & 0xFF: Outcome.MISS}
-
-
-class Batch:
-    """Moves that were asked for together, and what became of them. `spans`: each move's memory, for a read only."""
-
-    __slots__ = ("abandoned", "answer", "count", "keep", "lengths", "number", "outcomes", "spans")
-
-    def __init__(self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], keep: object) -> None:
-        self.count = len(lengths)
-        self.lengths, self.spans, self.keep = lengths, spans, keep
-        self.number = 0
-        self.outcomes: list[Outcome] = []
-        self.answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
-        self.abandoned: asyncio.Future[None] | None = None
-        """Set once nobody waits any more; done when no thread touches the batch's memory."""
-
-
-Parcel = tuple[Batch | None, bytes, "Sequence[Span]", asyncio.Future[None] | None]
+Parcel = tuple[Batch | None, list[memoryview], "Sequence[Span]", asyncio.Future[None] | None]
 
 
 class Lane:
@@ -57,19 +43,20 @@ class Lane:
         self.fault: str | None = None
         """Why nothing moves any more."""
         self.ended = asyncio.Event()
-        """No thread touches memory any more."""
-        self._sock, self._welcome = sock, welcome
+        """Nothing touches memory any more."""
+        self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._waiting: deque[Batch] = deque()  # in the order of their requests
-        self._receiving: Batch | None = None
-        self._sending: Batch | None = None
-        self._number = 0
-        self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
+        self._answers = Answers(sock, welcome, self._lock)
+        self._number = self._due = 0
+        self._threads = 0
+        self._turn: threading.Semaphore | None = None
+        """Raised when it is the thread's turn to receive; there is no such thread before it is needed."""
+        self._theirs = False
+        """Whether a thread receives, not the loop."""
+        self._parcels: queue.SimpleQueue[Parcel | None] | None = None
         self._unsent = 0
-        self._sender: threading.Thread | None = None
-        self._threads = 1
-        threading.Thread(target=self._receive, name="tiercache-tcp-answers", daemon=True).start()
+        self._loop.add_reader(sock, self._readable)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -80,10 +67,14 @@ class Lane:
         self._check()
         self._number = self._number + 1 & 0xFFFFFFFF
         batch.number = self._number
-        head = frames.HEAD.pack(op, 0, 0, batch.number, batch.count, sum(batch.lengths))
+        total = sum(batch.lengths)
+        due = total if batch.spans else 0
+        self._due += due
         with self._lock:
-            self._waiting.append(batch)
+            self._answers.waiting.append(batch)
+        head = frames.HEAD.pack(op, 0, 0, batch.number, batch.count, total)
         self._post(batch, head + b"".join([frames.MOVE.pack(*row) for row in rows]), payload)
+        self._pass_on()
         timer = self._loop.call_later(deadline_s, self.kill, f"no answer within {deadline_s:g} s")
         try:
             return await batch.answer
@@ -92,13 +83,13 @@ class Lane:
             raise
         finally:
             timer.cancel()
+            self._due -= due
 
     async def note(self, note: bytes, deadline_s: float) -> None:
         """Sends a note behind all requests. Raises as `ask`."""
         self._check()
         sent: asyncio.Future[None] = self._loop.create_future()
-        head = frames.HEAD.pack(frames.Op.NOTE, 0, 0, 0, 0, len(note))
-        self._post(None, head + note, (), sent)
+        self._post(None, frames.HEAD.pack(frames.Op.NOTE, 0, 0, 0, 0, len(note)) + note, (), sent)
         timer = self._loop.call_later(deadline_s, self.kill, f"a note not taken within {deadline_s:g} s")
         try:
             await sent
@@ -106,7 +97,7 @@ class Lane:
             timer.cancel()
 
     def kill(self, why: str) -> None:
-        """Cuts the connection; what is under way fails as soon as no thread touches its memory. From any thread."""
+        """Cuts the connection; what is under way fails as soon as nothing touches its memory. From any thread."""
         with self._lock:
             if self.fault is not None:
                 return
@@ -115,7 +106,7 @@ class Lane:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the other end was first
-        self._parcels.put(None)
+        self._tell(self._wind_up, 0)
 
     def _check(self) -> None:
         if self.fault is not None:
@@ -124,132 +115,149 @@ class Lane:
     def _post(self, batch: Batch | None, head: bytes, payload: Sequence[Span],
               sent: asyncio.Future[None] | None = None) -> None:  # fmt: skip
         """Sends a frame here and now where that takes no time, else hands it to the thread."""
-        total = len(head) + (sum(batch.lengths) if batch and payload else 0)
-        if not self._unsent and total <= SEND_HERE_BYTES and len(payload) < stream.PIECES_MAX:
+        spans = stream.joined(payload)
+        window = [memoryview(head)]
+        if not self._unsent and len(spans) < stream.PIECES_MAX and sum([span[1] for span in spans]) <= HERE_BYTES:
+            window += stream.views(spans)
+            spans = []
             try:
-                count = self._sock.sendmsg([head, *stream.views(payload)], (), socket.MSG_DONTWAIT)
+                stream.skip(window, self._sock.sendmsg(window, (), socket.MSG_DONTWAIT))
             except BlockingIOError:
-                count = 0
+                pass
             except OSError as error:
                 self.kill(str(error))
-                count = 0
-            if count == total:
+            if not window:
                 if sent:
                     sent.set_result(None)
                 return
-            if count:  # the rest would be hard to name span by span; the frame is small, so it is copied
-                whole = b"".join([head, *stream.views(payload)])
-                head, payload, batch = whole[count:], (), None
+            if batch is not None:
+                batch.sending = True  # the peer waits for the rest, whether or not anybody here still does
         self._unsent += 1
-        self._parcels.put((batch, head, payload, sent))
-        if self._sender is None:
-            self._threads += 1
-            self._sender = threading.Thread(target=self._send, name="tiercache-tcp-requests", daemon=True)
-            self._sender.start()
+        if self._parcels is None:
+            self._parcels = queue.SimpleQueue()
+            self._start(self._send, "tiercache-tcp-requests")
+        self._parcels.put((batch, window, spans, sent))
+
+    def _start(self, run: Callable[[], None], name: str) -> None:
+        self._threads += 1
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     async def _abandon(self, batch: Batch) -> None:
-        """Returns when no thread touches the batch's memory, or will; the connection lives on where that is soon."""
+        """Returns when nothing touches the batch's memory, or will; the connection lives on where that is soon."""
         with self._lock:
             batch.abandoned = self._loop.create_future()
-            touched = batch in (self._receiving, self._sending)
+            touched = batch.sending or batch is self._answers.touching
         if touched:
             await _calmly(batch.abandoned, GRACE_S)
             if not batch.abandoned.done():
                 self.kill("a batch was given up in the middle")
                 await _calmly(self.ended.wait())
 
-    # -- in the thread that sends --------------------------------------------------------------------------------------
+    # -- receiving on the loop -----------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        taken = 0
+        try:
+            while taken < TURN_BYTES and not self._theirs and self.fault is None:
+                batch, count = self._answers.take(socket.MSG_DONTWAIT)
+                taken += count
+                if batch is not None:
+                    self._came(batch)
+        except BlockingIOError:
+            pass
+        except (OSError, ProtocolError) as error:
+            self._blame(error)
+
+    def _pass_on(self) -> None:
+        """Has a thread receive where much is under way."""
+        if self._theirs or self._due <= HERE_BYTES or self.fault is not None:
+            return
+        self._theirs = True
+        self._loop.remove_reader(self._sock)
+        if self._turn is None:
+            self._turn = threading.Semaphore(0)
+            self._start(self._receive, "tiercache-tcp-answers")
+        self._turn.release()
+
+    def _take_back(self) -> None:
+        """The thread has received all that was waited for."""
+        if self.fault is None:
+            self._theirs = False
+            self._pass_on()
+            if not self._theirs:
+                self._loop.add_reader(self._sock, self._readable)
+
+    def _came(self, batch: Batch) -> None:
+        """A batch is whole, or was left by whoever received into it after it had been given up."""
+        if batch.abandoned is not None:
+            if not batch.sending and not batch.abandoned.done():
+                batch.abandoned.set_result(None)
+        elif not batch.answer.done():
+            batch.answer.set_result(batch.outcomes)
+
+    # -- receiving in a thread -----------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        assert self._turn is not None
+        try:
+            while self._turn.acquire() and self.fault is None:
+                self._receive_all()
+                self._tell(self._take_back)
+        except (OSError, ProtocolError) as error:
+            self._blame(error)
+        finally:
+            self._tell(self._wind_up, 1)
+
+    def _receive_all(self) -> None:
+        """Receives until nothing is waited for."""
+        while True:
+            batch, _ = self._answers.take(socket.MSG_WAITALL)
+            if batch is not None:
+                self._tell(self._came, batch)
+                with self._lock:
+                    if not self._answers.waiting:
+                        return
+
+    # -- sending in a thread -------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        why = "sending failed"
+        assert self._parcels is not None
         try:
             while (parcel := self._parcels.get()) is not None and self.fault is None:
                 self._send_one(*parcel)
         except OSError as error:
-            why = str(error)
+            self._blame(error)
         finally:
-            self.kill(why)
-            self._tell(self._thread_ended)
+            self._tell(self._wind_up, 1)
 
-    def _send_one(self, batch: Batch | None, head: bytes, payload: Sequence[Span],
+    def _send_one(self, batch: Batch | None, window: list[memoryview], payload: Sequence[Span],
                   sent: asyncio.Future[None] | None) -> None:  # fmt: skip
         if batch is not None:
             with self._lock:
-                if batch.abandoned is not None:  # nothing of it has left
-                    self._waiting.remove(batch)
-                    batch = None
-                    head, payload = b"", ()
-                self._sending = batch
-        try:
-            stream.pour(self._sock, head, payload)
-        finally:
-            self._leave(batch)
-        self._tell(self._was_sent, sent)
+                if batch.abandoned is not None and not batch.sending:  # nothing of it has left
+                    self._answers.waiting.remove(batch)
+                    window, payload = [], ()
+                batch.sending = True
+        stream.pour(self._sock, window, payload)
+        self._tell(self._was_sent, batch, sent)
 
-    def _was_sent(self, sent: asyncio.Future[None] | None) -> None:
+    def _was_sent(self, batch: Batch | None, sent: asyncio.Future[None] | None) -> None:
         self._unsent -= 1
         if sent is not None and not sent.done():
             sent.set_result(None)
-
-    # -- in the thread that receives -----------------------------------------------------------------------------------
-
-    def _receive(self) -> None:
-        why = "receiving failed"
-        try:
-            if not frames.same(stream.take(self._sock, len(self._welcome)), self._welcome):
-                raise ProtocolError("the peer does not know this transport")
-            while True:
-                self._take_answer()
-        except (OSError, ProtocolError) as error:
-            why = str(error)
-            if isinstance(error, ProtocolError):
-                log.debug("a tcp peer is cut off: %s", error)
-        finally:
-            self.kill(why)
-            self._tell(self._thread_ended)
-
-    def _take_answer(self) -> None:
-        """Takes one frame, and the bytes that it announces. Raises ProtocolError for any but the one that must come."""
-        op, said, zero, number, count, size = frames.HEAD.unpack(stream.take(self._sock, frames.HEAD.size))
-        with self._lock:
-            batch = self._waiting[0] if self._waiting else None
-            if op != frames.Op.ANSWER or zero or batch is None or batch.number != number or said not in _OUTCOMES:
-                raise ProtocolError(f"an answer to nothing that was asked: {op:#x}, {said}, {number}")
-            first = len(batch.outcomes)
-            last = first + count
-            outcome = _OUTCOMES[said]
-            due = sum(batch.lengths[first:last]) if batch.spans and outcome == Outcome.HIT else 0
-            if not first < last <= batch.count or size != due:
-                raise ProtocolError(f"{count} moves of {size} bytes from {first} on answered, of {batch.count}")
-            wanted = batch.abandoned is None
-            self._receiving = batch if wanted else None
-        try:
-            if wanted and size:
-                stream.fill(self._sock, chain.from_iterable(batch.spans[first:last]))
-            elif size:
-                stream.drain(self._sock, size)
-        finally:
+        if batch is not None:
             with self._lock:
-                self._receiving = None
-            self._leave(batch)
-        batch.outcomes += [outcome] * count
-        if last == batch.count:
-            with self._lock:
-                self._waiting.popleft()
-            self._tell(self._answered, batch)
+                batch.sending = False
+                left = batch.abandoned if batch is not self._answers.touching else None
+            if left is not None and not left.done():
+                left.set_result(None)
 
-    # -- both ----------------------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
-    def _leave(self, batch: Batch | None) -> None:
-        """The calling thread touches the batch's memory no more."""
-        if batch is None:
-            return
-        with self._lock:
-            if self._sending is batch and threading.current_thread() is self._sender:
-                self._sending = None
-            left = batch.abandoned if batch not in (self._sending, self._receiving) else None
-        if left is not None:
-            self._tell(_finish, left)
+    def _blame(self, error: Exception) -> None:
+        if isinstance(error, ProtocolError) and self.fault is None:
+            log.debug("a tcp peer is cut off: %s", error)
+        self.kill(str(error))
 
     def _tell(self, call: Callable[..., None], *arguments: object) -> None:
         try:
@@ -257,30 +265,29 @@ class Lane:
         except RuntimeError:
             pass  # the loop is closed: nobody waits any more
 
-    def _answered(self, batch: Batch) -> None:
-        if not batch.answer.done():
-            batch.answer.set_result(batch.outcomes)
-
-    def _thread_ended(self) -> None:
-        self._threads -= 1
-        if self._threads:
+    def _wind_up(self, threads: int) -> None:
+        """After the connection was cut, and after each thread's end: when all is quiet, what was under way fails."""
+        self._threads -= threads
+        if not self._theirs:
+            self._loop.remove_reader(self._sock)
+        if threads == 0:
+            if self._turn is not None:
+                self._turn.release()
+            if self._parcels is not None:
+                self._parcels.put(None)
+        if self._threads or self.ended.is_set():
             return
         self._sock.close()
         fault = f"the connection to the peer died: {self.fault}"
-        for batch in self._waiting:
+        for batch in self._answers.waiting:
             if not batch.answer.done():
                 batch.answer.set_exception(UnavailableError(fault))
-        self._waiting.clear()
-        while not self._parcels.empty():
+        self._answers.waiting.clear()
+        while self._parcels is not None and not self._parcels.empty():
             parcel = self._parcels.get()
             if parcel is not None and parcel[3] is not None and not parcel[3].done():
                 parcel[3].set_exception(UnavailableError(fault))
         self.ended.set()
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 async def _calmly(what: object, timeout_s: float | None = None) -> None:

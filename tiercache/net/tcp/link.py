@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from tiercache.errors import ProtocolError, UnavailableError
 from tiercache.model import Outcome
 from tiercache.net.tcp import frames
-from tiercache.net.tcp.lane import Batch, Lane
+from tiercache.net.tcp.answers import Batch
+from tiercache.net.tcp.lane import Lane
 from tiercache.transport import DESCRIPTOR_BYTES_MAX, MOVE_BYTES_MAX, MOVES_MAX, NOTE_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -126,11 +127,12 @@ class TcpLink:
         if not asked:
             return outcomes
         lengths = [row[2] for row in rows]
+        answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
         if op == frames.Op.READ:
-            found = await lane.ask(op, rows, Batch(lengths, spans, moves), deadline_s)
+            found = await lane.ask(op, rows, Batch(lengths, spans, moves, answer), deadline_s)
         else:
             payload = [piece for pieces in spans for piece in pieces]
-            found = await lane.ask(op, rows, Batch(lengths, (), moves), deadline_s, payload)
+            found = await lane.ask(op, rows, Batch(lengths, (), moves, answer), deadline_s, payload)
         for at, outcome in zip(asked, found, strict=True):
             outcomes[at] = outcome
         return outcomes

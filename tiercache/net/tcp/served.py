@@ -142,7 +142,7 @@ class Served:
                 stream.drain(self._sock, size)
         said = _HIT if possible else _MISS
         head = frames.HEAD.pack(frames.Op.ANSWER, said, 0, number, group.moves, 0 if writing else group.total)
-        stream.pour(self._sock, head, () if writing else group.spans)
+        stream.pour(self._sock, [memoryview(head)], () if writing else group.spans)
 
     def _next_head(self) -> bytes:
         """The next frame's head; waits for its begin without a deadline, and without waking up."""

@@ -84,10 +84,9 @@ def fill(sock: socket.socket, spans: Iterable[Span]) -> None:
             skip(window, count)
 
 
-def pour(sock: socket.socket, head: bytes, spans: Iterable[Span]) -> None:
-    """Sends a head, and the bytes of these spans behind it."""
+def pour(sock: socket.socket, window: list[memoryview], spans: Iterable[Span]) -> None:
+    """Sends these views, and the bytes of these spans behind them."""
     todo = joined(spans)
-    window = [memoryview(head)] if head else []
     at = 0
     while window or at < len(todo):
         if len(window) < PIECES_MAX // 2:
