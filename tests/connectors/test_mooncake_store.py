@@ -259,7 +259,7 @@ def test_ranges(store, memory):
         5,
         1,
     ]
-    assert memory[:10].tobytes() == b"12__456fgj"
+    assert memory[:10].tobytes() == b"12__456__j"
     assert store.batch_get_into_multi_buffer_ranges(["a"], [[at]], [[2]], [[9]]) == [BAD]
     assert store.batch_get_session_end(["a", "b"]) == 0
     assert store.batch_get_into_multi_buffer_ranges(["a"], [[at]], [[2]], [[1]]) == [BAD]
