@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tiercache.cache.far import Far, Near
     from tiercache.cache.joint import BlockTicket
     from tiercache.cache.pressure import Pressure
+    from tiercache.cache.recovery import Recovery
     from tiercache.cache.storing import Storing
     from tiercache.cache.survey import Survey
     from tiercache.cache.tiers import Tiers
@@ -34,6 +35,7 @@ class Chained:
     """Caches of other machines, if there are any."""
     _storing: Storing
     _pressure: Pressure
+    _recovery: Recovery
     _survey: Survey
     _closed = False
 
@@ -45,7 +47,13 @@ class Chained:
     def meet(self, near: Near) -> None:
         """From now on entries come from peers too, and peers may have those of this cache; before `begin`."""
         self.peering = self._elsewhere().peers = Peering(
-            self.tiers, self.blocks, self._storing, near, lease=self.blocks.matched, relieve=self._pressure.make_room
+            self.tiers,
+            self.blocks,
+            self._storing,
+            near,
+            lease=self.blocks.matched,
+            relieve=self._pressure.make_room,
+            recovered=self._recovery.wait,
         )
         self._pressure.spill = self.peering.spill
         self._survey.met = near

@@ -60,9 +60,12 @@ class Peering:
         *,
         lease: Callable[[Match, list[int], None, str], Awaitable[Lease]],
         relieve: Callable[[int], Awaitable[bool]],
+        recovered: Callable[[], Awaitable[None]],
     ) -> None:
-        """`lease` brings parts of what was matched to memory; `relieve` makes room without losing anything."""
+        """`lease` brings parts of what was matched to memory; `relieve` makes room without losing anything; `recovered`
+        returns when everything that the SSD remembers is in the index."""
         self._tiers, self._near, self._lease, self._relieve = tiers, near, lease, relieve
+        self.recovered = recovered
         self._bringing = Bringing(tiers, blocks, storing, "peer")
 
     def begin(self, tasks: Tasks) -> None:

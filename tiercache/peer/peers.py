@@ -85,6 +85,10 @@ class Host(Protocol):
         """See Peering."""
         ...
 
+    async def recovered(self) -> None:
+        """See Peering."""
+        ...
+
     def contents(self, after: int) -> tuple[list[Name], int]:
         """See Peering."""
         ...
@@ -303,6 +307,7 @@ class Peers:
     async def _tell_all(self, peer: Peer) -> None:
         """Announces everything that is here to a new peer, a step at a time."""
         after = 0
+        await self.lender.recovered()
         with contextlib.suppress(UnavailableError):
             while True:
                 names, after = self.lender.contents(after)
