@@ -47,6 +47,7 @@ class Channel:
         self._tasks: set[asyncio.Task[None]] = set()
         self._next = 0
         self._why = ""
+        self._late: Callable[[Frame], None] = _ignored
         self.closed = asyncio.Event()
 
     async def ask(self, op: Op, body: bytes, deadline_s: float = 0.0) -> Frame:
@@ -56,6 +57,7 @@ class Channel:
         self._next += 1
         number = self._next
         answer: asyncio.Future[Frame] = loop.create_future()
+        frame: Frame | None = None
         self._asked[number] = answer
         try:
             self.tell(op, body, number)
@@ -65,6 +67,8 @@ class Channel:
             raise UnavailableError(f"{self.name} did not answer in time") from None
         finally:
             del self._asked[number]
+            if frame is None and answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._late(answer.result())  # it came when nobody waited for it any more
         if frame.op == Op.FAULT:
             raise UnavailableError(f"{self.name} could not answer: {frame.body[:500].decode(errors='replace')}")
         return frame
@@ -86,22 +90,26 @@ class Channel:
     async def run(
         self,
         heard: Callable[[Frame], None],
+        late: Callable[[Frame], None],
         answer: Callable[[Frame], Awaitable[tuple[Op, bytes]]],
         pulse: Callable[[], bytes],
     ) -> None:
-        """Serves the channel until it ends: `heard` takes what is told, `answer` questions, each in a task of its own;
-        `pulse` is said now and then."""
+        """Serves the channel until it ends: `heard` takes what is told, `late` answers that nobody waits for any more,
+        `answer` questions, each in a task of its own; `pulse` is said now and then."""
+        self._late = late
         beating = asyncio.get_running_loop().create_task(self._beat(pulse))
         try:
             while True:
                 frame = await read_frame(self._reader, self._deadline_s)
-                if frame.number in self._asked and frame.op in _ANSWERS:
-                    if not (waiting := self._asked[frame.number]).done():
-                        waiting.set_result(frame)
-                elif frame.op in _QUESTIONS:
+                waiting = self._asked.get(frame.number)
+                if frame.op in _QUESTIONS:
                     self._start(self._answer(frame, answer))
-                elif frame.op not in _ANSWERS:  # late answers are nobody's any more
+                elif frame.op not in _ANSWERS:
                     heard(frame)
+                elif waiting is not None and not waiting.done():
+                    waiting.set_result(frame)
+                else:
+                    late(frame)
         except (ProtocolError, UnavailableError) as fault:
             self.close(str(fault))
         except asyncio.IncompleteReadError:
@@ -154,6 +162,10 @@ class Channel:
             if not waiting.done():
                 waiting.set_exception(UnavailableError(f"{self.name} is gone: {why}"))
         self._writer.transport.abort()
+
+
+def _ignored(_: Frame) -> None:
+    """Nobody serves the channel yet."""
 
 
 _QUESTIONS = frozenset({Op.WANT, Op.PUSH, Op.OFFER})

@@ -51,6 +51,8 @@ class Op(IntEnum):
     TAKEN = 12
     FAULT = 13
     """The answer to a question that failed: text."""
+    MEMORY = 14
+    """What you need to reach memory of mine; before the first entry that lies there. One way."""
 
 
 class Frame(NamedTuple):
@@ -93,11 +95,10 @@ class Item(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What is pinned under a number, and descriptors of regions that the other end has not been told of."""
+    """What is pinned under a number."""
 
     pin: int
     items: list[Item]
-    regions: list[tuple[int, bytes]]
     urgent: bool = False
     """Of an OFFER: somebody there is about to want it, so room is made."""
 
@@ -115,8 +116,8 @@ _WANT = struct.Struct("<32sQiB3x")
 _ITEM = struct.Struct("<32s32sQQIIIfIiHBBBBH")
 """key, parent, parts, offset, size, part_bytes, expiry_s, cost_s, region + 1, ordinal, scope, form, kind, widths of key
 and parent, digests"""
-_PIN = struct.Struct("<QIIB7x")
-_REGION = struct.Struct("<II")
+_PIN = struct.Struct("<QIB3x")
+_REGION = struct.Struct("<I")
 _PUSH = struct.Struct("<QIIQ")
 """pin, pieces, region, offset"""
 _PIECE = struct.Struct("<III")
@@ -168,9 +169,7 @@ def unpack_want(body: bytes) -> tuple[list[Name], list[int], int]:
 
 def pack_held(held: Held) -> bytes:
     """A HELD or an OFFER."""
-    rows = [_PIN.pack(held.pin, len(held.items), len(held.regions), held.urgent)]
-    for number, descriptor in held.regions:
-        rows += [_REGION.pack(number, len(descriptor)), descriptor]
+    rows = [_PIN.pack(held.pin, len(held.items), held.urgent)]
     for one, place in held.items:
         if one is None:
             rows.append(_NOTHING)
@@ -193,16 +192,24 @@ _NOTHING = bytes(_ITEM.size)
 def unpack_held(body: bytes) -> Held:
     """Undoes pack_held."""
     reader = _Reader(body)
-    pin, count, told, urgent = reader.take(_PIN)
-    if count > ITEMS_MAX or told > ITEMS_MAX:
-        raise ProtocolError(f"{count} entries and {told} regions in one answer")
-    regions = []
-    for _ in range(told):
-        number, length = reader.take(_REGION)
-        regions.append((number, reader.bytes(length)))
+    pin, count, urgent = reader.take(_PIN)
+    if count > ITEMS_MAX:
+        raise ProtocolError(f"{count} entries in one answer")
     items = [_item(reader) for _ in range(count)]
     reader.end()
-    return Held(pin, items, regions, bool(urgent))
+    return Held(pin, items, bool(urgent))
+
+
+def pack_memory(region: int, descriptor: bytes) -> bytes:
+    """A MEMORY."""
+    return _REGION.pack(region) + descriptor
+
+
+def unpack_memory(body: bytes) -> tuple[int, bytes]:
+    """Undoes pack_memory: the number of the region, and its descriptor."""
+    reader = _Reader(body)
+    (region,) = reader.take(_REGION)
+    return region, body[_REGION.size :]
 
 
 def _item(reader: _Reader) -> Item:

@@ -18,7 +18,7 @@ from tiercache.peer.frames import Held, Item
 from tiercache.transport import Move
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tiercache.buffers import Buffer
     from tiercache.lease import Lease
@@ -101,8 +101,9 @@ class _Pin:
 class Lending:
     """See the module; of one peer. On the cache's loop."""
 
-    def __init__(self, lender: Lender, quota: Quota, exposed: Exposed) -> None:
-        self._lender, self._quota, self._exposed = lender, quota, exposed
+    def __init__(self, lender: Lender, quota: Quota, exposed: Exposed, introduce: Callable[[int, bytes], None]) -> None:
+        """`introduce` tells the peer of memory: its number, and what it needs to reach it."""
+        self._lender, self._quota, self._exposed, self._introduce = lender, quota, exposed, introduce
         self._pins: dict[int, _Pin] = {}
         self._next = 0
         self._told: set[int] = set()
@@ -118,7 +119,6 @@ class Lending:
         """Makes a loan the peer's: its from now on, until `done`. Also where this raises, it is given back."""
         try:
             memories = Map.of(self._lender.memories)
-            regions: list[tuple[int, bytes]] = []
             items: list[Item] = []
             sources: list[Buffer | None] = []
             total, room = 0, self._quota.free_bytes
@@ -130,7 +130,7 @@ class Lending:
                     if there is not None:
                         total += extent_bytes(payload.size)
                         memory, place = there
-                        regions += await self._introduce(memory)
+                        await self._tell(memory)
                         item = Item(payload, place)
                 items.append(item)
                 sources.append(source)
@@ -142,14 +142,16 @@ class Lending:
         self._next += 1
         self._pins[self._next] = _Pin(loan, items, sources, total)
         self._quota.used_bytes += total
-        return Held(self._next, items, regions)
+        return Held(self._next, items)
 
-    async def _introduce(self, memory: Memory) -> list[tuple[int, bytes]]:
-        if memory.ordinal in self._told:
-            return []
-        descriptor = await self._exposed.descriptor(memory)
-        self._told.add(memory.ordinal)
-        return [(memory.ordinal, descriptor)]
+    async def _tell(self, memory: Memory) -> None:
+        """Tells the peer of memory, once. By a message of its own, which no answer that fails or is late takes along,
+        and which is there before whatever speaks of it."""
+        if memory.ordinal not in self._told:
+            descriptor = await self._exposed.descriptor(memory)
+            if memory.ordinal not in self._told:
+                self._introduce(memory.ordinal, descriptor)
+                self._told.add(memory.ordinal)
 
     async def push(
         self, pin: int, link: Link, region: int, offset: int, pieces: Sequence[Pushing], deadline_s: float

@@ -21,10 +21,12 @@ from tiercache.peer.frames import (
     Op,
     pack,
     pack_held,
+    pack_memory,
     pack_number,
     pack_want,
     unpack_held,
     unpack_marks,
+    unpack_memory,
     unpack_number,
     unpack_push,
     unpack_want,
@@ -135,7 +137,7 @@ class Peer:
                 except ProtocolError:
                     await link.close()
                     raise
-                self.lending = Lending(self.house.lender, self.house.quota, exposed)
+                self.lending = Lending(self.house.lender, self.house.quota, exposed, self._introduce)
                 return
             log.debug("%s does not connect to %s: %s", name, self.name, why or "the other end refused")
             if link is not None:
@@ -155,13 +157,18 @@ class Peer:
     async def live(self) -> None:
         """Serves the peer until it is gone, and then takes back what it had."""
         try:
-            await self.channel.run(self._heard, self._answered, self._pulse)
+            await self.channel.run(self._heard, self._late, self._answered, self._pulse)
         finally:
-            await self.link.close()
-            self.lending.end()
+            try:
+                await self.link.close()
+            finally:
+                self.lending.end()
 
     def _pulse(self) -> bytes:
         return pack_number(self.house.room_bytes)
+
+    def _introduce(self, region: int, descriptor: bytes) -> None:
+        self.channel.tell(Op.MEMORY, pack_memory(region, descriptor))
 
     def _heard(self, frame: Frame) -> None:
         if frame.op == Op.PULSE:
@@ -170,8 +177,16 @@ class Peer:
             self.house.heard(self, unpack_marks(frame.body))
         elif frame.op == Op.DONE:
             self.lending.done(unpack_number(frame.body))
+        elif frame.op == Op.MEMORY:
+            self._learn(*unpack_memory(frame.body))
         else:
             raise ProtocolError(f"operation {frame.op} is not one of this version")
+
+    def _late(self, frame: Frame) -> None:
+        """Whoever asked is gone: nothing is to stay pinned for that."""
+        if frame.op == Op.HELD:
+            with suppress(ProtocolError):
+                self.forgive(unpack_held(frame.body).pin)
 
     async def _answered(self, frame: Frame) -> tuple[Op, bytes]:
         if frame.op == Op.WANT:
@@ -194,12 +209,13 @@ class Peer:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     def borrowed(self, held: Held, priority: Priority) -> Borrowed:
-        """What it has pinned for this cache, after it introduced the memory that this lies in."""
-        if len(self._regions) + len(held.regions) > REGIONS_MAX:
-            raise ProtocolError(f"more than {REGIONS_MAX} memories")
-        for number, descriptor in held.regions:
-            self._regions[number] = self.link.attach(descriptor)
+        """What it has pinned for this cache."""
         return Borrowed(self, held, self.house.gate, priority, self.house.deadline_s)
+
+    def _learn(self, region: int, descriptor: bytes) -> None:
+        if region in self._regions or len(self._regions) >= REGIONS_MAX:
+            raise ProtocolError(f"memory {region} is told twice, or there are more than {REGIONS_MAX}")
+        self._regions[region] = self.link.attach(descriptor)
 
     def region(self, number: int) -> int:
         """The link's number of a memory that it introduced."""
