@@ -133,7 +133,7 @@ class Pair:
         """Moves about so many bytes; seconds a byte."""
         way, size, window = case
         batches = max(1, moved_bytes // size // window)
-        self.near.send(op="move", way=way, size=size, window=window, batches=batches, verify=verify)
+        self.near.send(op="order", way=way, size=size, window=window, batches=batches, verify=verify)
         answer = self.near.answer()
         self.negotiated = answer.get("negotiated") or self.negotiated
         return answer["seconds"] / answer["bytes"]

@@ -29,8 +29,8 @@ class Mooncake(Near):
             raise LeftOut(f"the transfer engine does not start: {status}")
         self.name = f"{host}:{self.engine.get_rpc_port()}"
 
-    async def hello(self) -> object:
-        return [self.name, self.address]
+    async def hello(self) -> dict[str, object]:
+        return {"hello": [self.name, self.address]}
 
     async def meet(self, peer: list) -> dict[str, object]:
         self.peer, self.far = peer

@@ -1,8 +1,7 @@
 """Sides of bench.transport, each a pair of processes with memory of their own: `python -m bench.transport_sides NAME`.
 
-Each process takes orders by JSON lines. {"op": "hello"} is answered with what the other process of the pair needs to
-know, which {"op": "meet", "peer": ...} tells it; both are asked at the same time. Then the near one is asked to move:
-{"op": "move", "way": "get" or "put", "size", "window", "batches", "verify"} is answered with {"seconds", "bytes"}.
+Each process takes orders by JSON lines; `op` names a method. `hello` is answered with what the other process of the
+pair needs to know, which `meet` tells it; both are asked at the same time. Then the near one is asked to `order`.
 A batch is `window` moves of `size` bytes that are all under way before any of them is waited for.
 """
 
@@ -60,8 +59,8 @@ class RawFar:
         self.memory = Memory(seed=1)
         self.server = socket.create_server((host, 0))
 
-    async def hello(self) -> object:
-        return self.server.getsockname()
+    async def hello(self) -> dict[str, object]:
+        return {"hello": self.server.getsockname()}
 
     async def meet(self, peer: object) -> dict[str, object]:
         threading.Thread(target=self._serve, daemon=True).start()
@@ -96,8 +95,8 @@ def receive(peer: socket.socket, block: memoryview) -> None:
 class Near:
     """The process that asks; it measures."""
 
-    def __init__(self) -> None:
-        self.memory = Memory(seed=2)
+    def __init__(self, size: int = MEMORY_BYTES) -> None:
+        self.memory = Memory(size, seed=2)
 
     async def order(self, way: str, size: int, window: int, batches: int, verify: bool) -> dict[str, object]:
         """Moves batches, one after another."""
@@ -122,8 +121,8 @@ class RawNear(Near):
         super().__init__()
         self.peer = socket.socket()
 
-    async def hello(self) -> object:
-        return None
+    async def hello(self) -> dict[str, object]:
+        return {"hello": None}
 
     async def meet(self, peer: list) -> dict[str, object]:
         self.peer.connect(tuple(peer))
@@ -158,8 +157,8 @@ class MemoryNear(Near):
         super().__init__()
         self.other = Memory(seed=1)
 
-    async def hello(self) -> object:
-        return None
+    async def hello(self) -> dict[str, object]:
+        return {"hello": None}
 
     async def meet(self, peer: object) -> dict[str, object]:
         return {"negotiated": "memmove"}
@@ -178,8 +177,8 @@ class MemoryNear(Near):
 class Ours(Near):
     """A transport of tiercache, at either end."""
 
-    def __init__(self, name: str, host: str, seed: int) -> None:
-        super().__init__()
+    def __init__(self, name: str, host: str, seed: int, size: int = MEMORY_BYTES) -> None:
+        super().__init__(size)
         from tiercache.buffers import Buffer, many_digests
         from tiercache.model import Outcome
         from tiercache.net import open_transport, usable
@@ -188,7 +187,7 @@ class Ours(Near):
         able = usable(name)
         if not able.usable:
             raise LeftOut(able.why)
-        self.move, self.hit, self.many_digests = Move, Outcome.HIT, many_digests
+        self.made, self.hit, self.many_digests = Move, Outcome.HIT, many_digests
         self.memory.fill(seed)
         self.buffer = Buffer.of(self.memory.view, writable=True)
         self.transport = open_transport(name, host, self.notified)
@@ -197,9 +196,9 @@ class Ours(Near):
     def notified(self, note: bytes) -> None:
         self.notes.put_nowait(note)
 
-    async def hello(self) -> object:
+    async def hello(self) -> dict[str, object]:
         descriptor = self.transport.expose(self.buffer, writable=True, file=self.memory.file)
-        return [self.transport.address.hex(), descriptor.hex()]
+        return {"hello": [self.transport.address.hex(), descriptor.hex()]}
 
     async def meet(self, peer: list) -> dict[str, object]:
         address, descriptor = map(bytes.fromhex, peer)
@@ -209,7 +208,7 @@ class Ours(Near):
 
     async def order(self, way: str, size: int, window: int, batches: int, verify: bool) -> dict[str, object]:
         plan = [
-            [self.move(self.region, at, [self.buffer.slice(at, size)]) for at in offsets]
+            [self.made(self.region, at, [self.buffer.slice(at, size)]) for at in offsets]
             for offsets in offsets_of(size, window, batches)
         ]
         call = self.link.read if way == "get" else self.link.write
@@ -234,6 +233,7 @@ class Ours(Near):
         return dict(zip(places, self.many_digests(blocks), strict=True))
 
     async def close(self) -> None:
+        """Ends it."""
         await self.link.close()
         await self.transport.close()
 
@@ -271,16 +271,10 @@ async def serve(made, out) -> None:
         op = order.pop("op")
         if op == "quit":
             break
-        if op == "hello":
-            answer({"hello": await here.hello()})
-        elif op == "meet":
-            answer(await here.meet(order["peer"]))
-        elif op == "check":
-            answer(await here.check())
-        elif op == "cpu":
+        if op == "cpu":
             answer({"seconds": time.process_time()})
         else:
-            answer(await here.order(**order))
+            answer(await getattr(here, op)(**order))
     if isinstance(here, Ours):
         await here.close()
 
