@@ -135,7 +135,7 @@ class Borrowed:
     async def _stream(self, batch: _Batch, runs: list[Run]) -> None:
         """Has the peer write these one after the other into a slot, and scatters them from there."""
         peer, size = self._peer, sum(run.stop - run.start for run in runs)
-        async with self._gate.admit(peer.landing.slot_bytes, self._priority):
+        async with self._gate.admit(size, self._priority, peer.landing.slot_bytes):
             slot = peer.landing.take()
             try:
                 pieces = [Pushing(run.item, run.start, run.stop) for run in runs]

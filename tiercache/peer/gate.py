@@ -42,10 +42,10 @@ class Gate:
         return self._used
 
     @asynccontextmanager
-    async def admit(self, size: int, priority: Priority) -> AsyncIterator[None]:
-        """Waits for room, in the order of priorities and then of coming, and for the rate. What is larger than all of
-        the room has all of it."""
-        size = min(size, self.room_bytes)
+    async def admit(self, moves: int, priority: Priority, takes: int = 0) -> AsyncIterator[None]:
+        """Waits for room (`takes`, where that is more than what moves), in the order of priorities and then of coming,
+        and for the rate. What is larger than all of the room has all of it."""
+        size = min(max(moves, takes), self.room_bytes)
         if self._waiting or self._used + size > self.room_bytes:
             self._order += 1
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -60,7 +60,7 @@ class Gate:
         else:
             self._used += size
         try:
-            await self._pace(size)
+            await self._pace(moves)
             yield
         finally:
             self._leave(size)
@@ -80,10 +80,10 @@ class Gate:
             heapq.heappop(self._waiting)
 
     async def _pace(self, size: int) -> None:
+        """Returns when the rate has earned these bytes: so it holds for what is read in one go, too."""
         if not self._rate:
             return
         now_s = self._clock.monotonic()
-        begin_s = max(self._free_at_s, now_s - BURST_S)
-        self._free_at_s = begin_s + size / self._rate
-        if begin_s > now_s:
-            await asyncio.sleep(begin_s - now_s)
+        self._free_at_s = max(self._free_at_s, now_s - BURST_S) + size / self._rate
+        if self._free_at_s > now_s:
+            await asyncio.sleep(self._free_at_s - now_s)

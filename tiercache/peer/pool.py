@@ -54,7 +54,9 @@ class Pool:
         self._clock, self._random, self.deadline_s = clock, random, deadline_s
         self.id = random.randbytes(16).hex()
         self.peers: dict[int, Peer] = {}
-        """Who is connected, or about to be, by number."""
+        """Who is connected, by number."""
+        self._meeting: dict[int, Peer] = {}
+        """And who is about to be: nothing may be said to them before both ends chose a transport."""
         self._exposed: dict[tuple[str, str], Exposed] = {}
         self._failures: dict[tuple[str, str], int] = {}
         self._house: House
@@ -168,18 +170,20 @@ class Pool:
             )  # fmt: skip
             if channel.hello["id"] == self.id or not self._wanted(channel.hello["id"], dialled):
                 return False
-            number = next((one for one in range(PEERS_MAX) if one not in self.peers), None)
+            number = next((one for one in range(PEERS_MAX) if one not in self._meeting), None)
             if number is None:
                 raise UnavailableError(f"there are {PEERS_MAX} peers already")
             peer = Peer(self._house, channel, number, host, dialled=dialled)
-            self.peers[number] = peer
+            self._meeting[number] = peer
             try:
                 await peer.settle(reader, writer)
+                self.peers[number] = peer
                 log.info("peer %s: connected by %s", peer.name, peer.transport)
                 await self._know(peer)
                 log.info("peer %s is gone", peer.name)
             finally:
-                del self.peers[number]
+                del self._meeting[number]
+                self.peers.pop(number, None)
             return True
         except asyncio.IncompleteReadError:
             raise UnavailableError("it closed the connection") from None
@@ -188,7 +192,7 @@ class Pool:
 
     def _wanted(self, who: str, dialled: bool) -> bool:
         """Whether a new channel to this peer is the one to keep: of two, the one that the smaller id dialled."""
-        there = next((peer for peer in self.peers.values() if peer.id == who), None)
+        there = next((peer for peer in self._meeting.values() if peer.id == who), None)
         if there is None:
             return True
         if dialled == there.dialled or dialled != (self.id < who):
