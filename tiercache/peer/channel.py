@@ -1,8 +1,9 @@
 """Channel: the control connection between two caches: who is there, that he lives, questions and answers.
 
-Both ends prove that they know the secret of the pool (HMAC-SHA256 over both ends' nonces and hellos), so that neither a
-stranger nor somebody in between can say anything; the secret itself never travels. The frames after that are not
-encrypted. Whoever is silent for the deadline is gone: every question then ends with UnavailableError.
+Both ends prove that they know the secret of the pool (HMAC-SHA256 over both ends' nonces and hellos); the secret itself
+never travels, and strangers are told nothing. The frames after that are neither encrypted nor signed: whoever can
+change what travels between two peers can speak for them. Whoever is silent for the deadline is gone: every question
+then ends with UnavailableError.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ log = logging.getLogger(__name__)
 MAGIC = "tiercache peer"
 NONCE_BYTES = 32
 HELLO_BYTES_MAX = 64 << 10
+NAME_CHARS_MAX = 200
 UNSENT_BYTES_MAX = 2 * BODY_BYTES_MAX
 """Bytes that wait to be sent; who takes nothing for so long is gone."""
+ABOUT_BYTES_MAX = 1 << 20
 QUESTIONS_MAX = 1024
 """Questions of the other end that are worked on at a time."""
 PULSES = 4
@@ -85,7 +88,14 @@ class Channel:
     @property
     def name(self) -> str:
         """Who it is, for messages."""
-        return str(self.hello.get("name", "a peer"))
+        return "".join([one if one.isprintable() else "?" for one in str(self.hello.get("name"))[:NAME_CHARS_MAX]])
+
+    async def flush(self) -> None:
+        """Returns when most of what was told has left. Raises UnavailableError where the channel is closed."""
+        try:
+            await self._writer.drain()
+        except OSError as fault:
+            raise UnavailableError(f"{self.name} is gone: {fault}") from None
 
     async def run(
         self,
@@ -193,9 +203,11 @@ async def shake(
     secret: bytes,
     random: Random,
     deadline_s: float,
+    tell: Callable[[], dict[str, Any]],
 ) -> Channel:
-    """Both ends say who they are and prove that they know the secret; the channel. Raises ProtocolError where the other
-    end is no peer of this pool, UnavailableError where it says nothing."""
+    """Both ends say who they are and prove that they know the secret; the channel. `tell` is what is said of this end
+    to whoever has proven it. Raises ProtocolError where the other end is no peer of this pool, UnavailableError where
+    it says nothing, all in time."""
     mine = {"magic": MAGIC, "version": VERSION, "nonce": random.randbytes(NONCE_BYTES).hex(), **about}
     ours = json.dumps(mine).encode()
     writer.write(pack(Op.HELLO, 0, ours))
@@ -210,21 +222,32 @@ async def shake(
     proof = await read_frame(reader, deadline_s, HELLO_BYTES_MAX)
     if proof.op != Op.PROVE or not hmac.compare_digest(proof.body, proofs[1 if dialled else 0]):
         raise ProtocolError("it does not know the secret of this pool: give both the same peer_token_file")
-    return Channel(reader, writer, theirs, deadline_s)
+    writer.write(pack(Op.ABOUT, 0, json.dumps(tell()).encode()))
+    about_it = said(await read_frame(reader, deadline_s, ABOUT_BYTES_MAX), Op.ABOUT)
+    return Channel(reader, writer, {**about_it, **theirs}, deadline_s)
+
+
+def said(frame: Frame, op: Op) -> dict[str, Any]:
+    """What a frame of this kind says. Raises ProtocolError where it is none, or says nothing that can be read."""
+    try:
+        found = json.loads(frame.body) if frame.op == op else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ProtocolError(f"operation {frame.op} where {op.name} must come, or one that cannot be read")
+    return found
 
 
 def _hello(frame: Frame) -> dict[str, Any]:
-    try:
-        said = json.loads(frame.body) if frame.op == Op.HELLO else None
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or said.get("magic") != MAGIC:
+    found = said(frame, Op.HELLO)
+    if found.get("magic") != MAGIC:
         raise ProtocolError("whoever is there is no peer of a tiercache")
-    if said.get("version") != VERSION:
-        raise ProtocolError(f"it speaks version {said.get('version')!r}, this end {VERSION}: use one release for all")
-    if not isinstance(said.get("nonce"), str) or not isinstance(said.get("id"), str):
+    if found.get("version") != VERSION:
+        version = str(found.get("version"))[:NAME_CHARS_MAX]
+        raise ProtocolError(f"it speaks version {version!r}, this end {VERSION}: use one release for all")
+    if not isinstance(found.get("nonce"), str) or not isinstance(found.get("id"), str) or len(found["id"]) > 64:
         raise ProtocolError("its hello lacks who it is")
-    return said
+    return found
 
 
 def read_secret(path: str) -> bytes:

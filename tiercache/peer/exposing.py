@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import mmap
+import os
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.transport import Transport
+
+
+_LANDING = -1
+"""The landing memory among the numbers of memory files."""
 
 
 class Memory(Protocol):
@@ -41,15 +48,24 @@ class Exposed:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._descriptors: dict[int, bytes] = {}
+        self._one = asyncio.Lock()
 
     async def descriptor(self, memory: Memory) -> bytes:
         """What peers need to read this memory; the first time it is registered, which may take a while."""
-        if memory.ordinal not in self._descriptors:
-            fd = -1 if memory.fd is None else memory.fd
-            self._descriptors[memory.ordinal] = await in_thread(
-                lambda: self.transport.expose(memory.span, writable=False, file=fd)
-            )
-        return self._descriptors[memory.ordinal]
+        fd = -1 if memory.fd is None else memory.fd
+        return await self._expose(memory.ordinal, memory.span, writable=False, file=fd)
+
+    async def landing(self, landing: Landing) -> bytes:
+        """What peers need to write to the landing memory."""
+        return await self._expose(_LANDING, landing.span, writable=True, file=landing.file)
+
+    async def _expose(self, ordinal: int, span: Buffer, *, writable: bool, file: int) -> bytes:
+        async with self._one:  # registered once, however many peers ask for it at a time
+            if ordinal not in self._descriptors:
+                self._descriptors[ordinal] = await in_thread(
+                    lambda: self.transport.expose(span, writable=writable, file=file)
+                )
+        return self._descriptors[ordinal]
 
 
 class Map(NamedTuple):
@@ -83,9 +99,16 @@ class Landing:
     def __init__(self, room_bytes: int, slot_bytes: int) -> None:
         self.slot_bytes = min(slot_bytes, room_bytes)
         count = max(1, room_bytes // self.slot_bytes)
-        self._map = mmap.mmap(-1, count * self.slot_bytes)
+        self.file = _memory_file(count * self.slot_bytes)
+        self._map = mmap.mmap(self.file, count * self.slot_bytes)
         self.span = Buffer.of(self._map, writable=True)
         self._free = list(range(count))
+
+    def close(self) -> None:
+        """Closes its file; the memory goes with the last who looks at it."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
 
     @property
     def free(self) -> int:
@@ -103,3 +126,14 @@ class Landing:
     def buffer(self, slot: int) -> Buffer:
         """The slot in place."""
         return self.span.slice(slot * self.slot_bytes, self.slot_bytes)
+
+
+def _memory_file(size: int) -> int:
+    """A memory file that cannot shrink, as transports of one machine share; -1 where there are none."""
+    try:
+        file = os.memfd_create("tiercache-landing", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):
+        return -1
+    os.ftruncate(file, size)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return file

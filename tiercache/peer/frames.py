@@ -51,6 +51,8 @@ class Op(IntEnum):
     TAKEN = 12
     FAULT = 13
     """The answer to a question that failed: text."""
+    ABOUT = 15
+    """What only peers are told of me, once they have proven that they are; before READY."""
     MEMORY = 14
     """What you need to reach memory of mine; before the first entry that lies there. One way."""
 

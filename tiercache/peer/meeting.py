@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache.errors import ProtocolError, TierCacheError, UnavailableError
 from tiercache.peer.borrowing import Borrowed
-from tiercache.peer.channel import HELLO_BYTES_MAX, read_frame
+from tiercache.peer.channel import HELLO_BYTES_MAX, read_frame, said
 from tiercache.peer.frames import (
     ITEMS_MAX,
     Frame,
@@ -123,34 +123,31 @@ class Peer:
         """Both ends choose a transport and connect; before the channel runs. Raises UnavailableError where none
         connects."""
         for name in self.house.candidates(self.channel.hello):
-            link, exposed, why = await self._try(name)
-            body = {"transport": name, "ok": link is not None, "landing": ""}
-            if link is not None and exposed is not None:
-                landing = exposed.transport.expose(self.landing.span, writable=True)
-                body["landing"] = landing.hex()
-            writer.write(pack(Op.READY, 0, json.dumps(body).encode()))
-            theirs = _ready(await read_frame(reader, 2 * self.house.deadline_s, HELLO_BYTES_MAX), name)
-            if link is not None and exposed is not None and theirs is not None:
-                self.link, self.transport = link, name
-                try:
+            link, exposed, landing = await self._try(name)
+            try:
+                body = {"transport": name, "ok": link is not None, "landing": landing.hex()}
+                writer.write(pack(Op.READY, 0, json.dumps(body).encode()))
+                theirs = _ready(await read_frame(reader, 2 * self.house.deadline_s, HELLO_BYTES_MAX), name)
+                if link is not None and exposed is not None and theirs is not None:
                     self._their_landing = link.attach(theirs)
-                except ProtocolError:
+                    self.link, self.transport, link = link, name, None
+                    self.lending = Lending(self.house.lender, self.house.quota, exposed, self._introduce)
+                    return
+            finally:
+                if link is not None:
                     await link.close()
-                    raise
-                self.lending = Lending(self.house.lender, self.house.quota, exposed, self._introduce)
-                return
-            log.debug("%s does not connect to %s: %s", name, self.name, why or "the other end refused")
-            if link is not None:
-                await link.close()
         raise UnavailableError(f"no transport connects to {self.name}")
 
-    async def _try(self, name: str) -> tuple[Link | None, Exposed | None, str]:
+    async def _try(self, name: str) -> tuple[Link | None, Exposed | None, bytes]:
+        """One transport: a link to the other end, and what that needs to write to the landing memory."""
         try:
             exposed = self.house.exposed(name, self)
+            landing = await exposed.landing(self.landing)
             address = bytes.fromhex(self.channel.hello["transports"][name])
-            return await exposed.transport.connect(address, self.house.deadline_s), exposed, ""
-        except (TierCacheError, OSError, ValueError) as fault:
-            return None, None, str(fault)
+            return await exposed.transport.connect(address, self.house.deadline_s), exposed, landing
+        except (TierCacheError, OSError, ValueError, TypeError) as fault:  # an address may be of any type
+            log.debug("%s does not connect to %s: %s", name, self.name, fault)
+            return None, None, b""
 
     # -- living --------------------------------------------------------------------------------------------------------
 
@@ -271,15 +268,12 @@ class Peer:
 
 def _ready(frame: Frame, name: str) -> bytes | None:
     """Where the other end lands, if it connected by the same transport."""
-    try:
-        said = json.loads(frame.body) if frame.op == Op.READY else None
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or said.get("transport") != name or not isinstance(said.get("landing"), str):
+    found = said(frame, Op.READY)
+    if found.get("transport") != name or not isinstance(found.get("landing"), str):
         raise ProtocolError("it tries other transports than this end: use one release, and one peer_transport, for all")
-    if said.get("ok") is not True:
+    if found.get("ok") is not True:
         return None
     try:
-        return bytes.fromhex(said["landing"])
+        return bytes.fromhex(found["landing"])
     except ValueError as error:
         raise ProtocolError(f"no descriptor: {error}") from None

@@ -19,7 +19,7 @@ from tiercache.peer.lending import Quota
 from tiercache.peer.view import View, mark
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from tiercache.buffers import Buffer
     from tiercache.clock import Clock
@@ -85,7 +85,7 @@ class Host(Protocol):
         """See Peering."""
         ...
 
-    async def recovered(self) -> None:
+    def recovered(self) -> Awaitable[None]:
         """See Peering."""
         ...
 
@@ -235,6 +235,7 @@ class Peers:
     async def close(self) -> None:
         """Leaves all peers. Idempotent."""
         await self._pool.close()
+        self.landing.close()
 
     # -- House: what each peer needs -----------------------------------------------------------------------------------
 

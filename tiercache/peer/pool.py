@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 AGAIN_S, AGAIN_S_MAX = 0.2, 5.0
 """A peer that is gone is dialled again after so long, and less and less often."""
 FAILURES_MAX = 2
-"""After so many links to a peer that failed, their transport is not taken again towards it."""
+"""After so many links to a peer that failed, their transport is not taken again towards it, unless it is the last."""
+STRANGERS_MAX = 64
+"""Callers who have not proven yet that they are peers; for one more the oldest is cut off."""
 
 
 class Pool:
@@ -63,6 +65,7 @@ class Pool:
         self._know: Callable[[Peer], Coroutine[Any, Any, None]]
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
         self._dialling: set[Member] = set()
         self._closing = False
         self.port = 0
@@ -84,7 +87,8 @@ class Pool:
 
     def exposed(self, name: str, peer: Peer) -> Exposed:
         """See House."""
-        if self._failures.get((peer.id, name), 0) >= FAILURES_MAX:
+        last = name == self.candidates(peer.channel.hello)[-1]
+        if self._failures.get((peer.id, name), 0) >= FAILURES_MAX and not last:
             raise UnavailableError(f"{name} to {peer.name} failed {FAILURES_MAX} times")
         exposed = self._exposed.get((name, peer.host))
         if exposed is None:
@@ -111,6 +115,9 @@ class Pool:
         if self._listen is not None:
             try:
                 self._server = await asyncio.start_server(self._called, self._listen.host, self._listen.port)
+                if self._closing:
+                    self._server.close()
+                    return
                 self.port = self._server.sockets[0].getsockname()[1]
             except OSError as fault:
                 log.error("peers cannot find this cache at %s: %s", self._listen, fault)
@@ -138,7 +145,7 @@ class Pool:
                     reader, writer = await asyncio.open_connection(member.host, member.port)
                 if not await self._meet(reader, writer, dialled=True):
                     pause_s = AGAIN_S_MAX
-            except (TierCacheError, OSError) as fault:
+            except (TierCacheError, OSError, UnicodeError) as fault:  # also for a host that cannot be one
                 log.debug("peer %s: %s", member, fault)
             lived = self._clock.monotonic() - began_s > 2 * AGAIN_S_MAX
             pause_s = AGAIN_S if lived else min(2 * pause_s, AGAIN_S_MAX)
@@ -147,9 +154,14 @@ class Pool:
 
     def _called(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Somebody called."""
-        if self._closing or len(self._tasks) >= 4 * PEERS_MAX:
+        if self._closing:
             writer.transport.abort()
             return
+        while len(self._strangers) >= STRANGERS_MAX:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        self._strangers[writer] = None
         self._start(self._let_in(reader, writer), "a caller")
 
     async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -162,12 +174,20 @@ class Pool:
         """One peer, from its connection to its end. False where there is no use in dialling it: it is this cache
         itself, or was there already."""
         try:
-            host = writer.get_extra_info("sockname")[0]
-            self._open_transports(host)
-            channel = await shake(
-                reader, writer, dialled=dialled, about=self._about(host), secret=self._secret, random=self._random,
-                deadline_s=self.deadline_s,
-            )  # fmt: skip
+            name = writer.get_extra_info("sockname")
+            if name is None:
+                raise UnavailableError("it was gone at once")
+            host = name[0]
+            try:
+                async with asyncio.timeout(self.deadline_s):
+                    channel = await shake(
+                        reader, writer, dialled=dialled, about=self._about(host), secret=self._secret,
+                        random=self._random, deadline_s=self.deadline_s, tell=lambda: self._transports(host),
+                    )  # fmt: skip
+            except TimeoutError:
+                raise UnavailableError(f"it did not say who it is in {self.deadline_s:g} s") from None
+            finally:
+                self._strangers.pop(writer, None)
             if channel.hello["id"] == self.id or not self._wanted(channel.hello["id"], dialled):
                 return False
             number = next((one for one in range(PEERS_MAX) if one not in self._meeting), None)
@@ -193,7 +213,7 @@ class Pool:
     def _wanted(self, who: str, dialled: bool) -> bool:
         """Whether a new channel to this peer is the one to keep: of two, the one that the smaller id dialled."""
         there = next((peer for peer in self._meeting.values() if peer.id == who), None)
-        if there is None:
+        if there is None or there.channel.closed.is_set():
             return True
         if dialled == there.dialled or dialled != (self.id < who):
             return False
@@ -201,22 +221,21 @@ class Pool:
         return True
 
     def _about(self, host: str) -> dict[str, Any]:
-        transports = {
-            name: exposed.transport.address.hex() for (name, at), exposed in self._exposed.items() if at == host
-        }
         where = str(self._listen) if self._listen is not None else host
-        return {"id": self.id, "name": where, "machine": machine(), "transports": transports}
+        return {"id": self.id, "name": where, "machine": machine()}
 
-    def _open_transports(self, host: str) -> None:
-        """Opens this end's transports at an address of this host, once."""
+    def _transports(self, host: str) -> dict[str, Any]:
+        """Addresses of this end's transports at an address of this host, which are opened once."""
         for name in self._names:
             if (name, host) not in self._exposed:
                 try:
                     self._exposed[name, host] = Exposed(self._open_transport(name, host))
                 except (TierCacheError, OSError) as fault:
                     log.info("transport %s cannot be used: %s", name, fault)
-        if not self._exposed:
+        found = {name: exposed.transport.address.hex() for (name, at), exposed in self._exposed.items() if at == host}
+        if not found:
             raise UnavailableError("no transport works here")
+        return {"transports": found}
 
 
 def machine() -> str:
