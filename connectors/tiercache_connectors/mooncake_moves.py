@@ -18,6 +18,7 @@ from tiercache.lease import Pieces, look_again
 from tiercache.model import Kind, Name, Outcome, all_parts, part_bytes_for
 from tiercache.sync import wait
 from tiercache_connectors.mooncake_ranges import scatter
+from tiercache_connectors.mooncake_seen import Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class Moves:
         self.tag = namespace("mooncake", tenant)[:TAG_BYTES]
         self._salt = hashlib.blake2b(tenant.encode("utf-8", "surrogatepass")).digest()
         self._scratch = threading.local()
+        self._seen = Seen()
 
     def name(self, key: Key) -> Name:
         """The name that a key's value is stored under."""
@@ -123,6 +125,7 @@ class Moves:
                 target = room(item, size)
                 sizes[item] = size if target is not None else BAD
                 if target is not None:
+                    self._seen.learn(names[item], buffer)
                     sources.append((buffer.address, size, part_bytes_for(size), digests, buffer.owner))
                     targets.append(target)
             good = iter(copy_many_verified(sources, targets))
@@ -132,6 +135,20 @@ class Moves:
             ]
 
         return self._codes(self._read(names, take), sizes)
+
+    def get_at(self, names: Sequence[Name], addresses: Sequence[int], fits: Callable[[int, int], bool]) -> list[int]:
+        """As `get`, to these addresses where `fits(item, size)`; what was seen before costs no question."""
+        answers = self._seen.copy(self.cache.core, names, addresses, fits)
+        rest = [i for i, answer in enumerate(answers) if answer < 0]
+
+        def room(item: int, size: int) -> Buffer | None:
+            i = rest[item]
+            return Buffer(addresses[i], size, None) if fits(i, size) else None
+
+        if rest:
+            for i, answer in zip(rest, self.get([names[i] for i in rest], room), strict=True):
+                answers[i] = answer
+        return answers
 
     def get_ranges(self, names: Sequence[Name], plans: Callable[[int, int], Sequence[Range] | None]) -> list[int]:
         """Copies ranges of values to where `plans(item, size)` says (None: BAD), each value verified as a whole right
@@ -198,6 +215,9 @@ class Moves:
         first = {name: i for i, name in reversed(list(enumerate(names)))}
         chosen = sorted(first.values())
         outcomes = self._store([names[i] for i in chosen], [values[i] for i in chosen])
+        for i, outcome in zip(chosen, outcomes, strict=True):
+            if outcome is Outcome.HIT:
+                self._seen.learn(names[i], values[i])
         said = {names[i]: outcome for i, outcome in zip(chosen, outcomes, strict=True)}
         return [0 if said[name] is Outcome.HIT else NO_ROOM for name in names]
 

@@ -270,11 +270,10 @@ class MooncakeDistributedStore:
         if len(buffer_ptrs) != count or len(sizes) != count:
             return [BAD] * count
 
-        def room(item: int, size: int) -> Buffer | None:
-            fits = size <= sizes[item] and usable(buffer_ptrs[item], size)
-            return Buffer(buffer_ptrs[item], size, None) if fits else None
+        def fits(item: int, size: int) -> bool:
+            return size <= sizes[item] and usable(buffer_ptrs[item], size)
 
-        return self._with_all(count, lambda moves: moves.get(moves.names(keys), room))
+        return self._with_all(count, lambda moves: moves.get_at(moves.names(keys), buffer_ptrs, fits))
 
     def batch_get_into_multi_buffers(
         self,

@@ -227,6 +227,25 @@ def test_from_address_to_address(store, memory, size):
     assert store.get_size("meta") == size + 5
 
 
+@pytest.mark.parametrize("again", [b"B" * 999, b"A" * 999, b"A" * 1001, b"A" * 1000, b"B" * 1000, b""])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_somebody_else_put_anew_is_read_anew(monkeypatch, shared, again):
+    monkeypatch.setenv("TIERCACHE_SHARE", str(shared))
+    memory = np.frombuffer(b"A" * 1000 + b"_" * 100, np.uint8).copy()
+    with opened() as store, opened() as other:
+        assert store.put_from("k", memory.ctypes.data, 1000) == 0
+        assert store.get_into("k", memory.ctypes.data, 1100) == 1000
+        assert other.remove("k") == 0
+        assert not again or other.put("k", again) == 0
+        assert store.get_into("k", memory.ctypes.data, 1100) == (len(again) or NOT_FOUND)
+        assert memory.tobytes()[: len(again)] == again
+        assert memory.tobytes()[max(1000, len(again)) :] == b"_" * (1100 - max(1000, len(again)))
+        assert again or memory.tobytes()[:1000] == b"A" * 1000
+        assert store.batch_get_into(["k", "k"], [memory.ctypes.data] * 2, [1100, 10]) == (
+            [len(again), BAD] if again else [NOT_FOUND] * 2
+        )
+
+
 def test_a_batch_of_addresses(store, memory):
     at, size = memory.ctypes.data, 100_000
     keys = [f"k{i}" for i in range(16)]
