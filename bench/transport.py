@@ -42,17 +42,15 @@ TRANSPORTS = {
     "nixl": ("nixl", True),
     "nixl local": ("nixl", False),
     "shm": ("shm", False),
+    "ucx cuda": ("ucx+cuda", True),
+    "ucx cuda local": ("ucx+cuda", False),
 }
 """Name of the side: name of the transport, and whether its ends are put apart: a process that does not see the other
-one's (a PID namespace of its own) cannot copy out of its memory, as on another host."""
+one's (a PID namespace of its own) cannot copy out of its memory, as on another host. `cuda`: memory of a GPU at both
+ends, by cuda_copy and tcp, or by cuda_ipc."""
 APART = ["unshare", *([] if os.geteuid() == 0 else ["--user"]), "--pid", "--fork", "--kill-child", "--"]
 PERFTEST_ROUNDS = 3
 """It takes most of a second to start."""
-ABSENT = {
-    "cuda_copy": "no NVIDIA GPU on this machine",
-    "cuda_ipc": "no NVIDIA GPU on this machine",
-    "rc, dc, efa": "no RDMA device on this machine",
-}
 CASES = [(way, size, window) for way in WAYS for size in SIZES for window in WINDOWS]
 Case = tuple[str, int, int]
 Taken = dict[Case, dict[str, list[float]]]
@@ -183,22 +181,25 @@ def left_aside(left_out: dict[str, str], name: str) -> Iterator[None]:
         left_out[name] = str(why)
 
 
-def turns(found: Mapping[str, Side], cases: list[Case], rounds: int, moved: Callable[[int], int]) -> Taken:
-    """Every case of every side, interleaved."""
+def turns(
+    found: dict[str, Side], left_out: dict[str, str], cases: list[Case], rounds: int, moved: Callable[[int], int]
+) -> Taken:
+    """Every case of every side, interleaved. Whoever fails takes no part any more."""
     taken: Taken = {}
     for case in cases:
         row = taken[case] = {}
         orders = [(name, False) for name in found]
         if case[0] == "get":
-            orders += [(name, True) for name in found if name in TRANSPORTS]
+            orders += [(name, True) for name in found if name in TRANSPORTS and "cuda" not in name]
         for turn in range(rounds + 1):
             shift = turn % len(orders)
             for name, verify in orders[shift:] + orders[:shift]:
-                if name in CHANNELS and not 0 < turn <= PERFTEST_ROUNDS:
+                if name in left_out or (name in CHANNELS and not 0 < turn <= PERFTEST_ROUNDS):
                     continue
-                seconds = found[name].move(case, verify=verify, moved_bytes=moved(case[1]))
-                if turn:  # the first one warms up
-                    row.setdefault(f"{name} verified" if verify else name, []).append(seconds)
+                with left_aside(left_out, name):
+                    seconds = found[name].move(case, verify=verify, moved_bytes=moved(case[1]))
+                    if turn:  # the first one warms up
+                        row.setdefault(f"{name} verified" if verify else name, []).append(seconds)
         say(f"{label(case):16} " + ", ".join(f"{name} {1e-9 / median(row[name]):.2f}" for name in row))
     return taken
 
@@ -295,13 +296,13 @@ def link(left_out: dict[str, str], rates: Mapping[str, float], rounds: int, name
     for name, rate in rates.items():
         with ExitStack() as stack:
             two = tuple(stack.enter_context(hosts(2, rate_bytes_s=rate)))
-            found = {"raw": own_pair(stack, "raw", False, two)}
+            found: dict[str, Side] = {"raw": own_pair(stack, "raw", False, two)}
             for side in names:
                 with left_aside(left_out, f"{side} at {name}"), ExitStack() as own:
                     found[side] = own_pair(own, *TRANSPORTS[side], two)
                     stack.push(own.pop_all())
             cases = some(WAYS, (16 << 20,), (8,))
-            taken = turns(found, cases, rounds, lambda _: MEMORY_BYTES)
+            taken = turns(found, left_out, cases, rounds, lambda _: MEMORY_BYTES)
             for row in rows_of(taken, found, ("raw",)):
                 rows.append({**row, "link": name, "of_rate": row["gb_s"] * 1e9 / rate})
                 if "over_raw" in row:
@@ -339,16 +340,21 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", help="Mooncake's Python")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
-    left_out = dict(ABSENT)
+    left_out: dict[str, str] = {}
+    if not any(Path("/sys/class/infiniband").glob("*")):
+        left_out["rc, dc, ud, efa"] = "no RDMA device on this machine"
     with ExitStack() as stack:
         found = sides(stack, options.peers, left_out, options.only, quick=options.quick)
         for name, why in left_out.items():
             say(f"not exercised: {name}: {why}")
-        taken = turns(found, CASES, rounds, lambda size: (8 << 20) if options.quick else MOVED_BYTES[size])
-        figures = [*figures_of(taken, found), idle(found, IDLE_S)]
+        taken = turns(found, left_out, CASES, rounds, lambda size: (8 << 20) if options.quick else MOVED_BYTES[size])
+        figures = [
+            *figures_of(taken, found),
+            idle({name: side for name, side in found.items() if name not in left_out}, IDLE_S),
+        ]
         rows = rows_of(taken, found, ("raw", "memory", "mooncake", "perftest tcp"))
     rates = {"5 Gbit/s": 625e6} if options.quick else RATES_BYTES_S
-    names = [name for name in options.only if name in ("tcp", "ucx", "nixl")]
+    names = [name for name in ("tcp", "ucx", "nixl") if name in found and name not in left_out]
     links, crossed = link(left_out, rates, 1 if options.quick else 3, names)
     extra = {"rows": rows, "links": links, "not_exercised": left_out, "versions": installed("libucx-cu13", "numpy")}
     emit(report("transport", [*figures, crossed], extra=extra), as_json=options.json)

@@ -28,6 +28,10 @@ DEADLINE_S = 60.0
 RAW_REQUEST = struct.Struct("<cxxxIQQ")  # put or get, blocks, their size, offset of the first
 
 
+class LeftOut(Exception):
+    """This side cannot run here; the message says why."""
+
+
 class Memory:
     """A memory file and its mapping, as an arena has them."""
 
@@ -44,6 +48,44 @@ class Memory:
         words = self.array.view(np.uint64)
         words[:] = np.arange(len(words), dtype=np.uint64)
         words *= np.uint64(0x9E3779B97F4A7C15 + 2 * seed)
+
+
+class DeviceMemory:
+    """Memory of the first NVIDIA GPU."""
+
+    file = -1
+
+    def __init__(self, size: int = MEMORY_BYTES) -> None:
+        try:
+            self.cuda = ctypes.CDLL("libcuda.so.1")
+        except OSError as fault:
+            raise LeftOut(f"no NVIDIA GPU on this machine ({fault})") from fault
+        context, address, count = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGetCount", ctypes.byref(count))
+        if not count.value:
+            raise LeftOut("no NVIDIA GPU on this machine")
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self._call("cuCtxSetCurrent", context)
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        self.address, self.host = address, Memory(size)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if status := getattr(self.cuda, name)(*arguments):
+            raise LeftOut(f"{name}: {status}")
+
+    def fill(self, seed: int) -> None:
+        """As of Memory."""
+        self.host.fill(seed)
+        size = ctypes.c_size_t(len(self.host.array))
+        self._call("cuMemcpyHtoD_v2", self.address, ctypes.c_void_p(self.host.array.ctypes.data), size)
+
+    @property
+    def array(self) -> np.ndarray:
+        """What lies there now."""
+        size = ctypes.c_size_t(len(self.host.array))
+        self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(self.host.array.ctypes.data), self.address, size)
+        return self.host.array
 
 
 def offsets_of(size: int, window: int, batches: int) -> list[list[int]]:
@@ -179,17 +221,23 @@ class Ours(Near):
 
     def __init__(self, name: str, host: str, seed: int, size: int = MEMORY_BYTES) -> None:
         super().__init__(size)
+        from tiercache import transport
         from tiercache.buffers import Buffer, many_digests
         from tiercache.model import Outcome
         from tiercache.net import open_transport, usable
-        from tiercache.transport import Move
 
+        name, _, device = name.partition("+")
         able = usable(name)
         if not able.usable:
             raise LeftOut(able.why)
-        self.made, self.hit, self.many_digests = Move, Outcome.HIT, many_digests
+        self.made, self.hit, self.many_digests = transport.Move, Outcome.HIT, many_digests
+        if device:
+            self.memory, self.kind = DeviceMemory(size), transport.Memory.CUDA
+            self.buffer = Buffer(self.memory.address.value, size, self.memory)
+        else:
+            self.kind = transport.Memory.HOST
+            self.buffer = Buffer.of(self.memory.view, writable=True)
         self.memory.fill(seed)
-        self.buffer = Buffer.of(self.memory.view, writable=True)
         self.transport = open_transport(name, host, self.notified)
         self.notes: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -197,7 +245,7 @@ class Ours(Near):
         self.notes.put_nowait(note)
 
     async def hello(self) -> dict[str, object]:
-        descriptor = self.transport.expose(self.buffer, writable=True, file=self.memory.file)
+        descriptor = self.transport.expose(self.buffer, writable=True, kind=self.kind, file=self.memory.file)
         return {"hello": [self.transport.address.hex(), descriptor.hex()]}
 
     async def meet(self, peer: list) -> dict[str, object]:
@@ -236,10 +284,6 @@ class Ours(Near):
         """Ends it."""
         await self.link.close()
         await self.transport.close()
-
-
-class LeftOut(Exception):
-    """This side cannot run here; the message says why."""
 
 
 def side(name: str, end: str, host: str):
