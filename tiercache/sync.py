@@ -247,6 +247,14 @@ class BlockingCache:
         """
         return wait(self.core.delete(as_names(names)), self.loop)
 
+    def publish(self, names: Sequence[Called], to: str) -> int:
+        """Keeps these values, or blocks, in place until the cache of another host has them, which takes them as it finds
+        room: how many of them it has then. `to` is where it listens, host:port. Raises UnavailableError where it is not
+        connected, or takes too long, ConfigError where this cache has no peers."""
+        keys = [name.key.hex() for name in as_names(names)]
+        answer: dict[str, int] = wait(self.core.call("publish", {"keys": keys, "to": to}), self.loop)
+        return answer["taken"]
+
     def flush(self) -> bool:
         """Returns when everything visible or deleted before the call is durable; False where there is no SSD tier, and
         nothing is. Raises UnavailableError where the SSD did not take some of it, and once where the process that owned
