@@ -450,3 +450,59 @@ def test_the_folder_of_the_shim_is_printed():
     )
     assert asked.stdout.strip() == str(SHIMS)
     assert (SHIMS / "mooncake" / "store.py").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------- a real user
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+def test_vllms_client_of_mooncake(monkeypatch):
+    """vLLM's own code for embeddings of its encoders in a Mooncake store, which takes any odd answer for a fault."""
+    pytest.importorskip("vllm", reason="vLLM is not in this environment: .venv-engines has it")
+    import torch
+
+    monkeypatch.syspath_prepend(str(SHIMS))
+    from mooncake.store import MooncakeDistributedStore as Shim
+    from vllm.distributed.ec_transfer.ec_connector.mooncake_store_embedding import store_client
+    from vllm.distributed.mooncake_store import MooncakeStoreConfig, setup_mooncake_store
+
+    store = Shim()
+    config = MooncakeStoreConfig(
+        "P2PHANDSHAKE", "127.0.0.1:50051", "tcp", "", global_segment_size=64 * MIB, local_buffer_size=MIB, tenant_id="t"
+    )
+    setup_mooncake_store(store, config, "localhost")
+    client = store_client.MooncakeEmbeddingStoreClient(
+        store, replicate_config=ReplicateConfig(), read_buffer_bytes=4 * MIB
+    )
+    tensors = {f"k{i}": torch.randn(64 + i, 256, dtype=torch.bfloat16) for i in range(12)}
+    for key, tensor in tensors.items():
+        client.put_tensor(key, tensor)
+    assert client.batch_exists([*tensors, "none"]) == [True] * 12 + [False]
+    wanted = {
+        key: store_client.TensorSpec(tuple(tensor.shape), str(tensor.dtype), tensor.nbytes)
+        for key, tensor in tensors.items()
+    }
+    found = client.load_tensors({**wanted, "none": wanted["k0"]}, "cpu")
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    client.close()
+
+
+def test_answers_are_plain_numbers(store, memory):
+    """vLLM looks at their types."""
+    at = memory.ctypes.data
+    answers = [
+        *store.batch_put_from(["a", "b"], [at, at], [10, 10]),
+        *store.batch_get_into(["a", "none"], [at, at], [10, 10]),
+        *store.batch_get_into_multi_buffers(["b", "none"], [[at], [at]], [[10], [10]]),
+        *store.batch_put_from_multi_buffers(["c"], [[at, at]], [[5, 5]]),
+        *store.batch_is_exist(["a", "none"]),
+        store.get_size("a"),
+        store.get_size("c"),
+        store.is_exist("a"),
+        *store.batch_remove(["a", "none"]),
+        store.remove_all(),
+        store.health_check(),
+    ]
+    assert {type(answer) for answer in answers} == {int}
