@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 from tiercache.owner import state
 from tiercache.settings import MIB
+from tiercache.testing import netns
 
 CHILD = Path(__file__).with_name("child.py")
 ANSWER_S = 120.0
@@ -36,10 +38,9 @@ class Host(Protocol):
 
 
 class Near:
-    """An address of loopback as a host."""
+    """Loopback as a host."""
 
-    def __init__(self, number: int) -> None:
-        self.address = f"127.0.0.{number}"
+    address = "127.0.0.1"
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(arguments, **options)
@@ -57,9 +58,9 @@ class End:
 
     def __init__(self, host: Host, home: Path, *, share: bool, transport: str, **settings: Any) -> None:
         self.host, self.share = host, share
-        self.directory = home / f"{host.address}"
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port(host.address)
+        self.directory = home / self.name
+        self.directory.mkdir(parents=True)
         token = home / "token"
         if not token.exists():
             token.write_text(TOKEN)
@@ -227,3 +228,18 @@ def origin(host: Host, root: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.communicate()
+
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+@contextmanager
+def machines(count: int, home: Path, *, rate_bytes_s: float = 0.0) -> Iterator[list[netns.Host]]:
+    """Hosts that do not look like one machine: UCX, and this library, would go around the network by its memory. What
+    tells machines from each other is their boot id, and each host sees one of its own."""
+    with netns.hosts(count, rate_bytes_s=rate_bytes_s) as hosts:
+        for number, host in enumerate(hosts):
+            own = home / f"boot id {number} {count}"
+            own.write_text(f"{uuid.uuid4()}\n")
+            assert not host.start("mount", "--bind", str(own), BOOT_ID).wait(ANSWER_S)
+        yield hosts
