@@ -94,6 +94,19 @@ def test_what_was_withdrawn_is_let_go_by_who_mapped_it() -> None:
     asyncio.run(check())
 
 
+def test_a_region_that_was_never_attached_is_withdrawn_quietly() -> None:
+    async def check() -> None:
+        async with Pair(transport) as pair:
+            unknown = Exposure(1, 4096)
+            pair.there.withdraw(pair.there.expose(unknown.buffer, file=unknown.file))
+            unknown.close()
+            region = pair.expose(8192, 1)[1]
+            for _ in range(2):
+                assert await pair.link.read([Move(region, 0, Guarded([10]).pieces)], DEADLINE_S) == [HIT]
+
+    asyncio.run(check())
+
+
 def test_other_machines_and_users_are_out_of_reach() -> None:
     async def check() -> None:
         here, there = transport(), transport()

@@ -20,6 +20,7 @@ import stat
 import struct
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 STRANGERS_MAX = 64
 """Connections that are not a known peer's yet; another one takes the place of the oldest."""
+COPIERS = 2
+"""Threads that copy for all links of a transport: more than that do not make the memory quicker."""
 STRANGER_S = 30.0
 """How long a dialler that this end has not connected to is waited for."""
 
@@ -98,6 +101,7 @@ class ShmTransport:
         _sweep()
         self._directory, self._listener, path = _listen()
         self._address = Address(_boot(), os.geteuid(), self._ticket, path)
+        self._copiers = ThreadPoolExecutor(COPIERS, "tiercache-shm")
         self._regions: dict[int, Exposed] = {}
         self._last = 0
         self._links: dict[bytes, list[ShmLink]] = {}
@@ -147,7 +151,7 @@ class ShmTransport:
             raise UnavailableError("the transport is closed")
         if sum([len(links) for links in self._links.values()]) >= LINKS_MAX:
             raise UnavailableError(f"{LINKS_MAX} links are open, which is the most")
-        link = ShmLink(there.ticket, self._drop)
+        link = ShmLink(there.ticket, self._drop, self._copiers)
         self._links.setdefault(there.ticket, []).append(link)
         for stranger, ticket in list(self._strangers.items()):
             if ticket == there.ticket:
@@ -177,6 +181,7 @@ class ShmTransport:
         for region in self._regions.values():
             os.close(region.file)
         self._regions.clear()
+        self._copiers.shutdown(wait=False)
 
     # -- the door ------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from tiercache.transport import MOVES_MAX, NOTE_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
 
     from tiercache.transport import Move
 
@@ -73,13 +74,14 @@ class ShmLink:
     negotiated = "shm"
     pushes = False
 
-    def __init__(self, ticket: bytes, drop: Callable[[ShmLink, bytes], None]) -> None:
-        """`drop`: forgets the link, and ends what it serves."""
+    def __init__(self, ticket: bytes, drop: Callable[[ShmLink, bytes], None], copiers: Executor) -> None:
+        """`drop`: forgets the link, and ends what it serves. `copiers`: threads for nothing but copies, so that none
+        waits behind something else."""
         self.fault: str | None = None
         """Why nothing moves any more."""
         self.served: set[Post] = set()
         """The connection that the peer made."""
-        self._ticket, self._drop = ticket, drop
+        self._ticket, self._drop, self._copiers = ticket, drop, copiers
         self._loop = asyncio.get_running_loop()
         self._post: Post | None = None
         self._known: list[Region] = []
@@ -158,6 +160,8 @@ class ShmLink:
     def _hear(self, post: Post, frame: bytes, files: list[int]) -> None:
         """What the peer says to this end: here is a region, or it is gone."""
         op, number, rest = Post.parse(frame)
+        if op == Op.GONE and number not in self._lengths:
+            return  # it is told of all, also of what was never attached here
         if rest or number not in self._lengths or len(files) != (op == Op.HERE):
             raise ProtocolError(f"an answer {op:#x} to nothing that was asked")
         if op == Op.HERE:
@@ -222,7 +226,7 @@ class ShmLink:
     async def _copy(self, todo: list[tuple[Buffer, Buffer]], seconds: float) -> bool:
         """Copies in a thread; False where it was stopped before it was done. Ends when nothing is touched any more."""
         stop = threading.Event()
-        copying = self._loop.run_in_executor(None, _copy_all, todo, stop)
+        copying = self._loop.run_in_executor(self._copiers, _copy_all, todo, stop)
         self._copies[copying] = stop
         timer = self._loop.call_later(seconds, stop.set)
         cancelled = False
