@@ -1,10 +1,11 @@
 """Transports between two processes and between two hosts: `python -m bench.transport [--json]`.
 
 Every way of moving bytes is a pair of processes with memory of their own (bench.transport_sides): tiercache's
-transports, blocking sockets, Mooncake's transfer engine, and memmove in one process as the limit. All take turns in one
-run, in an order that turns too. `over_raw` and all figures named so are the other's seconds over ours for the same
-moves; `link_ratio` is that between two network namespaces with a rate (tiercache.testing.netns). What cannot run here
-stands under `not_exercised` with its reason. `make peers` installs Mooncake.
+transports, blocking sockets, process_vm_readv and process_vm_writev (`cma`, all that UCX's cma calls), Mooncake's
+transfer engine, ucx_perftest, and memmove in one process as the limit. All take turns in one run, in turning order.
+A ratio over one of them is its seconds over ours for the same moves; `link_ratio` is that over sockets between two
+network namespaces with a rate (tiercache.testing.netns). What cannot run here stands under `not_exercised` with its
+reason. `make peers` installs Mooncake.
 """
 
 from __future__ import annotations
@@ -151,10 +152,10 @@ def own_pair(stack: ExitStack, name: str, apart: bool, two: tuple = ()) -> Pair:
 
 def sides(stack: ExitStack, peers: Path, left_out: dict[str, str], names: list[str], *, quick: bool) -> dict[str, Side]:
     """Everybody who can run here."""
-    found: dict[str, Side] = {name: own_pair(stack, name, False) for name in ("raw", "memory")}
-    for name in names:
+    found: dict[str, Side] = {}
+    for name in ("raw", "memory", "cma", *names):
         with left_aside(left_out, name), ExitStack() as own:
-            found[name] = own_pair(own, *TRANSPORTS[name])
+            found[name] = own_pair(own, *TRANSPORTS.get(name, (name, False)))
             stack.push(own.pop_all())
     if peers.exists():
         lines = [[str(peers), "-m", "bench.transport_mooncake", end, LOOPBACK] for end in ("near", "far")]
@@ -324,6 +325,7 @@ def figures_of(taken: Taken, found: Mapping[str, Side]) -> list[Figure]:
         worst("ucx_over_raw_tcp", taken, "raw", ("ucx",), some(("put",), large), bar=1.0, why="no UCX"),
         worst("tcp_ratio", taken, "raw", ("tcp",), some(WAYS, large), bar=0.85),
         worst("ucx_copy_ratio", taken, "memory", (local,), copies, bar=0.80, why=no_path),
+        worst("ucx_over_cma", taken, "cma", (local,), copies, bar=None, why=no_path),
         worst("shm_copy_ratio", taken, "memory", ("shm",), copies, bar=None),
         worst("over_mooncake_te", taken, "mooncake", ("tcp", "ucx"), CASES, bar=1.0, why="see not_exercised"),
         worst("ucx_over_perftest", taken, "perftest tcp", ("ucx",), CASES, bar=None, why="see not_exercised"),
@@ -348,11 +350,12 @@ def main() -> None:
         for name, why in left_out.items():
             say(f"not exercised: {name}: {why}")
         taken = turns(found, left_out, CASES, rounds, lambda size: (8 << 20) if options.quick else MOVED_BYTES[size])
+        connected = {name: side for name, side in found.items() if name not in left_out}
         figures = [
             *figures_of(taken, found),
-            idle({name: side for name, side in found.items() if name not in left_out}, IDLE_S),
+            idle(connected, IDLE_S / 2 if options.quick else IDLE_S),
         ]
-        rows = rows_of(taken, found, ("raw", "memory", "mooncake", "perftest tcp"))
+        rows = rows_of(taken, found, ("raw", "memory", "cma", "mooncake", "perftest tcp"))
     rates = {"5 Gbit/s": 625e6} if options.quick else RATES_BYTES_S
     names = [name for name in ("tcp", "ucx", "nixl") if name in found and name not in left_out]
     links, crossed = link(left_out, rates, 1 if options.quick else 3, names)

@@ -216,6 +216,48 @@ class MemoryNear(Near):
         return {"seconds": time.perf_counter() - start, "bytes": size * window * batches}
 
 
+class CmaFar(Near):
+    """Memory that another process copies from and to, without this one's help."""
+
+    async def hello(self) -> dict[str, object]:
+        self.memory.fill(1)
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER: whoever may otherwise
+        return {"hello": [os.getpid(), self.memory.array.ctypes.data]}
+
+    async def meet(self, peer: object) -> dict[str, object]:
+        return {"negotiated": "cma"}
+
+
+class Span(ctypes.Structure):
+    """An iovec."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class CmaNear(Near):
+    """process_vm_readv and process_vm_writev: the limit of a copy that the kernel makes between two processes."""
+
+    async def hello(self) -> dict[str, object]:
+        return {"hello": None}
+
+    async def meet(self, peer: list) -> dict[str, object]:
+        self.pid, self.there = peer
+        return {"negotiated": "cma"}
+
+    async def order(self, way: str, size: int, window: int, batches: int, verify: bool) -> dict[str, object]:
+        library = ctypes.CDLL(None, use_errno=True)
+        call = library.process_vm_readv if way == "get" else library.process_vm_writev
+        here, plan = self.memory.array.ctypes.data, []
+        for offsets in offsets_of(size, window, batches):
+            spans = [[(base + at, size) for at in offsets] for base in (here, self.there)]
+            plan.append([(Span * window)(*each) for each in spans])
+        start = time.perf_counter()
+        for local, remote in plan:
+            if call(self.pid, local, window, remote, window, 0) != size * window:
+                raise SystemExit(f"process_vm: {os.strerror(ctypes.get_errno())}")
+        return {"seconds": time.perf_counter() - start, "bytes": size * window * batches}
+
+
 class Ours(Near):
     """A transport of tiercache, at either end."""
 
@@ -290,6 +332,8 @@ def side(name: str, end: str, host: str):
     """The process of a pair."""
     if name == "raw":
         return RawFar(host) if end == "far" else RawNear(host)
+    if name == "cma":
+        return CmaFar() if end == "far" else CmaNear()
     if name == "memory":
         return MemoryNear(host)
     return Ours(name, host, 1 if end == "far" else 2)
