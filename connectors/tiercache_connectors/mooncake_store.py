@@ -16,11 +16,13 @@ put_batch, put_from, put_from_with_metadata, batch_put_from, batch_put_from_mult
 upsert_batch, upsert_from, batch_upsert_from; get, get_batch, get_buffer, batch_get_buffer, get_into, batch_get_into,
 batch_get_into_multi_buffers, get_into_ranges, batch_get_session_start, batch_get_into_multi_buffer_ranges,
 batch_get_session_end; get_size, is_exist, batch_is_exist, get_replica_desc, batch_get_replica_desc; remove,
-batch_remove, remove_all; register_buffer, unregister_buffer, alloc_from_mem_pool, MooncakeHostMemAllocator.
+batch_remove, remove_all; register_buffer, unregister_buffer, alloc_from_mem_pool, MooncakeHostMemAllocator;
+put_tensor, get_tensor, upsert_tensor, batch_put_tensor, batch_get_tensor, batch_upsert_tensor, get_tensor_into,
+put_tensor_from.
 
 Not claimed (such methods are not there; remove_by_regex answers NOT_SUPPORTED):
 - remove_by_regex: keys are kept as digests, so there is nothing that a pattern could be compared with.
-- get_tensor, put_tensor, their upsert, pub, tp, parallelism and safetensor relatives: no engine's connector calls them.
+- pub, tp, parallelism, cuda and safetensor variants of put_tensor and get_tensor: no engine's connector calls them.
 - batch_put_session_*, batch_put_from_multi_buffer_ranges: values become visible as a whole, in one call.
 - batch_replica_clear, create_copy_task, create_move_task, query_task, mount_segment and its relatives,
   get_offload_rpc_read_count: where copies lie is the affair of the cache; ReplicateConfig is checked and not obeyed.
@@ -51,6 +53,7 @@ from tiercache_connectors.mooncake_config import (
 from tiercache_connectors.mooncake_memory import BufferHandle, HostAllocator, MooncakeHostMemAllocator, Regions
 from tiercache_connectors.mooncake_moves import BAD, NO_ROOM, Moves
 from tiercache_connectors.mooncake_ranges import Row, chosen, paired, whole
+from tiercache_connectors.mooncake_tensors import Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +84,7 @@ _CODES: dict[type[TierCacheError], int] = {
 }
 
 
-class MooncakeDistributedStore:
+class MooncakeDistributedStore(Tensors):
     """See the module. Any thread; a forked child sets up anew. Faults of the cache are codes, and a line in the log."""
 
     def __init__(self) -> None:

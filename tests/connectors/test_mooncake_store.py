@@ -452,6 +452,30 @@ def test_the_folder_of_the_shim_is_printed():
     assert (SHIMS / "mooncake" / "store.py").is_file()
 
 
+def test_tensors(store, memory):
+    torch = pytest.importorskip("torch", reason="PyTorch is not in this environment: .venv-torch has it")
+    tensors = {
+        "bf16": torch.randn(3, 5, 7).to(torch.bfloat16),
+        "strided": torch.arange(24).reshape(4, 6).T,
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(5.0),
+        "empty": torch.empty((2, 0, 3), dtype=torch.float16),
+    }
+    assert store.batch_put_tensor(list(tensors), list(tensors.values())) == [0] * 5
+    for (key, tensor), found in zip(tensors.items(), store.batch_get_tensor(list(tensors)), strict=True):
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+        moved = store.get_tensor_into(key, memory.ctypes.data, memory.nbytes)
+        assert moved.shape == tensor.shape and torch.equal(moved, tensor)
+        assert store.put_tensor_from(f"{key} again", memory.ctypes.data, store.get_size(key)) == 0
+        assert torch.equal(store.get_tensor(f"{key} again"), tensor)
+    assert store.upsert_tensor("bool", torch.zeros(9)) == 0
+    assert torch.equal(store.get_tensor("bool"), torch.zeros(9))
+    assert store.put("words", b"no tensor at all") == 0
+    assert store.get_tensor("words") is None
+    assert store.get_tensor("none") is None
+    assert store.get_tensor_into("bf16", memory.ctypes.data, 10) is None
+
+
 # -------------------------------------------------------------------------------------------------------- a real user
 
 
