@@ -86,7 +86,7 @@ class Bringing:
 
     async def _bring(self, lacking: list[bytes], parts: int, ask: Callable[[list[bytes]], Awaitable[Found]]) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        mine = [one for one in lacking if one not in self._coming]
+        mine = [one for one in dict.fromkeys(lacking) if one not in self._coming]
         self._coming |= dict.fromkeys(mine, future)
         try:
             found = await ask(lacking)

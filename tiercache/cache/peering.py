@@ -19,7 +19,7 @@ from tiercache.lease import Lease, extent_bytes
 from tiercache.model import ALIGN_BYTES, Form, Kind, Name, Outcome, Payload, State, TierId
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence, Set
 
     import numpy.typing as npt
 
@@ -46,6 +46,8 @@ class Loan(NamedTuple):
 
     lease: Lease
     payloads: list[Payload | None]
+    later: Set[int] = frozenset()
+    """Which of these are there, and had no room."""
 
 
 class Peering:
@@ -179,9 +181,9 @@ class Peering:
             self._tiers.release(pin)
         return names, int(some[-1]) + 1 if at + len(some) < len(residents) else 0
 
-    async def lend(self, names: Sequence[Name], parts: Sequence[int], room_bytes: int) -> Loan:
-        """Pins what the local tiers have of these, in memory, as far as these parts (a map each) and so much room go.
-        An entry that has some of its parts is lent with those."""
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], reserve: Callable[[int], int]) -> Loan:
+        """Pins what the local tiers have of these, in memory, as far as these parts (a map each) go, and the bytes that
+        `reserve` has of those that are wanted. An entry that has some of its parts is lent with those."""
         tiers = self._tiers
         match = tiers.index.match(names)
         facts = tiers.index.facts(match.slots)
@@ -189,7 +191,9 @@ class Peering:
         wanted = np.array([one & EVERY for one in parts], np.uint64) & there
         wanted[tiers.expired(facts.expiry_s)] = 0
         room = -(-np.maximum(facts.size, 1).astype(np.int64) // ALIGN_BYTES) * ALIGN_BYTES
-        wanted[np.cumsum(np.where(wanted != 0, room, 0)) > room_bytes] = 0
+        upto = np.cumsum(np.where(wanted != 0, room, 0))
+        beyond = (wanted != 0) & (upto > (reserve(int(upto[-1])) if len(upto) else 0))
+        wanted[beyond] = 0
         lease = await self._lease(match, wanted.tolist(), None, "")
         payloads: list[Payload | None] = [None] * len(names)
         hits = [i for i, one in enumerate(lease.outcomes) if one is Outcome.HIT and wanted[i]]
@@ -200,7 +204,8 @@ class Peering:
         except BaseException:
             lease.release()
             raise
-        return Loan(lease, payloads)
+        later = {i for i, one in enumerate(lease.outcomes) if one in (Outcome.FULL, Outcome.BUSY)}
+        return Loan(lease, payloads, later.union(np.flatnonzero(beyond).tolist()))
 
     def payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
         """All that is known of entries in memory, digests included, by the names that find them (a block's says nothing

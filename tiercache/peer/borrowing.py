@@ -12,11 +12,11 @@ import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiercache.buffers import Buffer, copy_verified, many_digests, runs, same_digests
-from tiercache.errors import UnavailableError
+from tiercache.errors import AbandonedLoad, UnavailableError
 from tiercache.model import Outcome
 from tiercache.peer.frames import Op, Pushing, outcome, pack_push, unpack_number
 from tiercache.threads import in_thread
-from tiercache.transport import Move
+from tiercache.transport import MOVE_BYTES_MAX, Move
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,6 +30,10 @@ SLOWEST_BYTES_S = 20e6
 """Deadlines grow with what is asked for at this rate."""
 STREAM_BYTES_MAX = 256 << 10
 """Runs up to this go as a stream also where reading is the faster way."""
+
+
+RUNS_MAX = 1 << 15
+"""Runs of one stream, or of one read."""
 
 
 class Run(NamedTuple):
@@ -55,7 +59,8 @@ def runs_of(wanted: Sequence[Payload], items: Sequence[int]) -> list[Run]:
 
 
 def cut(found: Sequence[Run], wanted: Sequence[Payload], bytes_max: int) -> Iterator[list[Run]]:
-    """Streams of at most so many bytes each, cut between parts; a part that is larger than that is left out."""
+    """Streams of at most so many bytes and RUNS_MAX runs each, cut between parts; a part that is larger than that is
+    left out."""
     stream: list[Run] = []
     room = bytes_max
     for run in found:
@@ -63,7 +68,7 @@ def cut(found: Sequence[Run], wanted: Sequence[Payload], bytes_max: int) -> Iter
         while run.start < run.stop:
             fit = min(room, run.stop - run.start)
             parts = run.last - run.first if fit == run.stop - run.start else fit // step
-            if not parts:
+            if not parts or len(stream) >= RUNS_MAX:
                 if not stream:
                     break
                 yield stream
@@ -102,6 +107,8 @@ class Borrowed:
             item.payload.name: (i, item) for i, item in enumerate(held.items) if item.payload is not None
         }
         self._over = False
+        self.lacking: list[Name] = []
+        """What was asked for and is not there at all."""
 
     @property
     def payloads(self) -> list[Payload]:
@@ -119,15 +126,16 @@ class Borrowed:
         longest, most = max((run.stop - run.start for run in found), default=0), self._peer.landing.slot_bytes
         bring = self._stream if self._peer.link.pushes or longest <= STREAM_BYTES_MAX else self._read
         small = [run for run in found if wanted[run.at].part_bytes <= most]
-        large = [[run] for run in found if wanted[run.at].part_bytes > most]  # no slot takes a part of these
+        large = [run for run in found if wanted[run.at].part_bytes > most]  # no slot takes a part of these
+        batch.miss([run for run in large if wanted[run.at].part_bytes > MOVE_BYTES_MAX])
         try:
             async with asyncio.TaskGroup() as group:  # so that some are hashed while others come
                 for some in cut(small, wanted, most):
                     group.create_task(bring(batch, some))
-                for some in large:
+                for some in cut(large, wanted, min(MOVE_BYTES_MAX, max([one.part_bytes for one in wanted], default=1))):
                     group.create_task(self._read(batch, some))
         except ExceptionGroup as faults:
-            raise faults.exceptions[0] from None
+            raise _one_of(faults) from None
         came = sum(run.stop - run.start for run in found if batch.outcomes[run.at] is Outcome.HIT)
         self._peer.count(came, batch.outcomes.count(Outcome.CORRUPT))
         return list(zip(batch.outcomes, digests, strict=True))
@@ -190,3 +198,23 @@ class Borrowed:
         if not self._over:
             self._over = True
             self._peer.forgive(self._pin)
+
+
+def _one_of(faults: ExceptionGroup) -> Exception:
+    """The fault that stands for all of these: nobody else may have the targets as long as any of them is written to."""
+    writing = [one.writing for one in faults.exceptions if isinstance(one, AbandonedLoad) and one.writing is not None]
+    if not writing:
+        return faults.exceptions[0]
+    if len(writing) == 1:
+        return AbandonedLoad(str(faults.exceptions[0]), writing[0])
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    left = set(writing)
+
+    def ended(one: asyncio.Future[None]) -> None:
+        left.discard(one)
+        if not left and not over.done():
+            over.set_result(None)
+
+    for one in writing:
+        one.add_done_callback(ended)
+    return AbandonedLoad(str(faults.exceptions[0]), over)

@@ -84,7 +84,7 @@ class Place(NamedTuple):
     """Where an entry lies in memory that its holder exposes."""
 
     region: int
-    """The holder's number of that memory; -1: nowhere."""
+    """The holder's number of that memory; negative: nowhere."""
     offset: int = 0
 
 
@@ -92,8 +92,11 @@ class Item(NamedTuple):
     """One entry of a HELD or an OFFER."""
 
     payload: Payload | None
-    """None: it is not there."""
+    """None: it is not there, or (LATER) there is no room for it now."""
     place: Place = Place(-1)
+
+
+NOT_THERE, LATER = Item(None), Item(None, Place(-2))
 
 
 class Held(NamedTuple):
@@ -174,7 +177,7 @@ def pack_held(held: Held) -> bytes:
     rows = [_PIN.pack(held.pin, len(held.items), held.urgent)]
     for one, place in held.items:
         if one is None:
-            rows.append(_NOTHING)
+            rows.append(_NO_ROOM if place == LATER.place else _NOTHING)
             continue
         digests = one.digests[: 8 * one.parts.bit_length()]
         rows.append(
@@ -189,6 +192,7 @@ def pack_held(held: Held) -> bytes:
 
 
 _NOTHING = bytes(_ITEM.size)
+_NO_ROOM = _ITEM.pack(b"", b"", 1, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def unpack_held(body: bytes) -> Held:
@@ -220,7 +224,7 @@ def _item(reader: _Reader) -> Item:
         row
     )
     if not width:
-        return Item(None)
+        return LATER if parts else NOT_THERE
     if width not in _WIDTHS or above not in (0, *_WIDTHS) or ordinal < 0 or region < 0:
         raise ProtocolError("an entry with an impossible name")
     if not size or not step or part_count(size, step) > PARTS_MAX or not 0 < parts <= all_parts(size, step):

@@ -50,6 +50,7 @@ class Gate:
             self._order += 1
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heapq.heappush(self._waiting, (priority, self._order, size, turn))
+            self._admit_next()  # who comes first may fit where the one before does not
             try:
                 await turn
             except asyncio.CancelledError:

@@ -11,14 +11,13 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from tiercache.errors import ProtocolError, UnavailableError
-from tiercache.lease import extent_bytes
 from tiercache.model import Outcome
 from tiercache.peer.exposing import Map
-from tiercache.peer.frames import Held, Item
+from tiercache.peer.frames import LATER, NOT_THERE, Held, Item
 from tiercache.transport import Move
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Sequence, Set
 
     from tiercache.buffers import Buffer
     from tiercache.lease import Lease
@@ -48,11 +47,16 @@ class Loan(Protocol):
         """What each of them is; None where it is not there."""
         ...
 
+    @property
+    def later(self) -> Set[int]:
+        """Which of these are there, and had no room."""
+        ...
+
 
 class Lender(Protocol):
     """The cache that lends."""
 
-    async def lend(self, names: Sequence[Name], parts: Sequence[int], room_bytes: int) -> Loan:
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], reserve: Callable[[int], int]) -> Loan:
         """See Peering."""
         ...
 
@@ -89,11 +93,30 @@ class Quota:
             return
 
 
+class Share:
+    """What one loan has of the quota."""
+
+    def __init__(self, quota: Quota) -> None:
+        self._quota, self.size = quota, 0
+
+    def take(self, size: int) -> int:
+        """So many more bytes, as far as there is room: how many."""
+        size = min(size, self._quota.free_bytes)
+        self._quota.used_bytes += size
+        self.size += size
+        return size
+
+    def give(self) -> None:
+        """All of it is free again. Idempotent."""
+        size, self.size = self.size, 0
+        self._quota.free(size)
+
+
 class _Pin:
     """One loan that a peer has."""
 
-    def __init__(self, loan: Loan, items: list[Item], sources: list[Buffer | None], size: int) -> None:
-        self.loan, self.items, self.sources, self.size = loan, items, sources, size
+    def __init__(self, loan: Loan, items: list[Item], sources: list[Buffer | None], share: Share) -> None:
+        self.loan, self.items, self.sources, self.share = loan, items, sources, share
         self.pushing = 0
         self.over = False
 
@@ -113,22 +136,26 @@ class Lending:
         """Pins what is here of these, as far as the quota goes."""
         if not self._quota.free_bytes:
             await self._quota.wait(deadline_s)
-        return await self.pin(await self._lender.lend(names, parts, self._quota.free_bytes))
+        share = Share(self._quota)
+        try:
+            loan = await self._lender.lend(names, parts, share.take)
+        except BaseException:
+            share.give()
+            raise
+        return await self.pin(loan, share)
 
-    async def pin(self, loan: Loan) -> Held:
+    async def pin(self, loan: Loan, share: Share) -> Held:
         """Makes a loan the peer's: its from now on, until `done`. Also where this raises, it is given back."""
         try:
             memories = Map.of(self._lender.memories)
             items: list[Item] = []
             sources: list[Buffer | None] = []
-            total, room = 0, self._quota.free_bytes
             for i, payload in enumerate(loan.payloads):
-                item, source = Item(None), None
-                if payload is not None and total + extent_bytes(payload.size) <= room:
+                item, source = LATER if i in loan.later else NOT_THERE, None
+                if payload is not None:
                     source = loan.lease.buffer(i)
                     there = memories.place(source)
                     if there is not None:
-                        total += extent_bytes(payload.size)
                         memory, place = there
                         await self._tell(memory)
                         item = Item(payload, place)
@@ -138,10 +165,10 @@ class Lending:
                 raise UnavailableError("this peer has too much pinned, or is gone")
         except BaseException:
             loan.lease.release()
+            share.give()
             raise
         self._next += 1
-        self._pins[self._next] = _Pin(loan, items, sources, total)
-        self._quota.used_bytes += total
+        self._pins[self._next] = _Pin(loan, items, sources, share)
         return Held(self._next, items)
 
     async def _tell(self, memory: Memory) -> None:
@@ -186,10 +213,9 @@ class Lending:
             self._free(held)
 
     def _free(self, held: _Pin) -> None:
-        if held.over and not held.pushing and held.size >= 0:
+        if held.over and not held.pushing:
             held.loan.lease.release()
-            self._quota.free(held.size)
-            held.size = -1
+            held.share.give()
 
     def end(self) -> None:
         """The peer is gone, and its links are closed: what it had is free."""
@@ -200,4 +226,4 @@ class Lending:
     @property
     def pinned_bytes(self) -> int:
         """Bytes pinned for this peer."""
-        return sum(one.size for one in self._pins.values())
+        return sum(one.share.size for one in self._pins.values())

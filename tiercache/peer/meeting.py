@@ -17,6 +17,7 @@ from tiercache.peer.borrowing import Borrowed
 from tiercache.peer.channel import HELLO_BYTES_MAX, read_frame, said
 from tiercache.peer.frames import (
     ITEMS_MAX,
+    NOT_THERE,
     Frame,
     Op,
     pack,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from tiercache.peer.exposing import Exposed, Landing
     from tiercache.peer.frames import Held
     from tiercache.peer.gate import Gate
-    from tiercache.peer.lending import Lender, Loan, Quota
+    from tiercache.peer.lending import Lender, Loan, Quota, Share
     from tiercache.transport import Link, Move
 
 log = logging.getLogger(__name__)
@@ -244,11 +245,13 @@ class Peer:
             name for name, one in zip(names, held.items, strict=False) if one.payload is not None
         ] or len(held.items) != len(names):
             raise ProtocolError("it answers what nobody asked")
-        return self.borrowed(held, priority)
+        found = self.borrowed(held, priority)
+        found.lacking = [name for name, one in zip(names, held.items, strict=True) if one == NOT_THERE]
+        return found
 
-    async def offer(self, loan: Loan, deadline_s: float, *, urgent: bool) -> int:
+    async def offer(self, loan: Loan, share: Share, deadline_s: float, *, urgent: bool) -> int:
         """Offers what was pinned for it: how many of these it has now. The loan is given back in any case."""
-        held = (await self.lending.pin(loan))._replace(urgent=urgent)
+        held = (await self.lending.pin(loan, share))._replace(urgent=urgent)
         try:
             frame = await self.channel.ask(Op.OFFER, pack_held(held), deadline_s)
             return min(unpack_number(frame.body), len(held.items))

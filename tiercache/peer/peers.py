@@ -15,7 +15,7 @@ from tiercache.model import Outcome
 from tiercache.peer.exposing import Landing
 from tiercache.peer.frames import ITEMS_MAX, MARKS_MAX, Op, pack_marks
 from tiercache.peer.gate import Gate, Priority
-from tiercache.peer.lending import Quota
+from tiercache.peer.lending import Quota, Share
 from tiercache.peer.view import View, mark
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Host(Protocol):
         """See Peering."""
         ...
 
-    async def lend(self, names: Sequence[Name], parts: Sequence[int], room_bytes: int) -> Loan:
+    async def lend(self, names: Sequence[Name], parts: Sequence[int], reserve: Callable[[int], int]) -> Loan:
         """See Peering."""
         ...
 
@@ -141,13 +141,10 @@ class Peers:
         pinned = Pinned(self._asks)
         await self._asks.acquire()
         try:
-            questions = [
-                self._want(peer, [names[i] for i in places], [parts[i] for i in places], priority)
-                for peer, places in self._whom(names).items()
-            ]
-            for found in await asyncio.gather(*questions):
-                if found is not None:
-                    pinned.add(found)
+            async with asyncio.TaskGroup() as group:
+                for peer, places in self._whom(names).items():
+                    some = [names[i] for i in places]
+                    group.create_task(self._want(pinned, peer, some, [parts[i] for i in places], priority))
             pinned.order(names)
         except BaseException:
             pinned.end()
@@ -169,19 +166,18 @@ class Peers:
         return asked
 
     async def _want(
-        self, peer: Peer, names: Sequence[Name], parts: Sequence[int], priority: Priority
-    ) -> Borrowed | None:
+        self, pinned: Pinned, peer: Peer, names: Sequence[Name], parts: Sequence[int], priority: Priority
+    ) -> None:
+        """Adds what one peer pins for this: also where the others take so long that nobody waits for it any more."""
         try:
             found = await peer.want(names, parts, priority)
         except UnavailableError as fault:
             log.debug("%s could not be asked: %s", peer.name, fault)
-            return None
         except ProtocolError as fault:
             peer.channel.close(str(fault))
-            return None
-        there = {one.name for one in found.payloads}
-        self._view.drop(peer.number, [name for name in names if name not in there])
-        return found
+        else:
+            pinned.add(found)
+            self._view.drop(peer.number, found.lacking)
 
     async def spill(self, loan: Loan) -> int:
         """Offers what is about to be lost here to the peer with the most free memory: how many it took."""
@@ -191,8 +187,12 @@ class Peers:
             return 0
         creditor = max(fit, key=lambda peer: peer.free_bytes)
         creditor.free_bytes -= size  # until its next pulse says better
+        share = Share(self.quota)
+        if share.take(size) < size:
+            share.give()
+            return 0
         try:
-            return await creditor.offer(loan, self.deadline_s, urgent=False)
+            return await creditor.offer(loan, share, self.deadline_s, urgent=False)
         except (TierCacheError, OSError) as fault:
             log.debug("nothing was spilled to %s: %s", creditor.name, fault)
             return 0
@@ -206,13 +206,19 @@ class Peers:
         taken, left = 0, list(names)
         while left:
             some = left[:ITEMS_MAX]
-            loan = await self.lender.lend(some, [_EVERY] * len(some), self.quota.free_bytes)
+            share = Share(self.quota)
+            try:
+                loan = await self.lender.lend(some, [_EVERY] * len(some), share.take)
+            except BaseException:
+                share.give()
+                raise
             lent = max((i + 1 for i, one in enumerate(loan.payloads) if one is not None), default=0)
             if not lent and self.quota.used_bytes:  # no room for the first of them: until others have theirs
                 loan.lease.release()
+                share.give()
                 await self.quota.wait(PUBLISH_S)
                 continue
-            taken += await peer.offer(loan, PUBLISH_S, urgent=True)
+            taken += await peer.offer(loan, share, PUBLISH_S, urgent=True)
             left = left[lent or len(some) :]
         return taken
 
@@ -315,6 +321,7 @@ class Peers:
                 peer.channel.tell(Op.STORED, pack_marks([mark(key, ordinal) for key, ordinal in names]))
                 if not after:
                     return
+                await peer.channel.flush()  # or a slow peer would be taken for one that takes nothing
                 await asyncio.sleep(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,18 +27,20 @@ class View:
 
     def __init__(self) -> None:
         self._who: dict[int, int] = {}
-        self._counts: dict[int, int] = {}
+        self._order: dict[int, deque[int]] = {}
+        """What each peer is believed to have, the oldest first; some of it was dropped since."""
 
     def add(self, peer: int, marks: Iterable[int]) -> None:
-        """This peer (a number from 0 on) has these; more than it may have are left out."""
-        bit, who, count = 1 << peer, self._who, self._counts.get(peer, 0)
+        """This peer (a number from 0 on) has these; where that is more than may be remembered of it, the oldest are
+        forgotten, for it has most likely lost these first."""
+        bit, who, order = 1 << peer, self._who, self._order.setdefault(peer, deque())
         for one in marks:
             known = who.get(one, 0)
-            if known & bit or count >= MARKS_MAX:
-                continue
-            who[one] = known | bit
-            count += 1
-        self._counts[peer] = count
+            if not known & bit:
+                who[one] = known | bit
+                order.append(one)
+                if len(order) > MARKS_MAX:
+                    self._drop(peer, order.popleft())
 
     def drop(self, peer: int, names: Iterable[Name]) -> None:
         """It does not have these after all."""
@@ -45,22 +48,17 @@ class View:
             self._drop(peer, mark(name.key, name.ordinal))
 
     def _drop(self, peer: int, one: int) -> None:
-        known = self._who.get(one, 0)
-        if not known >> peer & 1:
-            return
-        self._counts[peer] -= 1
-        if left := known & ~(1 << peer):
+        if left := self._who.get(one, 0) & ~(1 << peer):
             self._who[one] = left
         else:
-            del self._who[one]
+            self._who.pop(one, None)
 
     def forget(self, peer: int) -> Iterator[None]:
         """It is gone, with all that it had; a step at a time, for there may be many."""
-        for at, one in enumerate(list(self._who)):
+        for at, one in enumerate(self._order.pop(peer, ())):
             self._drop(peer, one)
             if not at % 4096:
                 yield
-        self._counts.pop(peer, None)
 
     def who(self, names: Sequence[Name]) -> list[int]:
         """Who has each of these, a bit a peer."""
