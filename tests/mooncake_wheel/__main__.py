@@ -2,8 +2,8 @@
 
 Without FOLDER (or MOONCAKE_WHEEL_TESTS) they are fetched from GitHub at a pinned commit, into a folder that is removed
 afterwards; nothing of theirs is kept here. Every file gets a process and a cache of its own, in memory alone, so that
-what a test calls gone after the last client has closed is gone. Prints a line for each test (passed, failed, not
-claimed with the reason), and ends with 1 where a claimed one failed or was not found.
+what a test calls gone after the last client has closed is gone. Prints a line for each test: passed, failed, not
+claimed, or not run because this environment lacks something, with the reason. Ends with 1 where a claimed one failed.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def judged(test: str, outcome: str, words: str) -> tuple[str, str]:
     reason = NOT_CLAIMED.get(test.split()[0].rsplit(".", 1)[-1])
     if reason is not None:
         return "not claimed", reason
-    return outcome if outcome in ("passed", "failed") else "failed", words
+    return ("not run" if outcome == "skipped" else outcome), words
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mooncake_wheel", description=__doc__)
     parser.add_argument("folder", nargs="?", default=os.environ.get("MOONCAKE_WHEEL_TESTS"), help="instead of GitHub")
     asked = parser.parse_args(words)
-    counts = {"passed": 0, "failed": 0, "not claimed": 0}
+    counts = {"passed": 0, "failed": 0, "not claimed": 0, "not run": 0}
     faults = []
     print(f"kvcache-ai/Mooncake at {COMMIT[:12]}, {FOLDER}")
     with fetched(asked.folder) as place:
@@ -111,7 +111,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 counts[verdict] += 1
                 if verdict == "failed":
                     faults.append(f"{test}: {reason}")
-                print(f"  {verdict:<12} {test}{f'  ({reason})' if verdict == 'not claimed' else ''}")
+                print(f"  {verdict:<12} {test}{f'  ({reason})' if verdict.startswith('not') else ''}")
     print("\nfiles that are not run")
     for names, reason in OTHER_FILES.items():
         print(f"  {names}\n      {reason}")

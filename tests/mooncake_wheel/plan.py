@@ -17,17 +17,17 @@ RUN = {
 TOGETHER = {"test_multi_dummy_clients.py": (["--client-id", "client1"], ["--client-id", "client2"])}
 """Files that are run by several processes at once, over one cache, each with its own words."""
 
-_TENSORS = "tensors are not claimed: no engine's connector calls put_tensor or get_tensor"
+_GPU = "memory of GPUs is refused until there is a tier for it"
 NOT_CLAIMED = {
-    "test_tensor_operations": _TENSORS,
-    "test_00_mixed_put_and_put_tensor_concurrency": _TENSORS,
-    "test_dummy_cuda_ipc_put_tensor_waits_for_current_stream": "memory of GPUs is refused until there is a tier for it",
-    "test_dummy_cuda_ipc_batch_put_tensor_waits_for_current_stream": "memory of GPUs is refused until then",
+    "test_tensor_operations": "variants of tensors for tensor parallelism, which no engine's connector calls",
+    "test_dummy_cuda_ipc_put_tensor_waits_for_current_stream": _GPU,
+    "test_dummy_cuda_ipc_batch_put_tensor_waits_for_current_stream": _GPU,
 }
 """Tests of those files that are not counted, by name."""
 
 OTHER_FILES = {
-    "test_put_get_tensor.py, test_safetensor_functions.py": _TENSORS,
+    "test_put_get_tensor.py": "it imports Mooncake's structured objects; tests/connectors tests our tensors",
+    "test_safetensor_functions.py": "files of tensors are not claimed",
     "test_batch_replica_clear.py": "where copies lie, and leases that hold removals up, are not claimed",
     "test_offload_on_eviction.py, test_ssd_offload_in_evict.py, test_promotion_on_hit.py":
         "how a master moves objects between memory and SSD; the cache has its own order of eviction",
