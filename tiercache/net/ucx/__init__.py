@@ -13,6 +13,7 @@ from tiercache.errors import UnavailableError
 from tiercache.net import Usable
 from tiercache.net.ucx import binding, finding, options
 from tiercache.net.ucx.transport import UcxTransport
+from tiercache.settings import ucx_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def usable() -> Usable:
     """See net."""
-    choice = finding.find(_named())
+    choice = finding.find(ucx_library())
     if choice.taken is None:
         return Usable(False, "; ".join(str(found) for found, _ in choice.others) or "no libucp")
     return Usable(True, str(choice.taken), bool(choice.taken.rdma and finding.rdma_devices()))
@@ -28,15 +29,11 @@ def usable() -> Usable:
 
 def open_transport(host: str, notified: Callable[[bytes], None]) -> UcxTransport:
     """See net."""
-    choice = finding.find(_named())
+    choice = finding.find(ucx_library())
     if choice.taken is None:
         raise UnavailableError(f"UCX: {usable().why}")
     library = load(choice.taken.path)
     return UcxTransport(library, options.options(library.version, options.interface_of(host)), notified)
-
-
-def _named() -> str:
-    return ""
 
 
 @cache

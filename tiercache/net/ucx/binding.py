@@ -1,4 +1,4 @@
-"""Binding of libucp through ctypes: the calls and structures that this package uses, for UCX 1.13 and later.
+"""Binding of libucp through ctypes: the calls and structures that this package uses, as UCX 1.13 and later have them.
 
 Structures carry a mask of the fields that are set, so that one declaration serves every version. No object here keeps
 anything alive: whoever passes an address holds what lies there.
@@ -15,8 +15,11 @@ from tiercache.errors import UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+OLDEST = (1, 21)
+"""Before that, moves over TCP are emulated in software where peers may die; and where one does, its emulation ends this
+process."""
 API = (1, 13)
-"""The oldest UCX that has every call and field used here."""
+"""The version of the calls and fields that are used here."""
 
 OK, IN_PROGRESS, BUSY, CANCELED = 0, 1, -15, -16
 ERRORS = (1 << 64) - 100
@@ -237,8 +240,10 @@ def load(path: str) -> Library:
         version = numbers(calls.ucp_get_version_string().decode())
     except (OSError, AttributeError, ValueError) as error:
         raise UnavailableError(f"{path}: {error}") from error
-    if version[:2] < API:
-        raise UnavailableError(f"{path} is UCX {'.'.join(map(str, version))}; 1.13 or later is needed")
+    if version[:2] < OLDEST:
+        raise UnavailableError(
+            f"{path} is UCX {'.'.join(map(str, version))}; {OLDEST[0]}.{OLDEST[1]} or later is needed"
+        )
     return Library(calls, quick, version, path)
 
 

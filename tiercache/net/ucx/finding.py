@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from tiercache.net.ucx.binding import API, numbers
+from tiercache.net.ucx.binding import OLDEST, numbers
 
 PROBE_S = 20.0
 """How long a library may take to load."""
@@ -104,7 +104,7 @@ def probe(origin: str, path: str) -> Found:
         return Found(origin, path, (0, 0, 0), False, False, there)
     version, place = numbers(lines[0]), Path(lines[1]).resolve().parent / "ucx"
     modules = [each.name for each in place.glob("libuct_*.so*")] if place.is_dir() else []
-    trouble = "" if version[:2] >= API else f"UCX {lines[0]} is too old, 1.13 or later is needed"
+    trouble = "" if version[:2] >= OLDEST else f"UCX {lines[0]} is too old: {OLDEST[0]}.{OLDEST[1]} or later is needed"
     kinds = [any(name.startswith(f"libuct_{kind}") for name in modules) for kind in ("ib", "cuda")]
     return Found(origin, path, version, kinds[0], kinds[1], trouble)
 

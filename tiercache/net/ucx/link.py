@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 from tiercache.errors import AbandonedLoad, ConfigError, ProtocolError, UnavailableError
 from tiercache.model import Outcome
 from tiercache.net.ucx import binding, words
-from tiercache.net.ucx.worker import Op, Region
+from tiercache.net.ucx.moving import Op, Region
+from tiercache.net.ucx.pulling import questions
+from tiercache.net.ucx.serving import SPANS
 from tiercache.transport import MOVE_BYTES_MAX, MOVES_MAX, NOTE_BYTES_MAX, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.buffers import Buffer
+    from tiercache.net.ucx.moving import Batch, Endpoint
+    from tiercache.net.ucx.pulling import Pull
     from tiercache.net.ucx.transport import UcxTransport
-    from tiercache.net.ucx.worker import Batch, Endpoint, Worker
+    from tiercache.net.ucx.worker import Worker
     from tiercache.transport import Move
 
 ENDING_S = 5.0
@@ -42,6 +46,8 @@ class UcxLink:
         self._transport, self._worker, self._endpoint, self._peer = transport, worker, endpoint, peer
         self._regions: list[Region] = []
         self._negotiated = next((name for name in RANKS if name in names), names[0] if names else "")
+        self._reaches = self._negotiated in RANKS and self._negotiated != "tcp"
+        """Whether UCX itself reads there, by remote key; else the other end is asked to write here."""
         self._dead = ""
         self._described: dict[tuple[int, Memory], binding.RequestParams] = {}
 
@@ -60,7 +66,7 @@ class UcxLink:
         found = words.unpack_descriptor(descriptor)
         if found.token != self._peer.token:
             raise ProtocolError("a UCX descriptor of another transport than the one at the other end")
-        self._regions.append(Region(found.base, found.length, found.writable, found.key))
+        self._regions.append(Region(found.serial, found.base, found.length, found.writable, found.key))
         return len(self._regions) - 1
 
     async def read(self, moves: Sequence[Move], deadline_s: float) -> list[Outcome]:
@@ -76,7 +82,7 @@ class UcxLink:
         if len(note) > NOTE_BYTES_MAX:
             raise ConfigError(f"a note of {len(note)} bytes; at most {NOTE_BYTES_MAX}")
         self._check()
-        await self._finished(self._worker.note(self._endpoint, self._peer.token, note), deadline_s)
+        await self._finished(self._worker.note(self._endpoint, note), deadline_s)
 
     async def close(self) -> None:
         """See the port."""
@@ -95,7 +101,7 @@ class UcxLink:
         self._check()
         if len(moves) > MOVES_MAX:
             raise ConfigError(f"{len(moves)} moves in one batch; at most {MOVES_MAX}")
-        outcomes, ops, keep = [Outcome.HIT] * len(moves), list[Op](), list[object]()
+        outcomes, inside = [Outcome.HIT] * len(moves), list[int]()
         for at, move in enumerate(moves):
             if not 0 <= move.region < len(self._regions):
                 raise ConfigError(f"no region {move.region} was attached")
@@ -104,13 +110,38 @@ class UcxLink:
                 raise ConfigError(f"a move of {length} bytes; at most {MOVE_BYTES_MAX}")
             if not 0 <= move.offset <= region.length - length or (put and not region.writable):
                 outcomes[at] = Outcome.MISS
-                continue
-            self._add(ops, keep, at, region, region.base + move.offset, move.pieces)
-        if ops:
-            missed = await self._finished(self._worker.move(self._endpoint, ops, put, (keep, moves)), deadline_s)
-            for at in missed:
+            elif length:
+                inside.append(at)
+        if inside:
+            begun = self._put_or_get(moves, inside, put) if put or self._reaches else self._pull(moves, inside)
+            for at in await self._finished(begun, deadline_s):
                 outcomes[at] = Outcome.MISS
         return outcomes
+
+    def _pull(self, moves: Sequence[Move], inside: list[int]) -> Pull:
+        """Begins to read what the other end is to put."""
+        wanted = []
+        for at in inside:
+            move = moves[at]
+            self._refuse_cuda(move.pieces)
+            wanted.append((at, self._regions[move.region].serial, move.offset, move.pieces))
+        return self._worker.pull(self._endpoint, questions(wanted), moves)
+
+    def _put_or_get(self, moves: Sequence[Move], inside: list[int], put: bool) -> Batch:
+        """Begins to move what can be reached from here."""
+        ops, keep = list[Op](), list[object]()
+        for at in inside:
+            move = moves[at]
+            if not self._reaches:
+                self._refuse_cuda(move.pieces)
+            region = self._regions[move.region]
+            self._add(ops, keep, at, region, region.base + move.offset, move.pieces)
+        return self._worker.move(self._endpoint, ops, put, (keep, moves))
+
+    def _refuse_cuda(self, pieces: Sequence[Buffer]) -> None:
+        for piece in pieces:
+            if self._transport.registered(piece.address, piece.length)[1] != Memory.HOST:
+                raise ConfigError("UCX moves no CUDA memory over TCP: bring it to the host first")
 
     def _add(
         self, ops: list[Op], keep: list[object], at: int, region: Region, remote: int, pieces: Sequence[Buffer]
@@ -143,7 +174,7 @@ class UcxLink:
             return remote
         spans = (binding.Span * len(run))(*[(piece.address, piece.length) for piece in run])  # type: ignore[misc]  # tuples will do
         keep.append(spans)
-        ops.append(Op(at, ctypes.addressof(spans), len(run), remote, region, _SPANS))
+        ops.append(Op(at, ctypes.addressof(spans), len(run), remote, region, SPANS))
         end = remote + sum([piece.length for piece in run])
         run.clear()
         return end
@@ -157,7 +188,7 @@ class UcxLink:
             self._described[handle, kind] = found
         return found
 
-    async def _finished(self, batch: Batch, deadline_s: float) -> set[int]:
+    async def _finished(self, batch: Batch | Pull, deadline_s: float) -> set[int]:
         """Waits for a batch. It is over, or cut off, when this ends: also when it is cancelled."""
         loop = asyncio.get_running_loop()
         until, late, cancelled = loop.time() + deadline_s, False, False
@@ -182,13 +213,8 @@ class UcxLink:
             raise UnavailableError(f"UCX link: {self._dead}") from fault
         return batch.future.result()
 
-    def _written(self, batch: Batch) -> asyncio.Future[None]:
+    def _written(self, batch: Batch | Pull) -> asyncio.Future[None]:
         """Done when nothing more is written for this batch."""
         writing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         batch.future.add_done_callback(lambda _: None if writing.done() else writing.set_result(None))
         return writing
-
-
-_SPANS = binding.RequestParams(
-    op_attr_mask=binding.DATATYPE_SET | binding.MEMORY_SET, datatype=binding.IOV, memory_type=int(Memory.HOST)
-)

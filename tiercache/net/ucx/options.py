@@ -20,6 +20,7 @@ def options(version: tuple[int, int, int], interface: str) -> dict[str, str]:
         "TLS": "tcp,cma,ib,cuda" if version[:2] >= (1, 22) else "tcp,ib,cuda",
         "NET_DEVICES": ",".join([interface, *[f"{name}:1" for name in rdma_devices()]]),
         "RNDV_THRESH": "inf",
+        "PROTO_EMULATION_ENABLE": "n",
         "TCP_TX_SEG_SIZE": "512k",
         "TCP_RX_SEG_SIZE": "512k",
         "TCP_CONN_NB": "y",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tiercache.clock import system_random
 from tiercache.errors import ConfigError, ProtocolError, UnavailableError
 from tiercache.net.ucx import words
 from tiercache.net.ucx.link import UcxLink
+from tiercache.net.ucx.serving import Exposed
 from tiercache.net.ucx.worker import Worker
 from tiercache.transport import LINKS_MAX, Memory
 
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 
     from tiercache.buffers import Buffer
     from tiercache.net.ucx.binding import Library
-
-
-class Exposed(NamedTuple):
-    """Memory that peers may reach."""
-
-    memory: Buffer
-    kind: Memory
-    handle: int
 
 
 class UcxTransport:
@@ -39,7 +32,7 @@ class UcxTransport:
         self._token = system_random().randbytes(words.TOKEN_BYTES)
         self._worker = Worker(library, options, asyncio.get_running_loop(), notified, self._token)
         self._address = words.pack_address(words.Address(self._release, self._token, self._worker.address))
-        self._exposed: dict[bytes, Exposed] = {}
+        self._exposed: dict[bytes, int] = {}
         self._withdrawn: list[Buffer] = []
         self._links: set[UcxLink] = set()
         self._connecting = self._serial = 0
@@ -64,15 +57,17 @@ class UcxTransport:
         self._serial += 1
         facts = (self._release, self._token, self._serial, memory.address, memory.length, writable, key)
         descriptor = words.pack_descriptor(words.Descriptor(*facts))
-        self._exposed[descriptor] = Exposed(memory, kind, handle)
+        self._exposed[descriptor] = self._serial
+        self._worker.exposed[self._serial] = Exposed(memory, kind, handle)
         return descriptor
 
     def withdraw(self, descriptor: bytes) -> None:
         """See the port. The memory's owner is held until no link is left: over TCP a peer that has not heard yet still
         has this process read or write there."""
-        found = self._exposed.pop(descriptor, None)
-        if found is None or self._closed:
+        serial = self._exposed.pop(descriptor, 0)
+        if not serial or self._closed:
             return
+        found = self._worker.exposed.pop(serial)
         if found.handle:
             self._worker.unmap(found.handle)
         if self._links:
@@ -80,7 +75,7 @@ class UcxTransport:
 
     def registered(self, address: int, length: int) -> tuple[int, Memory]:
         """The registration that holds all of this local memory, or 0; and what kind of memory it is."""
-        for found in self._exposed.values():
+        for found in self._worker.exposed.values():
             if found.memory.address <= address and address + length <= found.memory.address + found.memory.length:
                 return found.handle, found.kind
         return 0, Memory.HOST
@@ -128,4 +123,5 @@ class UcxTransport:
                 await link.close()
         self._worker.stop()
         self._exposed.clear()
+        self._worker.exposed.clear()
         self._withdrawn.clear()

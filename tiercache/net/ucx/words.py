@@ -14,7 +14,7 @@ from tiercache.errors import ProtocolError
 from tiercache.transport import ADDRESS_BYTES_MAX, DESCRIPTOR_BYTES_MAX
 
 TOKEN_BYTES = 16
-HELLO, WELCOME, NOTE = 1, 2, 3
+HELLO, WELCOME, NOTE, QUESTION, ANSWER = 1, 2, 3, 4, 5
 
 _ADDRESS = struct.Struct(f"<4sBBB{TOKEN_BYTES}sH")
 _DESCRIPTOR = struct.Struct(f"<4sBBB{TOKEN_BYTES}sQQQBH")

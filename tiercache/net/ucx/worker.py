@@ -10,129 +10,27 @@ import ctypes
 import threading
 from collections import deque
 from ctypes import byref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import UnavailableError
-from tiercache.net.ucx import binding, words
+from tiercache.net.ucx import binding, serving, words
 from tiercache.net.ucx.binding import CANCELED, ERRORS, IN_PROGRESS
+from tiercache.net.ucx.moving import Batch, Endpoint
+from tiercache.net.ucx.pulling import Landing, Pull
 from tiercache.transport import NOTE_BYTES_MAX
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping, Sequence
 
-WINDOW = 32
-"""Operations of one batch that are under way at once."""
+    from tiercache.net.ucx.moving import Op
+    from tiercache.net.ucx.pulling import Question
+    from tiercache.net.ucx.serving import Exposed
+
 GOODBYE_ROUNDS = 10_000
 """Rounds of progress that what was cut off has to end before the worker is destroyed over it."""
 MESSAGES = 0x7C
 """The number of our messages among all that a worker may hear."""
-
-
-@dataclass(slots=True)
-class Region:
-    """Memory of the other end, as a link knows it."""
-
-    base: int
-    length: int
-    writable: bool
-    key: bytes
-    remote_key: int = -1
-    """Its ucp_rkey, once it was needed; 0 where UCX does not take the key."""
-
-
-class Op(NamedTuple):
-    """One put or get."""
-
-    move: int
-    """Which move of the batch it is of."""
-    address: int
-    """Of the bytes, or of a list of spans."""
-    size: int
-    """Bytes, or spans."""
-    remote: int
-    region: Region
-    params: binding.RequestParams
-
-
-class Endpoint:
-    """A ucp_ep and what hangs on it. The thread's, but for `status`, which the loop reads."""
-
-    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.number = number
-        self.opened: asyncio.Future[list[str]] = loop.create_future()
-        """The names of its transports, once the other end has answered."""
-        self.over: asyncio.Future[None] = loop.create_future()
-        """Done when it has ended, and nothing is under way on it."""
-        self.pointer = 0
-        self.status = 0
-        """What it died of; 0 while it lives."""
-        self.batches = 0
-        self.regions: list[Region] = []
-
-
-class Batch:
-    """Operations of one call, at most a window of them under way; then a flush where the other end is to see them."""
-
-    def __init__(
-        self, endpoint: Endpoint, ops: Sequence[Op], future: asyncio.Future[set[int]], put: bool, keep: object
-    ) -> None:
-        self.endpoint, self.future, self.keep = endpoint, future, keep
-        self._ops, self._put, self._next = ops, put, 0
-        self._flushes = put
-        self._under_way: deque[int] = deque()
-        self._missed: set[int] = set()
-        self._fault = 0
-        self.cut = False
-        """Whether whoever asked has left: nothing more is begun."""
-
-    def step(self, library: binding.Library) -> set[int] | int | None:
-        """Takes what has ended, begins what has room. The moves that missed once all is over, or the status of the
-        fault; None before that."""
-        quick, under_way = library.quick, self._under_way
-        while True:
-            while under_way:
-                status = quick.ucp_request_check_status(under_way[0])
-                if status == IN_PROGRESS:
-                    break
-                quick.ucp_request_free(under_way.popleft())
-                self._fault = self._fault or min(status, 0)
-            stopped = self._fault or self.endpoint.status or (CANCELED if self.cut else 0)
-            if not stopped and self._next < len(self._ops):
-                if len(under_way) >= WINDOW:
-                    return None
-                self._begin(library, self._ops[self._next])
-                self._next += 1
-            elif under_way:
-                return None
-            elif stopped:
-                return stopped
-            elif self._flushes:
-                self._flushes = False
-                self.take(quick.ucp_ep_flush_nbx(self.endpoint.pointer, byref(binding.RequestParams())))
-            else:
-                return self._missed
-
-    def _begin(self, library: binding.Library, op: Op) -> None:
-        region = op.region
-        if region.remote_key < 0:
-            region.remote_key = binding.unpack_key(library, self.endpoint.pointer, region.key)
-            self.endpoint.regions.append(region)
-        if not region.remote_key:
-            self._missed.add(op.move)
-            return
-        call = library.quick.ucp_put_nbx if self._put else library.quick.ucp_get_nbx
-        self.take(call(self.endpoint.pointer, op.address, op.size, op.remote, region.remote_key, byref(op.params)))
-
-    def take(self, request: int | None) -> None:
-        """Counts what UCX answered when an operation was begun."""
-        if request is None:
-            return
-        if request >= ERRORS:
-            self._fault = self._fault or request - (1 << 64)
-        else:
-            self._under_way.append(request)
 
 
 class Worker:
@@ -149,7 +47,7 @@ class Worker:
         self._library, self._options, self._loop, self._notified = library, options, loop, notified
         self._token = token
         self._calls: deque[Callable[[], None]] = deque()
-        self._batches: list[Batch] = []
+        self._batches: list[Batch | Pull] = []
         self._loose: list[tuple[int, object]] = []
         self._settled: list[tuple[asyncio.Future[Any] | None, Any]] = []
         self._endpoints: dict[int, Endpoint] = {}
@@ -158,6 +56,9 @@ class Worker:
         self._signalled = self._stopping = False
         self._context = self._worker = 0
         self._maps: set[int] = set()
+        self._retired: list[Landing] = []
+        self.exposed: dict[int, Exposed] = {}
+        """What peers may ask for, by serial number."""
         self._on_error = binding.ON_ERROR(self._failing)
         self._on_message = binding.ON_MESSAGE(self._heard)
         self.address = b""
@@ -198,7 +99,7 @@ class Worker:
     def connect(self, address: bytes, token: bytes) -> Endpoint:
         """Begins an endpoint; its future has the names of its transports once the other end has answered."""
         self._numbers += 1
-        found = self._endpoints[self._numbers] = Endpoint(self._numbers, self._loop)
+        found = self._endpoints[self._numbers] = Endpoint(self._numbers, token, self._loop)
         hello = words.pack_message(words.HELLO, token, found.number, self._token)
 
         def begin() -> None:
@@ -228,9 +129,22 @@ class Worker:
         self.submit(begin)
         return batch
 
-    def note(self, endpoint: Endpoint, token: bytes, note: bytes) -> Batch:
+    def pull(self, endpoint: Endpoint, questions: Sequence[Question], keep: object) -> Pull:
+        """Begins to ask for what is to be read. `keep` is held until that is over."""
+        pull = Pull(endpoint, questions, self._loop.create_future(), self._question, keep)
+
+        def begin() -> None:
+            endpoint.batches += 1
+            self._batches.append(pull)
+            if endpoint.landing is None and not endpoint.status:
+                endpoint.landing = Landing(self._expose_landing)
+
+        self.submit(begin)
+        return pull
+
+    def note(self, endpoint: Endpoint, note: bytes) -> Batch:
         """Sends a note; over when it is on its way."""
-        header = words.pack_message(words.NOTE, token, endpoint.number, self._token)
+        header = words.pack_message(words.NOTE, endpoint.token, endpoint.number, self._token)
         batch = Batch(endpoint, (), self._loop.create_future(), False, None)
 
         def begin() -> None:
@@ -331,16 +245,18 @@ class Worker:
             else:
                 future.set_result(answer)
 
-    def _step(self, batch: Batch) -> bool:
+    def _step(self, batch: Batch | Pull) -> bool:
         answer = batch.step(self._library)
         if answer is None:
             return False
         endpoint = batch.endpoint
         endpoint.batches -= 1
-        if isinstance(answer, int):
-            if not batch.cut:
-                self._end(endpoint, answer)
-            self._settled.append((batch.future, UnavailableError(f"UCX: the peer is gone (status {answer})")))
+        if isinstance(answer, int) and not batch.cut:
+            self._end(endpoint, answer)
+        if batch.told is not None:
+            batch.told(answer)
+        elif isinstance(answer, int):
+            self._settled.append((batch.future, UnavailableError(f"the peer is gone (status {answer})")))
         else:
             self._settled.append((batch.future, answer))
         self._forget(endpoint)
@@ -365,6 +281,57 @@ class Worker:
                 if region.remote_key:
                     self._library.quick.ucp_rkey_destroy(region.remote_key)
             endpoint.regions.clear()
+            if endpoint.landing is not None:
+                self._retire(endpoint.landing)
+                endpoint.landing = None
+
+    def _retire(self, landing: Landing) -> None:
+        """Lets a landing go, or keeps its address where the other end may still write there."""
+        self._maps.discard(landing.handle)
+        self._library.calls.ucp_mem_unmap(self._context, landing.handle)
+        if not landing.leave():
+            self._retired.append(landing)
+
+    def _expose_landing(self, address: int, length: int) -> tuple[int, bytes]:
+        handle, key = binding.map_memory(self._library, self._context, address, length, 0)
+        self._maps.add(handle)
+        facts = (self._library.version[:2], self._token, 0, address, length, True, key)
+        return handle, words.pack_descriptor(words.Descriptor(*facts))
+
+    def _question(self, endpoint: Endpoint, body: bytes) -> int | None:
+        return self._say(endpoint, words.QUESTION, endpoint.number, body)
+
+    def _say(self, endpoint: Endpoint, kind: int, number: int, body: bytes) -> int | None:
+        """Sends a message; UCX's answer, or the status of an endpoint that is gone."""
+        if not endpoint.pointer:
+            return (1 << 64) + (endpoint.status or CANCELED)
+        header = words.pack_message(kind, endpoint.token, number, self._token)
+        request = self._message(endpoint.pointer, header, body, binding.EAGER)
+        self._loosen(request, (header, body))
+        return request
+
+    def _asked(self, sender: bytes, number: int, body: bytes, again: bool = True) -> None:
+        """The other end asks for bytes: they are put into its landing, and it is told."""
+        endpoint = next((each for each in self._endpoints.values() if each.token == sender and not each.status), None)
+        if endpoint is not None and not endpoint.pointer and again:  # it is in the queue
+            self._calls.append(lambda: self._asked(sender, number, body, again=False))
+            return
+        if endpoint is None or not endpoint.pointer or endpoint.serving >= serving.QUESTIONS_MAX:
+            return
+        answer = serving.answer(endpoint, body, self.exposed)
+        if answer is None:
+            return
+
+        def over(missed: set[int] | int) -> None:
+            endpoint.serving -= 1
+            if not isinstance(missed, int):
+                self._say(endpoint, words.ANSWER, number, answer.outcomes(missed))
+
+        endpoint.serving += 1
+        endpoint.batches += 1
+        batch = Batch(endpoint, answer.ops, self._loop.create_future(), True, answer)
+        batch.told = over
+        self._batches.append(batch)
 
     def _send(self, pointer: int, header: bytes, body: bytes, flags: int) -> None:
         self._loosen(self._message(pointer, header, body, flags), (header, body))
@@ -409,7 +376,19 @@ class Worker:
                 self._settled.append((endpoint.opened, binding.transports(self._library, endpoint.pointer)))
         elif kind == words.NOTE:
             self._settled.append((None, ctypes.string_at(body, length)))
+        elif kind == words.QUESTION:
+            self._asked(sender, number, ctypes.string_at(body, length))
+        elif kind == words.ANSWER:
+            self._answered(sender, number, ctypes.string_at(body, length))
         return 0
+
+    def _answered(self, sender: bytes, number: int, body: bytes) -> None:
+        endpoint = self._endpoints.get(number)
+        if endpoint is None or endpoint.token != sender or not body:
+            return
+        pull = endpoint.pulls.pop(body[0], None)
+        if pull is not None and not endpoint.status:
+            pull.answered(body[0], body[1:])
 
     def _goodbye(self) -> None:
         for endpoint in list(self._endpoints.values()):
@@ -429,6 +408,6 @@ class Worker:
             self._library.calls.ucp_cleanup(self._context)
         self._worker = self._context = 0
         for batch in self._batches:
-            self._settled.append((batch.future, UnavailableError("UCX: closed")))
-        self._batches = []
+            self._settled.append((batch.future, UnavailableError("the transport was closed")))
+        self._batches, self._loose, self._retired = [], [], []
         self._round()
