@@ -48,6 +48,8 @@ class Answers:
         """In the order of their requests; the first is being answered."""
         self.touching: Batch | None = None
         """Whose memory a call of the system writes to right now."""
+        self.begun = False
+        """The head of a group has come, and its bytes have not been waited for yet."""
         self._sock, self._lock, self._welcome = sock, lock, welcome
         self._head = memoryview(bytearray(max(len(welcome), frames.HEAD.size)))
         self._have = 0
@@ -109,6 +111,7 @@ class Answers:
         if not first < last <= batch.count or size != due:
             raise ProtocolError(f"{count} moves of {size} bytes from {first} on answered, of {batch.count}")
         self._batch, self._group, self._left, self._outcome = batch, count, size, outcome
+        self.begun = size > 0
         self._spans = stream.joined(chain.from_iterable(batch.spans[first:last])) if size else []
         return batch
 
@@ -131,7 +134,7 @@ class Answers:
         return count
 
     def _end_group(self, batch: Batch) -> Batch | None:
-        self._batch = None
+        self._batch, self.begun = None, False
         batch.outcomes += [self._outcome] * self._group
         if len(batch.outcomes) < batch.count:
             return batch if batch.abandoned else None

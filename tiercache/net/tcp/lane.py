@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tiercache.errors import ProtocolError, UnavailableError
 from tiercache.net.tcp import frames, stream
 from tiercache.net.tcp.answers import Answers, Batch
+from tiercache.net.tcp.stream import wait_in_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +32,10 @@ HERE_BYTES = 1 << 20
 """Up to here the loop itself sends and receives what is under way."""
 TURN_BYTES = 1 << 20
 """What the loop takes before others have their turn on it."""
+
+WAIT_S = 0.001
+"""How long the loop itself waits for the bytes behind a head, once: they are on their way, and to sleep and wake up
+again takes longer than they do."""
 
 Parcel = tuple[Batch | None, list[memoryview], "Sequence[Span]", asyncio.Future[None] | None]
 
@@ -56,6 +61,7 @@ class Lane:
         """Whether a thread receives, not the loop."""
         self._parcels: queue.SimpleQueue[Parcel | None] | None = None
         self._unsent = 0
+        wait_in_kernel(sock, WAIT_S)
         self._loop.add_reader(sock, self._readable)
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -159,10 +165,13 @@ class Lane:
         taken = 0
         try:
             while taken < TURN_BYTES and not self._theirs and self.fault is None:
-                batch, count = self._answers.take(socket.MSG_DONTWAIT)
+                patient, self._answers.begun = self._answers.begun, False
+                batch, count = self._answers.take(socket.MSG_WAITALL if patient else socket.MSG_DONTWAIT)
                 taken += count
                 if batch is not None:
                     self._came(batch)
+                    if not self._answers.waiting:
+                        break
         except BlockingIOError:
             pass
         except (OSError, ProtocolError) as error:
@@ -174,6 +183,7 @@ class Lane:
             return
         self._theirs = True
         self._loop.remove_reader(self._sock)
+        wait_in_kernel(self._sock, 0)
         if self._turn is None:
             self._turn = threading.Semaphore(0)
             self._start(self._receive, "tiercache-tcp-answers")
@@ -185,6 +195,7 @@ class Lane:
             self._theirs = False
             self._pass_on()
             if not self._theirs:
+                wait_in_kernel(self._sock, WAIT_S)
                 self._loop.add_reader(self._sock, self._readable)
 
     def _came(self, batch: Batch) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import select
 import socket
-import struct
 import threading
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,6 @@ STALLED_S = 30.0
 NOTES_MAX = 16
 """Notes of one peer that wait for the loop; further ones wait in the connection."""
 
-_TIME = struct.Struct("ll")
 _HIT, _MISS = Outcome.HIT & 0xFF, Outcome.MISS & 0xFF
 
 
@@ -73,9 +71,9 @@ class Served:
 
     def _serve(self, gone: Callable[[Served], None]) -> None:
         try:
-            _patience(self._sock, HANDSHAKE_S)
+            self._be_patient(HANDSHAKE_S)
             if self._shake_hands():
-                _patience(self._sock, STALLED_S)
+                self._be_patient(STALLED_S)
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while not self.over:
                     self._answer_one()
@@ -94,6 +92,10 @@ class Served:
         self._sock.close()
         self.ended.set()
         gone(self)
+
+    def _be_patient(self, seconds: float) -> None:
+        stream.wait_in_kernel(self._sock, seconds)
+        stream.wait_in_kernel(self._sock, seconds, socket.SO_SNDTIMEO)
 
     def _shake_hands(self) -> bool:
         hello = stream.take(self._sock, frames.HELLO.size)
@@ -175,11 +177,3 @@ MOVES_AT_ONCE = 1024
 
 def _nobody(note: bytes) -> None:
     """Hears nothing."""
-
-
-def _patience(sock: socket.socket, seconds: float) -> None:
-    """The longest that a call of the system waits on this socket, in the kernel, beginning with the next one."""
-    whole = int(seconds)
-    time = _TIME.pack(whole, int((seconds - whole) * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, time)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, time)

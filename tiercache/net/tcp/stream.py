@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ Span = tuple[int, int]
 PIECES_MAX = 512
 """Spans in one call of the system; it takes up to 1,024."""
 SCRATCH_BYTES = 256 << 10
+
+_TIME = struct.Struct("ll")
 
 # All of the address space: a slice of it is a view that keeps nothing alive, in a quarter of the time of Buffer.view.
 _MEMORY = memoryview((ctypes.c_uint8 * (1 << 62)).from_address(0)).cast("B")
@@ -56,6 +59,12 @@ def skip(window: list[memoryview], count: int) -> None:
     del window[:whole]
     if count:
         window[0] = window[0][count:]
+
+
+def wait_in_kernel(sock: socket.socket, seconds: float, option: int = socket.SO_RCVTIMEO) -> None:
+    """The longest that the next calls of the system wait on this blocking socket, receiving or sending; 0: for ever."""
+    whole = int(seconds)
+    sock.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(whole, int((seconds - whole) * 1e6)))
 
 
 def take(sock: socket.socket, length: int) -> bytes:
