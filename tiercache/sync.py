@@ -248,9 +248,9 @@ class BlockingCache:
         return wait(self.core.delete(as_names(names)), self.loop)
 
     def publish(self, names: Sequence[Called], to: str) -> int:
-        """Keeps these values, or blocks, in place until the cache of another host has them, which takes them as it finds
-        room: how many of them it has then. `to` is where it listens, host:port. Raises UnavailableError where it is not
-        connected, or takes too long, ConfigError where this cache has no peers."""
+        """Keeps these values, or blocks, in place until the cache of another host has them, which takes them as it
+        finds room: how many of them it has then. `to` is where it listens, host:port. Raises UnavailableError where it
+        is not connected, or takes too long, ConfigError where this cache has no peers."""
         keys = [name.key.hex() for name in as_names(names)]
         answer: dict[str, int] = wait(self.core.call("publish", {"keys": keys, "to": to}), self.loop)
         return answer["taken"]
