@@ -145,7 +145,7 @@ class TransportProcessTests:
                 moves = [Move(region, i * MIB, [piece]) for i, piece in enumerate(target.pieces)]
                 with pytest.raises(UnavailableError):
                     await link.read(moves, SHORT_S)
-                assert SHORT_S * 0.9 <= loop.time() - began <= SHORT_S + 2
+                assert SHORT_S * 0.9 <= loop.time() - began <= SHORT_S + 5
                 target.wipe()
                 with pytest.raises(UnavailableError):
                     await link.read(moves[:1], DEADLINE_S)

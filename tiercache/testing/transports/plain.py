@@ -323,7 +323,7 @@ class TransportTests:
                 reading = [asyncio.ensure_future(pair.link.read(each, DEADLINE_S)) for each in moves]
                 for _ in range(20):
                     await asyncio.sleep(0)
-                async with asyncio.timeout(2):
+                async with asyncio.timeout(5):
                     await pair.link.close()
                     await pair.link.close()
                 for target in targets:
