@@ -99,10 +99,10 @@ class Bringing:
                 del self._coming[one]
             future.set_result(None)
 
-    async def take(self, found: Found, parts: int = EVERY) -> None:
-        """Loads what was found, in order, until something of it does not come."""
+    async def take(self, found: Found, parts: int = EVERY, some: Sequence[Payload] | None = None) -> None:
+        """Loads what was found, or some of it, in order, until something of it does not come."""
         room = self._bring_bytes
-        for run in _runs(found.payloads, self._batch_bytes):
+        for run in _runs(found.payloads if some is None else some, self._batch_bytes):
             room -= sum(one.size for one in run)
             if room < 0 or not await self._load(run, parts, found):
                 break

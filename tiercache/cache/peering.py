@@ -7,12 +7,13 @@ peer/. Nothing is believed before its digests were compared with what arrived.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tiercache.cache.bringing import EVERY, Bringing, with_parts
+from tiercache.cache.bringing import BATCH_SHARE, EVERY, Bringing, with_parts
 from tiercache.cache.tiers import Mapped, whole
 from tiercache.errors import TierCacheError
 from tiercache.lease import Lease, extent_bytes
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ROOM_S, ROOM_WAIT_S, TRIES_MAX = 60.0, 0.02, 4
+"""What was published to this cache waits so long for room, which is looked at so often; what did not come is tried so
+often."""
 NAMES_AT_ONCE = 4096
 """Names that are looked up in the index in one go."""
 
@@ -233,14 +237,44 @@ class Peering:
 
     async def take(self, found: Found, *, evict: bool) -> int:
         """Brings what a peer offers: how many of its entries are here now. With `evict` room is made, without losing
-        what is here alone; else only what is free is used."""
+        what is here alone, and waited for; else only what is free is used."""
         wanted = [one for one in found.payloads if one.form is not Form.PAGE]
-        lacking = self._bringing.local([one.name.key for one in wanted], EVERY)
-        need = sum(extent_bytes(one.size) for one, here in zip(wanted, lacking, strict=True) if not here)
-        if need > self.room_bytes and not (evict and await self._relieve(need)):
-            return 0
-        await self._bringing.take(found)
-        return self._bringing.local([one.name.key for one in wanted], EVERY).count(True)
+        share, some = self._tiers.settings.memory_bytes // BATCH_SHARE, list[Payload]()
+        for one in [*wanted, None]:
+            if some and (one is None or sum(each.size for each in some) + one.size > share):
+                if not await (self._take_all(found, some) if evict else self._take(found, some)):
+                    break
+                some = []
+            if one is not None:
+                some.append(one)
+        return len(wanted) - len(self._lacking(wanted))
+
+    async def _take_all(self, found: Found, some: Sequence[Payload]) -> bool:
+        """Makes room for these and brings them: whether all are here now."""
+        until_s = self._tiers.clock.monotonic() + ROOM_S
+        tries = 0
+        while lacking := self._lacking(some):
+            need = sum(extent_bytes(one.size) for one in lacking)
+            if need <= self.room_bytes or await self._relieve(need):
+                tries += 1
+                if await self._take(found, lacking):
+                    return True
+            if tries >= TRIES_MAX or not self._tiers.ssd_writable or self._tiers.clock.monotonic() > until_s:
+                return False
+            await asyncio.sleep(ROOM_WAIT_S)  # others have what there is, and are about to give it back
+        return True
+
+    async def _take(self, found: Found, some: Sequence[Payload]) -> bool:
+        """Brings what is not here of these, if there is room: whether all are here now."""
+        lacking = self._lacking(some)
+        if sum(extent_bytes(one.size) for one in lacking) > self.room_bytes:
+            return False
+        await self._bringing.take(found, some=lacking)
+        return not self._lacking(lacking)
+
+    def _lacking(self, some: Sequence[Payload]) -> list[Payload]:
+        here = self._bringing.local([one.name.key for one in some], EVERY)
+        return [one for one, there in zip(some, here, strict=True) if not there]
 
     @property
     def room_bytes(self) -> int:
