@@ -18,8 +18,10 @@ from tiercache.cli import sharing
 from tiercache.cli.finding import GOOD, LIMITED, MISSING, Finding
 from tiercache.errors import TierCacheError
 from tiercache.model import ALIGN_BYTES
+from tiercache.net import usable
+from tiercache.net.ucx import finding as ucx_finding
 from tiercache.notation import format_size
-from tiercache.settings import Settings, load, read_disk, read_machine
+from tiercache.settings import Settings, load, read_disk, read_machine, ucx_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +40,7 @@ def examine(directory: str | None = None, root: Path = Path("/")) -> list[Findin
     found = [*trouble, _cpu(), _kernel(), *_memory(root, settings), *_limits(root), *_huge_pages(root)]
     if settings is not None:
         found += [*_disk(settings), *sharing.examine(settings, root)]
-    return [*found, _gpu(root), _ucx(), _rdma(root), *_packages()]
+    return [*found, _gpu(root), _ucx(ucx_library(), root), _nixl(), _rdma(root), *_packages()]
 
 
 def _cpu() -> Finding:
@@ -172,32 +174,31 @@ def _gpu(root: Path) -> Finding:
     return Finding("GPU", GOOD, f"{count.value} NVIDIA device(s), driver {driver.group(1) if driver else 'unknown'}")
 
 
-def _ucx() -> Finding:
-    for name in ("libucp.so.0", *_bundled("libucx", "libucp.so*")):
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        library.ucp_get_version_string.restype = ctypes.c_char_p
-        version = library.ucp_get_version_string().decode()
-        return Finding("UCX", GOOD, f"libucp {version}: moves between machines may use it")
-    return Finding("UCX", MISSING, "no libucp: moves between machines will use TCP", "pip install tiercache[ucx]")
+def _ucx(named: str, root: Path = Path("/")) -> Finding:
+    taken, others = ucx_finding.find(named)
+    left = "; ".join(f"{found}: {why}" if not found.trouble else str(found) for found, why in others)
+    if taken is None:
+        return Finding("UCX", MISSING, f"none that can be used ({left}): TCP instead", "pip install tiercache[ucx]")
+    fact = f"{taken} at {taken.path}" + (f"; not taken: {left}" if left else "")
+    if ucx_finding.rdma_devices(root) and not taken.rdma:
+        return Finding(
+            "UCX", LIMITED, f"{fact}; it cannot use the RDMA devices", "pip install nixl, whose UCX has verbs"
+        )
+    return Finding("UCX", GOOD, fact)
 
 
-def _bundled(package: str, pattern: str) -> list[str]:
-    """Shared libraries inside an installed package."""
-    from importlib import util
-
-    spec = util.find_spec(package)
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    return [str(path) for place in places for path in sorted(Path(place).rglob(pattern))]
+def _nixl() -> Finding:
+    able, why, _ = usable("nixl")
+    return (
+        Finding("NIXL", GOOD, why) if able else Finding("NIXL", MISSING, why, "nothing to do: UCX and TCP do without")
+    )
 
 
 def _rdma(root: Path) -> Finding:
-    folder = root / "sys/class/infiniband"
-    devices = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    devices = ucx_finding.rdma_devices(root)
     if devices:
-        return Finding("RDMA", GOOD, f"devices: {', '.join(devices)}")
+        fact = f"devices: {', '.join(devices)}; moves over RDMA, and of GPU memory, are not exercised by our tests"
+        return Finding("RDMA", GOOD, fact)
     return Finding("RDMA", MISSING, "no device in /sys/class/infiniband", "nothing to do without such a network")
 
 
