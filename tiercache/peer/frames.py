@@ -278,7 +278,7 @@ def unpack_number(body: bytes) -> int:
 
 
 def pack_marks(marks: Sequence[int]) -> bytes:
-    """Marks of what is stored: the first 8 bytes of a digest of each name."""
+    """Marks of what is stored: 8 bytes of a digest for each name."""
     return struct.pack(f"<{len(marks)}Q", *marks)
 
 

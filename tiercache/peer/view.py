@@ -18,8 +18,8 @@ _STEP = 0x9E3779B97F4A7C15
 
 
 def mark(key: bytes, ordinal: int = 0) -> int:
-    """What stands for a name in announcements: keys are digests, so their first bytes will do."""
-    return int.from_bytes(key[:8], "little") ^ (ordinal * _STEP & _ALL)
+    """What stands for a name in announcements: keys end in digests (and may begin with those of their namespace)."""
+    return int.from_bytes(key[-8:], "little") ^ (ordinal * _STEP & _ALL)
 
 
 class View:
@@ -71,7 +71,7 @@ class View:
         if not who:
             return 0
         for at, key in enumerate(keys):
-            if int.from_bytes(key[:8], "little") not in who:
+            if int.from_bytes(key[-8:], "little") not in who:
                 return at
         return len(keys)
 
