@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +32,8 @@ LOOPBACK = "127.0.0.1"
 SIZES = (64 << 10, 1 << 20, 16 << 20)
 WINDOWS = (1, 8)
 WAYS = ("put", "get")
-MOVED_BYTES = {64 << 10: 32 << 20, 1 << 20: 128 << 20, 16 << 20: 128 << 20}
-"""An order moves about so much."""
+MOVED_BYTES = {64 << 10: 8 << 20, 1 << 20: 32 << 20, 16 << 20: 64 << 20}
+"""An order moves about so much, or one batch: short ones, and many rounds, so that a busy moment meets all sides."""
 IDLE_S = 2.0
 RATES_BYTES_S = {"1 Gbit/s": 125e6, "5 Gbit/s": 625e6}
 TRANSPORTS = {
@@ -50,8 +50,6 @@ TRANSPORTS = {
 one's (a PID namespace of its own) cannot copy out of its memory, as on another host. `cuda`: memory of a GPU at both
 ends, by cuda_copy and tcp, or by cuda_ipc."""
 APART = ["unshare", *([] if os.geteuid() == 0 else ["--user"]), "--pid", "--fork", "--kill-child", "--"]
-PERFTEST_ROUNDS = 3
-"""It takes most of a second to start."""
 CASES = [(way, size, window) for way in WAYS for size in SIZES for window in WINDOWS]
 Case = tuple[str, int, int]
 Taken = dict[Case, dict[str, list[float]]]
@@ -99,6 +97,9 @@ class Side(Protocol):
 
     negotiated: str
 
+    def joins(self, case: Case, turn: int) -> bool:
+        """Whether it takes part."""
+
     def move(self, case: Case, *, moved_bytes: int, verify: bool = False) -> float:
         """Moves about so many bytes; seconds a byte."""
 
@@ -121,6 +122,10 @@ class Pair:
         self.negotiated = met["negotiated"]
         self.near.send(op="check")
         self.near.answer()
+
+    def joins(self, case: Case, turn: int) -> bool:
+        """Always."""
+        return True
 
     def both(self, **order: object) -> list[dict[str, Any]]:
         """The same order to both ends at once."""
@@ -183,24 +188,30 @@ def left_aside(left_out: dict[str, str], name: str) -> Iterator[None]:
 
 
 def turns(
-    found: dict[str, Side], left_out: dict[str, str], cases: list[Case], rounds: int, moved: Callable[[int], int]
+    found: dict[str, Side],
+    left_out: dict[str, str],
+    cases: list[Case],
+    rounds: int,
+    *,
+    verify: bool,
+    moved: Mapping[int, int] = MOVED_BYTES,
 ) -> Taken:
     """Every case of every side, interleaved. Whoever fails takes no part any more."""
     taken: Taken = {}
     for case in cases:
         row = taken[case] = {}
         orders = [(name, False) for name in found]
-        if case[0] == "get":
+        if case[0] == "get" and verify:
             orders += [(name, True) for name in found if name in TRANSPORTS and "cuda" not in name]
         for turn in range(rounds + 1):
             shift = turn % len(orders)
-            for name, verify in orders[shift:] + orders[:shift]:
-                if name in left_out or (name in CHANNELS and not 0 < turn <= PERFTEST_ROUNDS):
+            for name, verified in orders[shift:] + orders[:shift]:
+                if name in left_out or not found[name].joins(case, turn):
                     continue
                 with left_aside(left_out, name):
-                    seconds = found[name].move(case, verify=verify, moved_bytes=moved(case[1]))
+                    seconds = found[name].move(case, verify=verified, moved_bytes=moved[case[1]])
                     if turn:  # the first one warms up
-                        row.setdefault(f"{name} verified" if verify else name, []).append(seconds)
+                        row.setdefault(f"{name} verified" if verified else name, []).append(seconds)
         say(f"{label(case):16} " + ", ".join(f"{name} {1e-9 / median(row[name]):.2f}" for name in row))
     return taken
 
@@ -303,7 +314,7 @@ def link(left_out: dict[str, str], rates: Mapping[str, float], rounds: int, name
                     found[side] = own_pair(own, *TRANSPORTS[side], two)
                     stack.push(own.pop_all())
             cases = some(WAYS, (16 << 20,), (8,))
-            taken = turns(found, left_out, cases, rounds, lambda _: MEMORY_BYTES)
+            taken = turns(found, left_out, cases, rounds, verify=False, moved={16 << 20: MEMORY_BYTES})
             for row in rows_of(taken, found, ("raw",)):
                 rows.append({**row, "link": name, "of_rate": row["gb_s"] * 1e9 / rate})
                 if "over_raw" in row:
@@ -337,7 +348,7 @@ def figures_of(taken: Taken, found: Mapping[str, Side]) -> list[Figure]:
 
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", nargs="*", default=list(TRANSPORTS), help="transports of tiercache that take part")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", help="Mooncake's Python")
     options = parser.parse_args()
@@ -349,7 +360,8 @@ def main() -> None:
         found = sides(stack, options.peers, left_out, options.only, quick=options.quick)
         for name, why in left_out.items():
             say(f"not exercised: {name}: {why}")
-        taken = turns(found, left_out, CASES, rounds, lambda size: (8 << 20) if options.quick else MOVED_BYTES[size])
+        moved = dict.fromkeys(SIZES, 8 << 20) if options.quick else MOVED_BYTES
+        taken = turns(found, left_out, CASES, rounds, verify=True, moved=moved)
         connected = {name: side for name, side in found.items() if name not in left_out}
         figures = [
             *figures_of(taken, found),
