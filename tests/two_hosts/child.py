@@ -12,19 +12,21 @@ import logging
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 import tiercache
+from tiercache.errors import TierCacheError
 from tiercache.keys import chain, namespace
 from tiercache.model import Name, Outcome
 from tiercache.sync import BlockingCache, wait
 
-BATCH = 16
+BATCH, CALM_BATCH = 16, 4
 """Blocks that are put at a time."""
 PATIENCE_S = 30.0
-PAUSE_S = 0.05
+PAUSE_S, CALM_PAUSE_S = 0.05, 0.002
 
 
 def keys_of(label: str, count: int) -> list[bytes]:
@@ -58,7 +60,7 @@ class Samples:
         self._near = self._core.peering._near
         self._over = threading.Event()
         self.looks = 0
-        self.most = {"memory": 0, "gate": 0, "quota": 0, "pinned": 0}
+        self.most = {"memory": 0, "gate": 0, "quota": 0}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -131,32 +133,29 @@ class Told:
     def put_chain(self, label: str, count: int, size: int, calm: bool = False) -> list[str]:
         """Puts a chain: what came of it. `calm`: as an engine would, with time between the blocks to make room."""
         keys, outcomes = keys_of(label, count), set[str]()
-        for start in range(0, count, BATCH):
-            some = keys[start : start + BATCH]
+        step = CALM_BATCH if calm else BATCH
+        for start in range(0, count, step):
+            some = keys[start : start + step]
             values = [value_of(key, size) for key in some]
-            outcomes |= {one.name for one in self._stored(some, values, keys[start - 1] if start else b"")}
-            if calm:
-                self._until(lambda: self._calm(size * BATCH))
+            parent = keys[start - 1] if start else b""
+            outcomes |= {one.name for one in self.cache.put_chain(some, values, parent=parent)}
+            assert not calm or self._until(self._calm, pause_s=CALM_PAUSE_S)
         return sorted(outcomes)
 
-    def _stored(self, keys: list[bytes], values: list[bytes], parent: bytes) -> list[Outcome]:
-        return self.cache.put_chain(keys, values, parent=parent)
-
-    def _calm(self, size: int) -> bool:
-        """Whether memory is far enough below its mark that these bytes make no reader evict."""
+    def _calm(self) -> bool:
+        """Whether memory is below its mark: what is above leaves in the background."""
         memory = self.call("status")["memory"]
-        settings = self.cache.core.settings
-        return bool(memory["used_bytes"] + size <= memory["capacity_bytes"] * settings.high_mark)
+        return bool(memory["used_bytes"] <= memory["capacity_bytes"] * self.cache.core.settings.high_mark)
 
     def put_lone(self, label: str, count: int, size: int, calm: bool = False, ttl_s: float | None = None) -> list[str]:
         """Puts lone entries."""
         keys, outcomes = keys_of(label, count), set[str]()
-        for start in range(0, count, BATCH):
-            some = keys[start : start + BATCH]
+        step = CALM_BATCH if calm else BATCH
+        for start in range(0, count, step):
+            some = keys[start : start + step]
             values = [value_of(key, size) for key in some]
             outcomes |= {one.name for one in self.cache.put([Name(key) for key in some], values, ttl_s=ttl_s)}
-            if calm:
-                self._until(lambda: self._calm(size * BATCH))
+            assert not calm or self._until(self._calm, pause_s=CALM_PAUSE_S)
         return sorted(outcomes)
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -207,12 +206,12 @@ class Told:
         return self._until(lambda: len(self.cache.core.probe_chain(keys, 1)) == count, patience_s)
 
     @staticmethod
-    def _until(done: Any, patience_s: float = PATIENCE_S) -> bool:
+    def _until(done: Any, patience_s: float = PATIENCE_S, pause_s: float = PAUSE_S) -> bool:
         until_s, pause = time.monotonic() + patience_s, threading.Event()
         while not done():
             if time.monotonic() > until_s:
                 return False
-            pause.wait(PAUSE_S)
+            pause.wait(pause_s)
         return True
 
     def met(self, count: int, patience_s: float = PATIENCE_S) -> list[dict[str, Any]]:
@@ -264,9 +263,9 @@ class Told:
 
     # -- many at once --------------------------------------------------------------------------------------------------
 
-    def put_requests(self, label: str, requests: int, blocks: int, size: int) -> int:
+    def put_requests(self, label: str, requests: int, blocks: int, size: int, calm: bool = False) -> int:
         """Stores so many chains: how many are whole."""
-        return sum(self.put_chain(f"{label} {number}", blocks, size) == ["HIT"] for number in range(requests))
+        return sum(self.put_chain(f"{label} {number}", blocks, size, calm) == ["HIT"] for number in range(requests))
 
     def publish(self, label: str, requests: int, blocks: int, to: str, whole: bool = False) -> dict[str, Any]:
         """Publishes so many chains to a peer, all at once (`whole`: in one call): how many blocks it says that it
@@ -278,7 +277,7 @@ class Told:
         async def one(keys: list[bytes]) -> int:
             try:
                 said = await self.cache.core.call("publish", {"keys": [key.hex() for key in keys], "to": to})
-            except tiercache.TierCacheError as fault:
+            except TierCacheError as fault:
                 faults.append(str(fault))
                 return 0
             return int(said["taken"])
@@ -290,6 +289,22 @@ class Told:
         began_s = time.monotonic()
         taken = wait(every(), self.cache.loop)
         return {"taken": sum(taken), "seconds": time.monotonic() - began_s, "faults": sorted(set(faults))[:3]}
+
+    def publish_soon(self, *arguments: Any, **keywords: Any) -> None:
+        """Begins to publish; `published` has the answer."""
+        self.publishing: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                self.publishing.set_result(self.publish(*arguments, **keywords))
+            except BaseException as fault:
+                self.publishing.set_exception(fault)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def published(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.publishing.result(PATIENCE_S)
+        return answer
 
     def pull(self, label: str, requests: int, blocks: int, size: int, patience_s: float = 60.0) -> dict[str, Any]:
         """So many readers at once, each of one chain, each as often as it takes until it has it as a whole: readers
@@ -326,6 +341,28 @@ class Told:
             found = getattr(self, what)(f"{label} {number}", blocks, size)
             right, wrong = right + (found["right"] == blocks), wrong + found["wrong"]
         return {"right": right, "wrong": wrong}
+
+    def count_lone(self, label: str, count: int, size: int) -> dict[str, int]:
+        """Reads lone entries one after the other, once."""
+        right = wrong = 0
+        for key in keys_of(label, count):
+            (value,) = self.cache.get([Name(key)])
+            if isinstance(value, bytes):
+                fine = value == value_of(key, size)
+                right, wrong = right + fine, wrong + (not fine)
+        return {"right": right, "wrong": wrong}
+
+    def holds(self, least: int, patience_s: float = PATIENCE_S) -> int:
+        """Waits until so many bytes are pinned for peers: how many are."""
+        held = 0
+
+        def look() -> bool:
+            nonlocal held
+            held = sum(row["pinned_bytes"] for row in self.call("peers"))
+            return held >= least
+
+        self._until(look, patience_s, CALM_PAUSE_S)
+        return held
 
     def sample(self) -> None:
         """Begins to look at how full everything is."""
