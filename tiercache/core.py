@@ -214,8 +214,8 @@ class Core(Protocol):
     def probe_chain(self, digests: Sequence[bytes], parts: int, *, touch: bool = False) -> bytes:
         """One byte a block for the longest prefix of a chain whose blocks have all these parts (a map; those beyond a
         block do not count): 1 where memory has them, 2 where some are on the SSD alone, 3 where some are in the remote
-        tier alone, 4 where a peer is believed to have them. Pins and loads nothing; what it saw may be gone by the next call. `touch`: what is answered was
-        used, as by `touch_chain`."""
+        tier alone, 4 where a peer is believed to have them. Pins and loads nothing; what it saw may be gone by the next
+        call. `touch`: what is answered was used, as by `touch_chain`."""
         ...
 
     def touch_chain(self, digests: Sequence[bytes]) -> None:
@@ -322,9 +322,9 @@ class Core(Protocol):
         ...
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:
-        """Rare questions about everything that is held: "status", "contents", "held", "evict", "validate", "peers" and
-        "publish"; see cache/survey.py. Arguments and answers are plain JSON values. An owner knows "owner" too: who it
-        is, and its clients."""
+        """Rare questions about everything that is held: "status", "contents", "held", "exist", "evict", "validate",
+        "peers" and "publish"; see cache/survey.py. Arguments and answers are plain JSON values. An owner knows "owner"
+        too: who it is, and its clients."""
         ...
 
     async def flush(self) -> bool:

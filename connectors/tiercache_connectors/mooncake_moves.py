@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     """Copies extents of these items of a batch, and says how each went."""
 
 TAG_BYTES, DIGEST_BYTES = 8, 24
-GAPS_MAX = 64
-"""Runs of values that are looked for with other machines in one batch; what comes after them counts as not there."""
 GATHER_BYTES = 16 << 20
 """Values that lie in pieces are gathered so much at a time, in a scratch that their thread keeps."""
 NO_ROOM, BAD, NOT_FOUND = -200, -600, -704
@@ -65,38 +63,15 @@ class Moves:
     # -- what is there -------------------------------------------------------------------------------------------------
 
     def exist(self, names: Sequence[Name]) -> list[int]:
-        """1 where there is a value, in any tier that this machine reaches, 0 where there is none. Loads nothing. In a
-        batch with very many gaps, what only other machines have may count as not there."""
-        core, digests = self.cache.core, [name.key for name in names]
-        if len(digests) == 1:
+        """1 where there is a value, in any tier that this machine reaches, 0 where there is none. Loads nothing."""
+        if len(names) == 1:
             return [int(self.tier(names[0]) > 0)]
-        outcomes = [Outcome.MISS] * len(digests)
-        pieces = Pieces(range(len(digests)))
-        for piece in pieces:
-            some = [digests[i] for i in piece]
-            lease = core.lease_blocks_resident(some, 0)  # of no parts: none is loaded, nor need be in memory
-            with lease if lease is not None else wait(core.lease_blocks(some, 0), self.cache.loop) as lease:
-                for i, outcome in zip(piece, lease.outcomes, strict=True):
-                    outcomes[i] = outcome
-            pieces.refused(piece, outcomes)
-        found = [int(outcome is Outcome.HIT) for outcome in outcomes]
-        if core.settings.peers or core.settings.remote_url:
-            self._look_beyond(digests, found)
-        return found
-
-    def _look_beyond(self, digests: list[bytes], found: list[int]) -> None:
-        """Marks what is elsewhere; it is asked about in runs."""
-        lacking = [i for i, one in enumerate(found) if not one]
-        gaps = at = 0
-        while at < len(lacking) and gaps < GAPS_MAX:
-            run = len(self.cache.core.probe_chain([digests[i] for i in lacking[at:]], 1))
-            for i in lacking[at : at + run]:
-                found[i] = 1
-            at += run + 1
-            gaps += 1
+        keys = [name.key.hex() for name in names]
+        return [int(one > 0) for one in wait(self.cache.core.call("exist", {"keys": keys}), self.cache.loop)]
 
     def tier(self, name: Name) -> int:
-        """The slowest tier that the value must come from: 1 memory, 2 SSD, 3 another machine; 0 where there is none."""
+        """The slowest tier that the value must come from: 1 memory, 2 SSD, 3 object storage, 4 a peer; 0 where there
+        is none."""
         return next(iter(self.cache.core.probe_chain([name.key], 1)), 0)
 
     def sizes(self, names: Sequence[Name]) -> list[int]:

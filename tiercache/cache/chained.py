@@ -64,7 +64,7 @@ class Chained:
 
     def _elsewhere(self) -> Elsewhere:
         if self.blocks.beyond is None:
-            self.blocks.beyond = Elsewhere()
+            self.blocks.beyond = self._survey.elsewhere = Elsewhere()
         assert isinstance(self.blocks.beyond, Elsewhere)
         return self.blocks.beyond
 

@@ -37,6 +37,15 @@ class Elsewhere:
             at = len(found)
         return found
 
+    def sees(self, keys: Sequence[bytes]) -> list[int]:
+        """For each of these lone entries, or blocks, whoever is known to have it: 3 or 4 as above, or 0."""
+        found = [0] * len(keys)
+        if self.remote is not None:
+            found = [0 if one is None else REMOTE[0] for one in self.remote.store.find(keys)]
+        if self.peers is not None:
+            found = [PEER[0] if seen else one for one, seen in zip(found, self.peers.sees(keys), strict=True)]
+        return found
+
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
         """Puts what it has of them into the cache, as far as that can be done in time. Never raises. On the loop."""
         if self.peers is not None:

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 ROOM_S, ROOM_WAIT_S, TRIES_MAX = 60.0, 0.02, 4
 """What was published to this cache waits so long for room, which is looked at so often; what did not come is tried so
 often."""
+ANCESTORS_MAX = 1024
+"""Blocks that are offered along with one that is spilled."""
 NAMES_AT_ONCE = 4096
 """Names that are looked up in the index in one go."""
 
@@ -87,6 +89,10 @@ class Peering:
     def probe(self, digests: Sequence[bytes]) -> int:
         """How many of these blocks, from the first on, some peer is believed to have."""
         return self._near.prefix(digests)
+
+    def sees(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of these lone entries, or blocks, some peer is believed to have."""
+        return self._near.sees([Name(one) for one in keys])
 
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
         """Puts what peers have of these blocks, or lone entries, into memory, as far as that can be done in time. Never
@@ -290,7 +296,7 @@ class Peering:
         alone &= facts.memory_parts == whole(facts.size, facts.part_bytes)
         if not alone.any():
             return
-        pin = self._tiers.index.hold(slots[alone].tolist(), readable=True)
+        pin = self._tiers.index.hold(self._with_ancestors(slots[alone].tolist()), readable=True)
         payloads = self.payloads(pin.slots)
         locations = self._tiers.index.facts(pin.slots).memory_location.tolist()
         lease = Lease([Outcome.HIT] * len(payloads), locations, self._tiers.memory, self._tiers.end_of(pin))
@@ -299,6 +305,29 @@ class Peering:
         finally:
             lease.release()
         self._tiers.metrics.add("tiercache_spills_total", spilled)
+
+    def _with_ancestors(self, slots: Sequence[int]) -> list[int]:
+        """These, and the blocks before them that no peer is believed to have: a block can be taken after the one before
+        it only, and leaves memory before that."""
+        index, found = self._tiers.index, dict[int, None]()
+        for slot in slots:
+            path = [slot]
+            while len(path) < ANCESTORS_MAX:
+                (above,) = index.parents(path[-1:])
+                if not above or self._near.sees([Name(above)])[0]:
+                    break
+                match = index.match([Name(above)])
+                before, there = int(match.slots[0]), index.facts(match.slots)
+                self._tiers.release(match)
+                if (
+                    before < 0
+                    or before in found
+                    or not (there.memory_parts == whole(there.size, there.part_bytes)).all()
+                ):
+                    break
+                path.append(before)
+            found |= dict.fromkeys(reversed(path))
+        return list(found)
 
 
 class _Shifted:

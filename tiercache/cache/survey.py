@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from tiercache.cache.elsewhere import Elsewhere
     from tiercache.cache.far import Met
     from tiercache.cache.recovery import Recovery
     from tiercache.cache.tiers import Tiers
@@ -44,11 +45,13 @@ class Survey:
             "held": self._held,
             "evict": self._evict,
             "validate": self._validate,
+            "exist": self._exist,
             "peers": self._peers,
             "publish": self._publish,
         }
         self.met: Met | None = None
         """Caches of other machines, if there are any."""
+        self.elsewhere: Elsewhere | None = None
 
     async def answer(self, question: str, arguments: Mapping[str, Any]) -> Any:
         """See Core.call. Raises ConfigError for what is no question, or has other arguments."""
@@ -77,6 +80,18 @@ class Survey:
             }
             for one in tiers
         }
+
+    async def _exist(self, arguments: Mapping[str, Any]) -> list[int]:
+        """For each of the lone entries, or blocks, `keys` (hex): 0 where nobody is known to have it, 1 where a local
+        tier has, 3 where object storage has, 4 where a peer is believed to have it. Loads nothing."""
+        keys, tiers = _keys(arguments["keys"]), self._tiers
+        match = tiers.index.match([Name(key) for key in keys])
+        try:
+            here = (match.slots >= 0) & ~tiers.expired(tiers.index.facts(match.slots).expiry_s)
+        finally:
+            tiers.release(match)
+        beyond = self.elsewhere.sees(keys) if self.elsewhere is not None and not here.all() else [0] * len(keys)
+        return [1 if local else other for local, other in zip(here.tolist(), beyond, strict=True)]
 
     async def _peers(self, _: Mapping[str, Any]) -> list[dict[str, str | int]]:
         """One row a peer that is connected: who it is, by which transport, what came from it and what it has pinned."""
