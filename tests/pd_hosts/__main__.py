@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.engines.engine import prompt
-from tests.pd_hosts.rows import Pulled, Row, all_came, gained, peer_of, some_came, table, wrongs
+from tests.pd_hosts.rows import Pulled, Row, all_came, gained, misled, peer_of, some_came, table, wrongs
 from tests.pd_hosts.seats import PYTHON, ROOT, FailedError, Seat, received_bytes, set_apart, slow_down
 from tiercache import net
 from tiercache.net.ucx.finding import find
@@ -36,10 +36,10 @@ TRANSPORTS = ("tcp", "ucx", "auto")
 NEW = 24
 """Tokens that B goes on with."""
 PROMPT, LONG = 1000, 1900
-FRESH = 300
-"""Seeds from here on are of prompts that only B sees."""
+FRESH = 200
+"""So many seeds from this one on are of prompts that only B sees, each once."""
 PROMPTS = {"pull": (PROMPT, 1), "plan": (PROMPT, 2), "cut": (LONG, 3), "kill": (LONG, 4), "back": (PROMPT, 5)}
-START_S, ANSWER_S, FOUND_S = 150.0, 60.0, 20.0
+START_S, ANSWER_S, FOUND_S = 240.0, 60.0, 20.0
 SLOW_BYTES_S = 4e6
 MIDDLE = 0.25
 """The peer goes away when so much of what B needs is there, or on its way."""
@@ -53,7 +53,7 @@ class Show:
     def __init__(self, places: list[Host], models: Path, scratch: Path) -> None:
         self.one, self.two, self._three = places
         self._models, self._scratch = models, scratch
-        self._port, self._count = 7650, 0
+        self._port, self._count, self._seed = 7650, 0, FRESH
         self.seats: dict[str, Seat] = {}
         self._truth: dict[tuple[str, str], list[int]] = {}
         self._environment = {
@@ -79,7 +79,7 @@ class Show:
             if name in self.seats:
                 self.seats.pop(name).kill()
 
-    def tell_open(self, name: str, model: str, transport: str, **extra: Any) -> Seat:
+    def tell_open(self, name: str, model: str, transport: str, *, poison: bool = False, **extra: Any) -> Seat:
         """An engine begins to start, with an empty cache."""
         seat = self.start(name)
         self._count += 1
@@ -90,16 +90,15 @@ class Show:
         }  # fmt: skip
         place = f"{self.one.address}:{self._port}"
         joined = {"peer_listen": place} if name == "A" else {"peers": place}
-        seat.tell("open", model=str(self._models / model), extra=cache | joined | extra, **OPTIONS)
+        seat.tell("open", model=str(self._models / model), extra=cache | joined | extra, poison=poison, **OPTIONS)
         return seat
 
-    def open(self, model: str, transport: str) -> tuple[Seat, Seat]:
-        """Engines A and B, whose caches are peers."""
+    def open(self, model: str, transport: str, *, poison: bool = False) -> None:
+        """Engines A and B, whose caches are peers; A stores wrong values with `poison`."""
         self._port += 1
-        both = self.tell_open("A", model, transport), self.tell_open("B", model, transport)
+        both = self.tell_open("A", model, transport, poison=poison), self.tell_open("B", model, transport)
         for seat in both:
             seat.opened(START_S)
-        return both
 
     def close(self) -> None:
         """Ends both engines; their processes stay for the next ones."""
@@ -126,10 +125,10 @@ class Show:
     def rows(self, model: str, transport: str) -> Iterator[Row]:
         """All cases of one model over one transport."""
         cases: list[tuple[str, Callable[[str, str], Row]]] = [("B goes on", self.pull)]
-        if model == "llama":
+        if model == "llama" and transport != "auto":
             cases += [
                 ("A's host off the network", self.cut), ("A killed", self.killed), ("A comes back", self.back),
-                ("planner on", self.planned),
+                ("planner on", self.planned), ("A stores wrong values", self.poisoned),
             ]  # fmt: skip
         for title, case in cases:
             try:
@@ -158,12 +157,21 @@ class Show:
         title, seat = "planner on", self.seats["B"]
         seat.ask("close", ANSWER_S)
         self.tell_open("B", model, transport, plan=True).opened(START_S)
-        without_s = [self._fresh(seat, PROMPT, i) for i in range(4)][-1]
+        without_s = [self._fresh(seat, PROMPT) for _ in range(4)][-1]
         where = self._prefilled("plan")
         pulled, words, wrong = self._go_on("plan", self._truth[model, "plan"], transport)
         if not where:
             wrong.append("B knew of no blocks")
         return Row(MODELS[model], words, title, pulled, without_s, wrong + wrongs(pulled))
+
+    def poisoned(self, model: str, transport: str) -> Row:
+        """A stores wrong values with right digests, and B goes on wrongly: what it pulls is what it computes with."""
+        self.close()
+        self.open(model, transport, poison=True)
+        where = self._prefilled("pull")
+        pulled, words, wrong = self._go_on("pull", self._truth[model, "pull"], transport)
+        wrong += misled(pulled, where)
+        return Row(MODELS[model], words, "A stores wrong values", pulled, 0.0, wrong, "ok: B cannot know")
 
     def cut(self, model: str, transport: str) -> Row:
         """A's host loses its network while B pulls: nobody is told, B computes what did not come."""
@@ -180,8 +188,7 @@ class Show:
 
     def _pull(self, model: str, transport: str, name: str, title: str) -> Row:
         length, _ = PROMPTS[name]
-        self._fresh(self.seats["B"], length, 0)
-        without_s = self._fresh(self.seats["B"], length, 1)
+        without_s = [self._fresh(self.seats["B"], length) for _ in range(3)][-1]
         where = self._prefilled(name)
         pulled, words, wrong = self._go_on(name, self._truth[model, name], transport)
         alone = self.seats["A"].ask("tokens", ANSWER_S, prompt=ids(name), count=NEW)["tokens"]
@@ -231,13 +238,15 @@ class Show:
             meanwhile(blocks * layout["block_bytes"])
         told = seat.answer(ANSWER_S)
         gain = gained(before, seat.ask("counts", ANSWER_S))
+        if (owner := seat.ask("owner", ANSWER_S)) != seat.owner:
+            wrong.append(f"the owner of B's cache, {seat.owner}, is {owner} now")
         size = layout["block_bytes"], layout["block_tokens"]
         return Pulled(blocks, *size, right, told["tokens"], told["first_s"], gain), words, wrong
 
-    @staticmethod
-    def _fresh(seat: Seat, length: int, number: int) -> float:
+    def _fresh(self, seat: Seat, length: int) -> float:
         """Seconds to the first token of a prompt that nobody has seen."""
-        told = seat.ask("tokens", ANSWER_S, prompt=prompt(length, FRESH + number), count=NEW)
+        self._seed = FRESH + (self._seed + 1) % FRESH
+        told = seat.ask("tokens", ANSWER_S, prompt=prompt(length, self._seed), count=NEW)
         return float(told["first_s"])
 
 

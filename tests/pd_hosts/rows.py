@@ -98,6 +98,14 @@ def all_came(one: Pulled, where: list[int], alone: list[int]) -> list[str]:
     return found
 
 
+def misled(one: Pulled, where: list[int]) -> list[str]:
+    """What is wrong where all that came had wrong values, and right digests."""
+    found = all_came(one, where, one.right)
+    if one.got == one.right:
+        return [*found, "nothing that was pulled has been used"]
+    return found[1:]  # the first one is that tokens differ
+
+
 def some_came(one: Pulled, on_the_way: int) -> list[str]:
     """What is wrong where the peer went away in the middle. `on_the_way`: bytes that B's host had been sent by then."""
     found = wrongs(one)
@@ -111,7 +119,7 @@ def some_came(one: Pulled, on_the_way: int) -> list[str]:
 def peer_of(peers: list[dict[str, Any]], wanted: str) -> tuple[str, list[str]]:
     """How B's cache reaches its one peer, in words, and what is wrong about that."""
     if len(peers) != 1:
-        return "", [f"{len(peers)} peers are connected"]
+        return wanted, [f"{len(peers)} peers are connected"]
     name, negotiated = str(peers[0]["transport"]), str(peers[0]["negotiated"])
     words = name if negotiated in ("", name) else f"{name} ({negotiated})"
     wrong = [] if wanted in ("auto", name) else [f"the transport is {name}, not {wanted}"]

@@ -38,7 +38,8 @@ class Seat:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True,
             )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._owner = 0
+        self.owner = 0
+        """The process that owns its cache, as far as that is known."""
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -68,11 +69,9 @@ class Seat:
         self.tell(word, **arguments)
         return self.answer(deadline_s)
 
-    def opened(self, deadline_s: float) -> dict[str, Any]:
-        """The answer to "open"; the owner of its cache is remembered."""
-        told: dict[str, Any] = self.answer(deadline_s)
-        self._owner = told.get("owner", 0)
-        return told
+    def opened(self, deadline_s: float) -> None:
+        """Waits for the answer to "open"."""
+        self.owner = self.answer(deadline_s)
 
     @property
     def idle(self) -> bool:
@@ -82,10 +81,10 @@ class Seat:
     def kill(self) -> None:
         """As if its host had lost all its programs: the engine and the owner of its cache get SIGKILL."""
         self._process.kill()
-        if self._owner:
+        if self.owner:
             with suppress(ProcessLookupError):
-                os.kill(self._owner, signal.SIGKILL)
-            self._owner = 0
+                os.kill(self.owner, signal.SIGKILL)
+            self.owner = 0
         self._process.wait()
 
 

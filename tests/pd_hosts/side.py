@@ -14,6 +14,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from tests.engines.engine import STEPS_MAX, Engine
+from tests.engines.scenarios import set_faults
 
 if TYPE_CHECKING:
     from tiercache.kv.store import KvStore
@@ -28,12 +29,17 @@ class Side:
     def __init__(self) -> None:
         self._engine: Engine
 
-    def open(self, model: str, extra: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
-        """Starts an engine, with a cache where `extra` says how; whose process its owner is."""
-        self._engine = Engine(model, extra, **options)
-        if extra is None:
-            return {}
-        return {"owner": self._call("owner", {})["pid"]}
+    def open(self, model: str, extra: dict[str, Any] | None, *, poison: bool = False, **options: Any) -> int:
+        """Starts an engine, with a cache where `extra` says how, which stores wrong values with `poison`. The process
+        that owns the cache, or 0."""
+        if poison:
+            set_faults({"poison": 1})
+        self._engine = Engine(model, extra, door="faulty" if poison else "v1", **options)
+        return self.owner() if extra is not None else 0
+
+    def owner(self) -> int:
+        """The process that owns the cache."""
+        return int(self._call("owner", {})["pid"])
 
     def layout(self) -> dict[str, int]:
         """The shape of its blocks."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.pd_hosts.rows import DAMAGED, PEER, READ, Pulled, Row, all_came, gained, peer_of, some_came, table
+from tests.pd_hosts.rows import DAMAGED, PEER, READ, Pulled, Row, all_came, gained, misled, peer_of, some_came, table
 
 GOOD = Pulled(
     blocks=3,
@@ -49,6 +49,12 @@ def test_a_peer_that_went_away_did_so_in_the_middle() -> None:
     assert some_came(some, 100) == []
     assert some_came(some, 0) and some_came(some, 300) and some_came(GOOD, 100)
     assert len(some_came(replace(some, got=[1, 2]), 100)) == 1
+
+
+def test_wrong_values_must_have_been_used() -> None:
+    bad = replace(GOOD, got=[1, 2])
+    assert misled(bad, HERE) == []
+    assert len(misled(GOOD, HERE)) == 1 and len(misled(bad, [1, 1, 1])) == 1
 
 
 def test_the_transport_is_the_one_that_was_wanted() -> None:
