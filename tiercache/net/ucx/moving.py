@@ -112,7 +112,7 @@ class Batch:
                 return stopped
             elif self._flushes:
                 self._flushes = False
-                self.take(quick.ucp_ep_flush_nbx(self.endpoint.pointer, byref(binding.RequestParams())))
+                self.take(library.calls.ucp_ep_flush_nbx(self.endpoint.pointer, byref(binding.RequestParams())))
             else:
                 return self._missed
 
@@ -124,7 +124,7 @@ class Batch:
         if not region.remote_key:
             self._missed.add(op.move)
             return
-        call = library.quick.ucp_put_nbx if self._put else library.quick.ucp_get_nbx
+        call = library.calls.ucp_put_nbx if self._put else library.calls.ucp_get_nbx
         self.take(call(self.endpoint.pointer, op.address, op.size, op.remote, region.remote_key, byref(op.params)))
 
     def take(self, request: int | None) -> None:

@@ -15,14 +15,19 @@ _SIOCGIFADDR = 0x8915
 
 
 def options(version: tuple[int, int, int], interface: str) -> dict[str, str]:
-    """Options of a context whose peers reach it at this network interface, or over RDMA."""
+    """Options of a context whose peers reach it at this network interface, or over RDMA.
+
+    Shared memory of UCX (posix, sysv) tells nobody that a peer has died, so it is not used. Without rendezvous
+    (RNDV_THRESH) puts over TCP, and cma, go without a copy where peers may die too. Emulated moves are off: their
+    answers end the process when the asker dies. What is received with a header is copied once more, so RX_SEG_SIZE is
+    small: of it depends how much of a put that is. Connecting never blocks the thread (CONN_NB)."""
     return {
         "TLS": "tcp,cma,ib,cuda" if version[:2] >= (1, 22) else "tcp,ib,cuda",
         "NET_DEVICES": ",".join([interface, *[f"{name}:1" for name in rdma_devices()]]),
         "RNDV_THRESH": "inf",
         "PROTO_EMULATION_ENABLE": "n",
-        "TCP_TX_SEG_SIZE": "512k",
-        "TCP_RX_SEG_SIZE": "512k",
+        "TCP_TX_SEG_SIZE": "16k",
+        "TCP_RX_SEG_SIZE": "64k",
         "TCP_CONN_NB": "y",
         "TCP_MAX_NUM_EPS": str(4 * LINKS_MAX),
     }
