@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.engines.engine import prompt
-from tests.pd_hosts.rows import Pulled, Row, all_came, gained, misled, peer_of, some_came, table, wrongs
+from tests.pd_hosts.rows import MIDDLE, Pulled, Row, all_came, gained, misled, peer_of, some_came, table, wrongs
 from tests.pd_hosts.seats import PYTHON, ROOT, FailedError, Seat, received_bytes, set_apart, slow_down
 from tiercache import net
 from tiercache.net.ucx.finding import find
@@ -41,8 +41,6 @@ FRESH = 200
 PROMPTS = {"pull": (PROMPT, 1), "plan": (PROMPT, 2), "cut": (LONG, 3), "kill": (LONG, 4), "back": (PROMPT, 5)}
 START_S, ANSWER_S, FOUND_S = 240.0, 60.0, 20.0
 SLOW_BYTES_S = 4e6
-MIDDLE = 0.25
-"""The peer goes away when so much of what B needs is there, or on its way."""
 POLL_S = 0.002
 OPTIONS = {"max_model_len": 2048}
 

@@ -7,6 +7,8 @@ from typing import Any
 
 PEER = 4
 """Where a peer has a block, as KvStore.match tells it."""
+MIDDLE = 0.25
+"""A peer that goes away in the middle has sent at least so much of what was wanted."""
 READ = 'tiercache_read_bytes_total{tier="peer"}'
 DAMAGED = 'tiercache_corruptions_total{tier="peer"}'
 HEAD = ("model", "transport", "case", "tokens", "pulled", "of", "MB", "first", "without", "")
@@ -109,8 +111,9 @@ def misled(one: Pulled, where: list[int]) -> list[str]:
 def some_came(one: Pulled, on_the_way: int) -> list[str]:
     """What is wrong where the peer went away in the middle. `on_the_way`: bytes that B's host had been sent by then."""
     found = wrongs(one)
-    if not 0 < on_the_way < one.blocks * one.block_bytes:
-        found.append(f"{on_the_way} bytes had been sent when the peer went away: not in the middle")
+    size = one.blocks * one.block_bytes
+    if not MIDDLE * size <= on_the_way < size:
+        found.append(f"{on_the_way} bytes had been sent when the peer went away: not in the middle of {size}")
     if one.tokens >= one.blocks * one.block_tokens:
         found.append("all blocks were loaded")
     return found
