@@ -22,6 +22,7 @@ VERSION = 1
 BODY_BYTES_MAX = 16 << 20
 ITEMS_MAX = 4096
 """Entries of one question or offer."""
+OFFSET_MAX = 1 << 62
 MARKS_MAX = 1 << 16
 """Marks of one announcement."""
 HEADER = struct.Struct("<IHHQ")
@@ -225,8 +226,8 @@ def _item(reader: _Reader) -> Item:
     )
     if not width:
         return LATER if parts else NOT_THERE
-    if width not in _WIDTHS or above not in (0, *_WIDTHS) or ordinal < 0 or region < 0:
-        raise ProtocolError("an entry with an impossible name")
+    if width not in _WIDTHS or above not in (0, *_WIDTHS) or ordinal < 0 or region < 0 or offset > OFFSET_MAX:
+        raise ProtocolError("an entry with an impossible name or place")
     if not size or not step or part_count(size, step) > PARTS_MAX or not 0 < parts <= all_parts(size, step):
         raise ProtocolError(f"an entry of {size} bytes in parts of {step}, of which {parts:#x}")
     if rows != parts.bit_length() or not 0 <= cost_s < float("inf"):
@@ -252,8 +253,8 @@ def unpack_push(body: bytes) -> tuple[int, int, int, list[Pushing]]:
     """Undoes pack_push: pin, region, offset and pieces."""
     reader = _Reader(body)
     pin, count, region, offset = reader.take(_PUSH)
-    if count > ITEMS_MAX * PARTS_MAX:
-        raise ProtocolError(f"{count} pieces in one stream")
+    if count > ITEMS_MAX * PARTS_MAX or offset > OFFSET_MAX:
+        raise ProtocolError(f"{count} pieces in one stream, to {offset}")
     pieces = [Pushing(*reader.take(_PIECE)) for _ in range(count)]
     reader.end()
     if any(one.start >= one.stop for one in pieces):
