@@ -243,7 +243,7 @@ def rows_of(taken: Taken, found: Mapping[str, Side], limits: tuple[str, ...]) ->
                 "size_bytes": case[1],
                 "outstanding": case[2],
                 "gb_s": 1e-9 / median(seconds),
-                "ns_per_byte": [each * 1e9 for each in seconds],
+                "s_per_gib": [round(each * (1 << 30), 4) for each in seconds],
             }
             for limit in limits:
                 if limit in row and limit != name:
@@ -257,23 +257,19 @@ def rows_of(taken: Taken, found: Mapping[str, Side], limits: tuple[str, ...]) ->
 def worst(
     name: str, taken: Taken, above: str, below: tuple[str, ...], cases: list[Case], *, bar: float | None, why: str = ""
 ) -> Figure:
-    """The smallest ratio of the seconds of `above` over those of one of `below`."""
-    ratios, raw = {}, {}
+    """The smallest ratio of the seconds of `above` over those of one of `below`; `rows` has them."""
+    ratios = {}
     for case in cases:
         row = taken.get(case, {})
         for side in below:
             if above in row and side in row:
                 where = f"{side} {label(case)}"
                 ratios[where] = ratio(row[above], row[side])
-                raw[where] = {
-                    "s_per_mib_above": [each * (1 << 20) for each in row[above]],
-                    "s_per_mib_below": [each * (1 << 20) for each in row[side]],
-                }
     if not ratios:
         return Figure(name, None, at_most=False, unit="ratio", note=f"not exercised: {why}")
     at = min(ratios, key=ratios.__getitem__)
     each = ", ".join(f"{where} {value:.2f}" for where, value in ratios.items())
-    return Figure(name, ratios[at], bar, at_most=False, unit="ratio", raw=raw, note=f"worst is {at}; {each}")
+    return Figure(name, ratios[at], bar, at_most=False, unit="ratio", note=f"worst is {at}; {each}")
 
 
 def some(ways: tuple[str, ...], sizes: tuple[int, ...], windows: tuple[int, ...] = WINDOWS) -> list[Case]:
