@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,22 @@ def test_what_is_stored_while_two_meet_does_not_disturb_them(tmp_path: Path, cap
             over.set()
             storing.join()
     assert not [line for line in caplog.messages if "tries other transports" in line]
+
+
+@pytest.mark.slow
+def test_a_channel_that_works_is_kept_when_the_other_end_dials_too(tmp_path: Path) -> None:
+    ports = [free_port("127.0.0.1") for _ in range(2)]
+    places = [f"127.0.0.1:{port}" for port in ports]
+    for turn in range(4):  # ids are random, and decide between two that are made at the same time
+        with opened(tmp_path / f"one {turn}", peer_listen=places[0], peers=places[1]) as one:
+            with opened(tmp_path / f"two {turn}", peer_listen=places[1], peers=places[0]) as two:
+                until_s = time.monotonic() + PATIENCE_S
+                while not (peers(one) and peers(two)):
+                    assert time.monotonic() < until_s
+                core: Any = one.core
+                pool = core.peering._near._pool
+                (peer,) = pool.peers.values()
+                there = peer.id
+                for dialled in (True, False):
+                    assert not pool._wanted(there, dialled)
+                assert not peer.channel.closed.is_set()

@@ -111,12 +111,22 @@ def _parquet(path: Path) -> int:
 # -- what happens to one of them ---------------------------------------------------------------------------------------
 
 
-def killed(hosts: list[Host], home: Path, transport: str, *, share: bool, moments: int, step_s: float) -> str:
+def killed(
+    hosts: list[Host],
+    home: Path,
+    transport: str,
+    *,
+    share: bool,
+    chain: tuple[int, int] = CHAIN,
+    moments: int,
+    step_s: float,
+    **reading: Any,
+) -> str:
     """The lender is killed in the middle of transfers: what came is right, the rest is a miss, in time, and then
     everything is there again."""
-    count, size = CHAIN
+    count, size = chain
     lender = End(hosts[0], home, share=share, transport=transport, ssd_bytes=512 * MIB)
-    reader = End(hosts[1], home, share=False, transport=transport)
+    reader = End(hosts[1], home, share=False, transport=transport, **reading)
     cut = 0
     slowest_s = again_s = 0.0
     with ends(lender, reader):
@@ -130,7 +140,7 @@ def killed(hosts: list[Host], home: Path, transport: str, *, share: bool, moment
             reader.call("evict", down_to=0)
             pid = reader.pid
             reader.begin("match", "chain", count, size)
-            Pause().wait(step_s * moment)
+            Pause().wait(step_s * (moment + 1))
             lender.kill()
             found = reader.end()
             assert found["wrong"] == 0 and reader.pid == pid, found
@@ -149,12 +159,22 @@ def killed(hosts: list[Host], home: Path, transport: str, *, share: bool, moment
     return f"{cut} of {moments} cut off, slowest answer {slowest_s:.2f} s, back after {again_s:.1f} s at most"
 
 
-def reader_killed(hosts: list[Host], home: Path, transport: str, *, share: bool, moments: int, step_s: float) -> str:
+def reader_killed(
+    hosts: list[Host],
+    home: Path,
+    transport: str,
+    *,
+    share: bool,
+    chain: tuple[int, int] = CHAIN,
+    moments: int,
+    step_s: float,
+    **reading: Any,
+) -> str:
     """The reader is killed in the middle of transfers: nothing stays pinned at the lender, and the next reader gets
     everything."""
-    count, size = CHAIN
+    count, size = chain
     lender = End(hosts[0], home, share=False, transport=transport)
-    reader = End(hosts[1], home, share=share, transport=transport)
+    reader = End(hosts[1], home, share=share, transport=transport, **reading)
     free_s, middle = 0.0, 0
     with ends(lender, reader):
         lender.open(reader), reader.open(lender)
@@ -163,7 +183,7 @@ def reader_killed(hosts: list[Host], home: Path, transport: str, *, share: bool,
             reader.met(1)
             assert reader.known("chain", count)
             reader.begin("match", "chain", count, size)
-            Pause().wait(step_s * moment)
+            Pause().wait(step_s * (moment + 1))
             pid = lender.pid
             middle += any(row["pinned_bytes"] for row in lender.call("peers"))
             reader.kill()
@@ -184,11 +204,21 @@ def reader_killed(hosts: list[Host], home: Path, transport: str, *, share: bool,
     return f"{middle} of {moments} in the middle, unpinned after {free_s:.2f} s at most, the lender's blocks all right"
 
 
-def hung(hosts: list[Host], home: Path, transport: str, *, share: bool, which: str, after_s: float) -> str:
+def hung(
+    hosts: list[Host],
+    home: Path,
+    transport: str,
+    *,
+    share: bool,
+    chain: tuple[int, int] = CHAIN,
+    which: str,
+    after_s: float,
+    **reading: Any,
+) -> str:
     """One is stopped in the middle of a transfer: a miss within the deadline; then it goes on, and all is there."""
-    count, size = CHAIN
+    count, size = chain
     lender = End(hosts[0], home, share=share, transport=transport)
-    reader = End(hosts[1], home, share=share, transport=transport)
+    reader = End(hosts[1], home, share=share, transport=transport, **reading)
     with ends(lender, reader):
         lender.open(reader), reader.open(lender)
         assert lender.put_chain("chain", count, size) == ["HIT"]
@@ -216,9 +246,11 @@ def hung(hosts: list[Host], home: Path, transport: str, *, share: bool, which: s
         return f"{said}; all again {all_there['waited_s']:.1f} s after it went on"
 
 
-def severed(hosts: list[Any], home: Path, transport: str, *, share: bool, after_s: float) -> str:
+def severed(
+    hosts: list[Any], home: Path, transport: str, *, share: bool, chain: tuple[int, int] = CHAIN, after_s: float
+) -> str:
     """The network is cut in the middle of a transfer, and restored."""
-    count, size = CHAIN
+    count, size = chain
     lender = End(hosts[0], home, share=share, transport=transport)
     reader = End(hosts[1], home, share=share, transport=transport)
     with ends(lender, reader):

@@ -131,7 +131,9 @@ def consumer_killed(hosts: list[Host], home: Path, transport: str, *, requests: 
 
 def spilled(hosts: list[Host], home: Path, transport: str, *, memory_mib: int) -> str:
     """Three times its memory, put on a host without SSD, is read back: what had to go went to its peer."""
-    small = End(hosts[0], home, share=False, transport=transport, memory_bytes=memory_mib * MIB)
+    # With room between the marks and its end, so that no reader has to evict: nobody then waits to spill.
+    marks = {"high_mark": 0.8, "low_mark": 0.7}
+    small = End(hosts[0], home, share=False, transport=transport, memory_bytes=memory_mib * MIB, **marks)
     large = End(hosts[1], home, share=False, transport=transport, memory_bytes=4 * memory_mib * MIB)
     count = 3 * memory_mib * MIB // SIZE
     with ends(small, large):

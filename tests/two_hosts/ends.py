@@ -84,10 +84,10 @@ class End:
         if peers:
             self.settings["peers"] = ",".join(one.name for one in peers)
         environment = os.environ | {"TIERCACHE_CONFIG": ""}
-        self._process = self.host.start(
-            sys.executable, str(CHILD), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-            stderr=(self.directory / "child.log").open("ab"),
-        )  # fmt: skip
+        with (self.directory / "child.log").open("ab") as log:
+            self._process = self.host.start(
+                sys.executable, str(CHILD), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
+            )
         self._heard = b""
         assert self.end() == "ready"
         self.begin("open", self.settings, **how)

@@ -296,9 +296,12 @@ class Peering:
         alone &= facts.memory_parts == whole(facts.size, facts.part_bytes)
         if not alone.any():
             return
-        pin = self._tiers.index.hold(self._with_ancestors(slots[alone].tolist()), readable=True)
-        payloads = self.payloads(pin.slots)
-        locations = self._tiers.index.facts(pin.slots).memory_location.tolist()
+        offered = self._with_ancestors(slots[alone].tolist())
+        pin = self._tiers.index.hold(offered, readable=True)
+        held = set(pin.slots.tolist())
+        ordered = np.array([slot for slot in offered if slot in held], np.int64)
+        payloads = self.payloads(ordered)
+        locations = self._tiers.index.facts(ordered).memory_location.tolist()
         lease = Lease([Outcome.HIT] * len(payloads), locations, self._tiers.memory, self._tiers.end_of(pin))
         try:
             spilled = await self._near.spill(Loan(lease, list(payloads)))

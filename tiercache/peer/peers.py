@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tiercache.errors import ProtocolError, TierCacheError, UnavailableError
 from tiercache.lease import extent_bytes
-from tiercache.model import Outcome
+from tiercache.model import Name, Outcome
 from tiercache.peer.exposing import Landing
 from tiercache.peer.frames import ITEMS_MAX, MARKS_MAX, Op, pack_marks
 from tiercache.peer.gate import Gate, Priority
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tiercache.buffers import Buffer
     from tiercache.clock import Clock
     from tiercache.metrics import Metrics
-    from tiercache.model import Name, Payload
+    from tiercache.model import Payload
     from tiercache.peer.borrowing import Borrowed
     from tiercache.peer.exposing import Exposed, Memory
     from tiercache.peer.lending import Loan
@@ -180,13 +180,23 @@ class Peers:
             self._view.drop(peer.number, found.lacking)
 
     async def spill(self, loan: Loan) -> int:
-        """Offers what is about to be lost here to the peer with the most free memory: how many it took."""
-        size = sum(extent_bytes(one.size) for one in loan.payloads if one is not None)
-        fit = [peer for peer in self._pool.peers.values() if peer.free_bytes >= size]
+        """Offers what is about to be lost here to the peer with the most free memory, of those that have the blocks
+        before it: how many it took."""
+        offered = [one for one in loan.payloads if one is not None]
+        size = sum(extent_bytes(one.size) for one in offered)
+        there = self._view.who([one.name for one in offered])
+        before = self._view.who([Name(one.parent) for one in offered if one.parent])
+
+        def takes(peer: Peer) -> int:
+            """Bytes that it does not have yet."""
+            lacks = [one for one, who in zip(offered, there, strict=True) if not who >> peer.number & 1]
+            return sum(extent_bytes(one.size) for one in lacks)
+
+        fit = [peer for peer in self._pool.peers.values() if peer.free_bytes >= takes(peer)]
         if not self._spills or not fit:
             return 0
-        creditor = max(fit, key=lambda peer: peer.free_bytes)
-        creditor.free_bytes -= size  # until its next pulse says better
+        creditor = max(fit, key=lambda peer: (sum(who >> peer.number & 1 for who in before), peer.free_bytes))
+        creditor.free_bytes -= takes(creditor)  # until its next pulse says better
         share = Share(self.quota)
         if share.take(size) < size:
             share.give()

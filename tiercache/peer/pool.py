@@ -211,13 +211,15 @@ class Pool:
             writer.transport.abort()
 
     def _wanted(self, who: str, dialled: bool) -> bool:
-        """Whether a new channel to this peer is the one to keep: of two, the one that the smaller id dialled."""
-        there = next((peer for peer in self._meeting.values() if peer.id == who), None)
-        if there is None or there.channel.closed.is_set():
-            return True
-        if dialled == there.dialled or dialled != (self.id < who):
+        """Whether a new channel to this peer is the one to keep: not where one works; of two that are about to be made,
+        the one that the smaller id dialled."""
+        others = [peer for peer in self._meeting.values() if peer.id == who and not peer.channel.closed.is_set()]
+        if any(peer.number in self.peers or dialled == peer.dialled for peer in others):
             return False
-        there.channel.close("there is a newer channel")
+        if others and dialled != (self.id < who):
+            return False
+        for peer in others:
+            peer.channel.close("there is a newer channel")
         return True
 
     def _about(self, host: str) -> dict[str, Any]:
