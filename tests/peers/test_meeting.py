@@ -59,15 +59,17 @@ def test_a_channel_that_works_is_kept_when_the_other_end_dials_too(tmp_path: Pat
     ports = [free_port("127.0.0.1") for _ in range(2)]
     places = [f"127.0.0.1:{port}" for port in ports]
     for turn in range(4):  # ids are random, and decide between two that are made at the same time
-        with opened(tmp_path / f"one {turn}", peer_listen=places[0], peers=places[1]) as one:
-            with opened(tmp_path / f"two {turn}", peer_listen=places[1], peers=places[0]) as two:
-                until_s = time.monotonic() + PATIENCE_S
-                while not (peers(one) and peers(two)):
-                    assert time.monotonic() < until_s
-                core: Any = one.core
-                pool = core.peering._near._pool
-                (peer,) = pool.peers.values()
-                there = peer.id
-                for dialled in (True, False):
-                    assert not pool._wanted(there, dialled)
-                assert not peer.channel.closed.is_set()
+        with (
+            opened(tmp_path / f"one {turn}", peer_listen=places[0], peers=places[1]) as one,
+            opened(tmp_path / f"two {turn}", peer_listen=places[1], peers=places[0]) as two,
+        ):
+            until_s = time.monotonic() + PATIENCE_S
+            while not (peers(one) and peers(two)):
+                assert time.monotonic() < until_s
+            core: Any = one.core
+            pool = core.peering._near._pool
+            (peer,) = pool.peers.values()
+            there = peer.id
+            for dialled in (True, False):
+                assert not pool._wanted(there, dialled)
+            assert not peer.channel.closed.is_set()
