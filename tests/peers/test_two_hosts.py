@@ -53,7 +53,7 @@ def test_a_reader_is_killed(hosts: list[Host], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["lender", "reader"])
 def test_one_hangs(hosts: list[Host], tmp_path: Path, which: str) -> None:
-    cases.hung(hosts, tmp_path, "tcp", share=False, which=which, after_s=0.2, **SLOW)
+    cases.hung(hosts, tmp_path, "tcp", share=False, which=which, after_s=0.1, **SLOW)
 
 
 def test_the_network_is_cut_and_restored(tmp_path: Path) -> None:

@@ -225,6 +225,7 @@ def hung(
         reader.met(1)
         assert reader.known("chain", count)
         reader.begin("match", "chain", count, size)
+        assert lender.holds(1)
         Pause().wait(after_s)
         halted = lender if which == "lender" else reader
         halted.stop()
@@ -259,6 +260,7 @@ def severed(
         reader.met(1)
         assert reader.known("chain", count)
         reader.begin("match", "chain", count, size)
+        assert lender.holds(1)
         Pause().wait(after_s)
         hosts[1].cut()
         try:

@@ -69,9 +69,9 @@ def every() -> list[Case]:
         found.append(Case(f"lender killed, {WHO[share]}", cases.killed, much, narrow=True))
         found.append(Case(f"reader killed, {WHO[share]}", cases.reader_killed, much, narrow=True))
         for which in ("lender", "reader"):
-            how = {"share": share, "which": which, "after_s": 0.2}
+            how = {"share": share, "which": which, "after_s": 0.1}
             found.append(Case(f"{which} hangs, {WHO[share]}", cases.hung, how, narrow=True))
-        cut = {"share": share, "after_s": 0.2}
+        cut = {"share": share, "after_s": 0.1}
         found.append(Case(f"network cut and restored, {WHO[share]}", cases.severed, cut, narrow=True))
     rate = {"rate_bytes_s": LINK_BYTES_S / 2, "count": 256}
     return [
