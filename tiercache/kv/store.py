@@ -51,7 +51,7 @@ CLOSE_S_MAX = 10.0
 @dataclass(frozen=True, slots=True)
 class Matched:
     """How much of a sequence is stored: its first `length` blocks, and for each of them the slowest tier that one of
-    its parts must come from (1 memory, 2 SSD, 3 remote)."""
+    its parts must come from (1 memory, 2 SSD, 3 remote, 4 a peer)."""
 
     length: int
     tiers: bytes

@@ -19,7 +19,7 @@ from tiercache.threads import in_thread
 from tiercache.transport import MOVE_BYTES_MAX, Move
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from tiercache.model import Name, Payload
     from tiercache.peer.frames import Held, Item
@@ -90,6 +90,8 @@ class _Batch(NamedTuple):
     digests: Sequence[bytes]
     outcomes: list[Outcome]
     """HIT as long as all of it that has come is what it should be."""
+    faults: list[UnavailableError]
+    """Why some of it did not come."""
 
     def miss(self, runs: Sequence[Run]) -> None:
         """These did not come."""
@@ -122,7 +124,7 @@ class Borrowed:
         meant = [self._items[one.name][1].payload for one in wanted]
         digests = [one.digests if one is not None else b"" for one in meant]
         found = runs_of(wanted, [self._items[one.name][0] for one in wanted])
-        batch = _Batch(wanted, targets, digests, [Outcome.HIT] * len(wanted))
+        batch = _Batch(wanted, targets, digests, [Outcome.HIT] * len(wanted), [])
         longest, most = max((run.stop - run.start for run in found), default=0), self._peer.landing.slot_bytes
         bring = self._stream if self._peer.link.pushes or longest <= STREAM_BYTES_MAX else self._read
         small = [run for run in found if wanted[run.at].part_bytes <= most]
@@ -131,14 +133,26 @@ class Borrowed:
         try:
             async with asyncio.TaskGroup() as group:  # so that some are hashed while others come
                 for some in cut(small, wanted, most):
-                    group.create_task(bring(batch, some))
+                    group.create_task(self._try(bring, batch, some))
                 for some in cut(large, wanted, min(MOVE_BYTES_MAX, max([one.part_bytes for one in wanted], default=1))):
-                    group.create_task(self._read(batch, some))
+                    group.create_task(self._try(self._read, batch, some))
         except ExceptionGroup as faults:
             raise _one_of(faults) from None
+        if batch.faults and Outcome.HIT not in batch.outcomes:
+            raise batch.faults[0]
         came = sum(run.stop - run.start for run in found if batch.outcomes[run.at] is Outcome.HIT)
         self._peer.count(came, batch.outcomes.count(Outcome.CORRUPT))
         return list(zip(batch.outcomes, digests, strict=True))
+
+    async def _try(self, bring: Callable[[_Batch, list[Run]], Awaitable[None]], batch: _Batch, runs: list[Run]) -> None:
+        """What has come before a peer was lost is not lost with it."""
+        try:
+            await bring(batch, runs)
+        except AbandonedLoad:
+            raise
+        except UnavailableError as fault:
+            batch.miss(runs)
+            batch.faults.append(fault)
 
     async def _stream(self, batch: _Batch, runs: list[Run]) -> None:
         """Has the peer write these one after the other into a slot, and scatters them from there."""
