@@ -164,6 +164,23 @@ def test_closing_at_any_time_leaves_nothing(when_s: float) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_closing_as_somebody_calls_leaves_no_connection(seed: int) -> None:
+    async def main(world: World) -> None:
+        host = await world.host("a").start()
+        with world.network.at("b"):
+            calling = asyncio.ensure_future(asyncio.open_connection("a", PORT))
+        while not host.pool._strangers:
+            await asyncio.sleep(0.00001)
+        await host.cache.close()
+        writer = (await calling)[1]
+        await asyncio.sleep(1)
+        assert writer.transport.is_closing()
+        assert not world.network._ends
+
+    run(main, seed)
+
+
 def test_a_member_that_never_answers_keeps_nobody_waiting() -> None:
     async def main(world: World) -> None:
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -39,13 +39,14 @@ class Upheaval:
     def __init__(self, loop: SimLoop, *, faulty: bool) -> None:
         self.world = World(loop)
         self.rng = derive(loop.seed, "upheaval")
-        self.faulty = faulty
+        self.faulty, self.calm = faulty, False
         self.schedules: list[Dice] = []
         self.hosts: dict[str, Host] = {}
         self.users: dict[str, list[asyncio.Task[None]]] = {}
 
     def wrap(self, inner: Transport) -> Transport:
         schedule = Dice(derive(self.rng.random(), "faults"), RATES if self.faulty else {})
+        schedule.on = not self.calm
         self.schedules.append(schedule)
         return FaultyTransport(inner, schedule)
 
@@ -116,6 +117,7 @@ class Upheaval:
             await asyncio.sleep(self.rng.uniform(0, 4 * DEADLINE_S))
             await self.befall()
         self.world.network.heal()
+        self.calm = True
         for schedule in self.schedules:
             schedule.on = False
         for name in HOSTS:

@@ -29,6 +29,7 @@ MAGIC = "tiercache peer"
 NONCE_BYTES = 32
 HELLO_BYTES_MAX = 64 << 10
 NAME_CHARS_MAX = 200
+FAULT_CHARS_MAX = 500
 UNSENT_BYTES_MAX = 2 * BODY_BYTES_MAX
 """Bytes that wait to be sent; who takes nothing for so long is gone."""
 ABOUT_BYTES_MAX = 1 << 20
@@ -73,7 +74,7 @@ class Channel:
             if frame is None and answer.done() and not answer.cancelled() and answer.exception() is None:
                 self._late(answer.result())  # it came when nobody waited for it any more
         if frame.op == Op.FAULT:
-            raise UnavailableError(f"{self.name} could not answer: {frame.body[:500].decode(errors='replace')}")
+            raise UnavailableError(f"{self.name} could not answer: {_text(frame.body)}")
         return frame
 
     def tell(self, op: Op, body: bytes = b"", number: int = 0) -> None:
@@ -88,7 +89,7 @@ class Channel:
     @property
     def name(self) -> str:
         """Who it is, for messages."""
-        return "".join([one if one.isprintable() else "?" for one in str(self.hello.get("name"))[:NAME_CHARS_MAX]])
+        return _printable(str(self.hello.get("name"))[:NAME_CHARS_MAX])
 
     async def flush(self) -> None:
         """Returns when most of what was told has left. Raises UnavailableError where the channel is closed."""
@@ -151,7 +152,7 @@ class Channel:
             self.close(str(fault))
             return
         except (TierCacheError, OSError, LookupError) as fault:
-            op, body = Op.FAULT, str(fault).encode()
+            op, body = Op.FAULT, str(fault)[:FAULT_CHARS_MAX].encode(errors="replace")
         with contextlib.suppress(UnavailableError):
             self.tell(op, body, frame.number)
 
@@ -172,6 +173,16 @@ class Channel:
             if not waiting.done():
                 waiting.set_exception(UnavailableError(f"{self.name} is gone: {why}"))
         self._writer.transport.abort()
+
+
+def _text(body: bytes) -> str:
+    """What the other end says, for messages."""
+    return _printable(body[:FAULT_CHARS_MAX].decode(errors="replace"))
+
+
+def _printable(text: str) -> str:
+    """Nothing that changes what a log or a terminal shows."""
+    return "".join([one if one.isprintable() else "?" for one in text])
 
 
 def _ignored(_: Frame) -> None:

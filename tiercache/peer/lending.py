@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from tiercache.errors import ProtocolError, UnavailableError
+from tiercache.errors import AbandonedLoad, ProtocolError, UnavailableError
 from tiercache.model import Outcome
 from tiercache.peer.exposing import Map
 from tiercache.peer.frames import LATER, NOT_THERE, Held, Item
@@ -191,11 +191,23 @@ class Lending:
         if sum(one.length for one in sources) > PUSH_BYTES_MAX:
             raise ProtocolError(f"a stream of more than {PUSH_BYTES_MAX} bytes")
         held.pushing += 1
+        over = self._pushed(held)
         try:
             return (await link.write([Move(region, offset, sources)], deadline_s))[0]
+        except AbandonedLoad as gone:
+            if gone.writing is not None and not gone.writing.done():  # it may still be read from
+                gone.writing.add_done_callback(over)
+                over = _nothing
+            raise
         finally:
+            over()
+
+    def _pushed(self, held: _Pin) -> Callable[..., None]:
+        def over(_: object = None) -> None:
             held.pushing -= 1
             self._free(held)
+
+        return over
 
     def _piece(self, held: _Pin, piece: Pushing) -> Buffer:
         if piece.item >= len(held.items) or (source := held.sources[piece.item]) is None:
@@ -227,3 +239,7 @@ class Lending:
     def pinned_bytes(self) -> int:
         """Bytes pinned for this peer."""
         return sum(one.share.size for one in self._pins.values())
+
+
+def _nothing() -> None:
+    """Somebody else ends it."""

@@ -76,6 +76,8 @@ class Pool:
         self._closing = True
         if self._server is not None:
             self._server.close()
+        for writer in self._strangers:
+            writer.transport.abort()  # a task that is cancelled before it began does not do that
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
