@@ -122,6 +122,24 @@ def test_a_fault_of_reading_is_a_miss_or_the_right_bytes(fault: Fault) -> None:
     run(main)
 
 
+def test_what_came_before_a_link_failed_is_kept() -> None:
+    async def main(world: World) -> None:
+        schedule = Script({})
+        async with (
+            world.host("a", memory_bytes=16 * MIB, lend_bytes=8 * MIB) as a,
+            world.host("b", "a", wrap=faulty(schedule), memory_bytes=32 * MIB) as b,
+        ):
+            await a.put(KEYS, LARGE)
+            await b.sees(KEYS)
+            schedule.add("read", None, None, Fault.STALL)  # two streams come, the third never ends
+            outcomes = await b.get(KEYS[:20], LARGE)
+            assert HIT in outcomes
+            assert MISS in outcomes
+            assert b.count("corruptions_total", tier="peer") == 0
+
+    run(main)
+
+
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LATE_ERROR, Fault.STALL, Fault.DELAY])
 def test_a_fault_of_writing_is_a_miss_or_the_right_bytes(fault: Fault) -> None:
     async def main(world: World) -> None:
