@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 ARGS ?=
-BENCHES := memory memory_index policy_sim policy represent ssd origin lake
+BENCHES := memory memory_index policy_sim policy represent ssd origin transport transport_stream lake
 
 .PHONY: help
 help:  ## this list
@@ -61,6 +61,8 @@ test-engines: compiler  ## real engines: vLLM on the CPU over the cache, as a ta
 	@.venv-engines/bin/python -m pytest -q tests/engines
 	@.venv-engines/bin/python -m tests.engines $(ARGS)
 	@.venv-engines/bin/python -m tests.kv_cross
+	@.venv-engines/bin/python -m pytest -q tests/connectors/test_mooncake_store.py
+	@.venv-engines/bin/python -m tests.pd_hosts
 
 .PHONY: quick
 quick: venv  ## the suite without slow tests, against the working tree
@@ -93,6 +95,8 @@ nightly: venv readers torch system  ## 1,200 kills, ten minutes of soaking, long
 	$(BIN)/python -m tests.crash --kills 1000
 	$(BIN)/python -m tests.crash --owners 200
 	$(BIN)/python -m tests.soak --minutes 10
+	$(BIN)/python -m tests.two_hosts
+	$(BIN)/python -m tests.mooncake_wheel
 	HYPOTHESIS_PROFILE=nightly tools/test.sh -m nightly --timeout 3600
 	tools/test.sh --optimized
 	tools/engines.sh --old
