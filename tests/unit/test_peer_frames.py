@@ -52,6 +52,14 @@ def test_what_is_held(held: Held) -> None:
     assert frames.unpack_held(frames.pack_held(held)) == held
 
 
+def test_a_cost_beyond_all_measure_is_told_as_a_large_one() -> None:
+    for cost_s in (1e39, float("inf")):
+        told = Payload(Name(bytes(16)), 9, 9, 1, bytes(8), cost_s=cost_s)
+        found = frames.unpack_held(frames.pack_held(Held(1, [Item(told, Place(0))]))).items[0].payload
+        assert found is not None
+        assert found.cost_s == pytest.approx(frames.COST_S_MAX, rel=1e-6)
+
+
 @given(st.lists(st.tuples(NAMES, NUMBERS), max_size=20), st.integers(0, 255))
 def test_questions(wanted: list[tuple[Name, int]], priority: int) -> None:
     names, parts = [name for name, _ in wanted], [one for _, one in wanted]

@@ -23,6 +23,8 @@ BODY_BYTES_MAX = 16 << 20
 ITEMS_MAX = 4096
 """Entries of one question or offer."""
 OFFSET_MAX = 1 << 62
+COST_S_MAX = 1e38
+"""What a float of 32 bits has room for, and more than anything costs."""
 MARKS_MAX = 1 << 16
 """Marks of one announcement."""
 HEADER = struct.Struct("<IHHQ")
@@ -183,7 +185,8 @@ def pack_held(held: Held) -> bytes:
         digests = one.digests[: 8 * one.parts.bit_length()]
         rows.append(
             _ITEM.pack(
-                one.name.key, one.parent, one.parts, place.offset, one.size, one.part_bytes, one.expiry_s, one.cost_s,
+                one.name.key, one.parent, one.parts, place.offset, one.size, one.part_bytes, one.expiry_s,
+                min(one.cost_s, COST_S_MAX),
                 place.region + 1, one.name.ordinal, one.scope, one.form, one.kind, len(one.name.key), len(one.parent),
                 len(digests) // 8,
             )
