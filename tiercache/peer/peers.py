@@ -108,6 +108,7 @@ class Peers:
         self.lender: Host
         self._view = View()
         self._asks, self._takes = asyncio.Semaphore(ASKS_MAX), asyncio.Semaphore(TAKES_MAX)
+        self._lending = asyncio.Lock()
         self._fresh: deque[int] = deque(maxlen=UNANNOUNCED_MAX)
         self._announcing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -215,22 +216,28 @@ class Peers:
             raise UnavailableError(f"no peer {to!r} is connected: {', '.join(self.names) or 'none is'}")
         taken, left = 0, list(names)
         while left:
-            some = left[:ITEMS_MAX]
-            share = Share(self.quota)
-            try:
-                loan = await self.lender.lend(some, [_EVERY] * len(some), share.take)
-            except BaseException:
-                share.give()
-                raise
-            lent = max((i + 1 for i, one in enumerate(loan.payloads) if one is not None), default=0)
-            if not lent and self.quota.used_bytes:  # no room for the first of them: until others have theirs
+            loan, share, seen = await self._lend_first(left[:ITEMS_MAX])
+            taken += await peer.offer(loan, share, PUBLISH_S, urgent=True)
+            left = left[seen:]
+        return taken
+
+    async def _lend_first(self, names: Sequence[Name]) -> tuple[Loan, Share, int]:
+        """Pins the first of these, as many as there is room for, as soon as there is room for one; and of how many that
+        is the answer. What is larger than all of the room is left out."""
+        async with self._lending:  # or all who wait would wake each other up with what they give back
+            while True:
+                share = Share(self.quota)
+                try:
+                    loan = await self.lender.lend(names, [_EVERY] * len(names), share.take)
+                except BaseException:
+                    share.give()
+                    raise
+                lent = max((i + 1 for i, one in enumerate(loan.payloads) if one is not None), default=0)
+                if lent or not loan.later or self.quota.used_bytes <= share.size:
+                    return loan, share, lent or min(loan.later, default=len(names) - 1) + 1
                 loan.lease.release()
                 share.give()
                 await self.quota.wait(PUBLISH_S)
-                continue
-            taken += await peer.offer(loan, share, PUBLISH_S, urgent=True)
-            left = left[lent or len(some) :]
-        return taken
 
     @property
     def names(self) -> list[str]:
