@@ -192,6 +192,7 @@ def test_the_middle_of_a_chain_whose_beginning_nobody_has() -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_what_memory_has_no_room_for_is_spilled_to_a_peer_and_comes_back() -> None:
     async def main(world: World) -> None:
         async with (
