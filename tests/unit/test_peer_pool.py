@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import random
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from tests.unit.peer_hosts import DEADLINE_S, PORT, World
-from tiercache.errors import ConfigError
+from tiercache.clock import SystemClock
+from tiercache.errors import ConfigError, UnavailableError
 from tiercache.keys import object_key
 from tiercache.model import Outcome
 from tiercache.peer.channel import read_secret
-from tiercache.peer.members import PEERS_MAX, Member, parse_member, parse_members
-from tiercache.peer.pool import AGAIN_S_MAX, FAILURES_MAX
+from tiercache.peer.members import PEERS_MAX, Listed, Member, parse_member, parse_members
+from tiercache.peer.pool import AGAIN_S_MAX, FAILURES_MAX, FAILURES_S, Pool
 from tiercache.testing.simloop import simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
 
+    from tiercache.peer.meeting import House
     from tiercache.testing.simloop import SimLoop
 
 HIT = Outcome.HIT
@@ -233,9 +236,25 @@ def test_members_as_they_are_written() -> None:
     assert parse_members(" a:1, [::1]:2 ,") == [Member("a", 1), Member("::1", 2)]
     assert str(Member("::1", 2)) == "[::1]:2" and str(Member("a", 1)) == "a:1"
     assert Member("localhost", 1).loopback and Member("127.0.0.9", 1).loopback and not Member("10.0.0.1", 1).loopback
-    for wrong in ("a", "a:", ":5", "a:x", "a:99999", "a:-1", "[]:5"):
+    assert Member("::1", 1).loopback and not Member("127.example.org", 1).loopback
+    for wrong in (
+        "a",
+        "a:",
+        ":5",
+        "a:x",
+        "a:99999",
+        "a:-1",
+        "[]:5",
+        "a:\N{SUPERSCRIPT TWO}",
+        "::1:5",
+        "[a:5",
+        "x//a:5",
+    ):
         with pytest.raises(ConfigError):
             parse_member(wrong, "peers")
+    assert parse_member("a:0", "peer_listen").port == 0
+    with pytest.raises(ConfigError):
+        parse_members("a:0")
     with pytest.raises(ConfigError):
         parse_members(",".join(f"h{number}:1" for number in range(PEERS_MAX + 1)))
 
@@ -248,3 +267,49 @@ def test_secrets_as_they_are_kept(tmp_path: Path) -> None:
     for wrong in (file, tmp_path / "none", tmp_path):
         with pytest.raises(ConfigError):
             read_secret(str(wrong))
+
+
+def test_failures_of_long_ago_cost_a_peer_no_transport() -> None:
+    async def main(world: World) -> None:
+        async with world.host("a", "b") as a, world.host("b", "a"):
+            await a.met()
+            (peer,) = a.pool.peers.values()
+            peer.channel.hello["transports"]["other"] = ""
+            a.pool._names = ("loop", "other")
+            for _ in range(FAILURES_MAX):
+                a.pool.exposed("loop", peer)
+                a.pool.failed(peer)
+            with pytest.raises(UnavailableError):
+                a.pool.exposed("loop", peer)
+            await asyncio.sleep(FAILURES_S + 1)
+            a.pool.exposed("loop", peer)
+            assert not a.pool._failures
+
+    run(main)
+
+
+def test_a_place_to_listen_that_is_none_keeps_nobody_from_dialling(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        dialled = asyncio.Event()
+
+        def called(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.transport.abort()
+            dialled.set()
+
+        server = await asyncio.start_server(called, "127.0.0.1", 0)
+        here = Member(*server.sockets[0].getsockname()[:2])
+        pool = Pool(
+            Listed([here, Member("no..name", 1)]), Member("no..name", 1), secret=b"", clock=SystemClock(),
+            open_transport=lambda name, host: pytest.fail("nobody was met"), names=["tcp"], deadline_s=5.0,
+            random=random.Random(1),
+        )  # fmt: skip
+        await pool.serve(cast("House", None), lambda peer: pytest.fail("nobody was met"))
+        async with asyncio.timeout(10):
+            await dialled.wait()
+        await pool.close()
+        server.close()
+
+    asyncio.run(main())
+    told = [row.getMessage() for row in caplog.records]
+    assert len([one for one in told if "no..name" in one and "find this cache" in one]) == 1
+    assert len([one for one in told if "no..name" in one and "cannot be met" in one]) <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tiercache.errors import ConfigError
@@ -21,7 +22,10 @@ class Member(NamedTuple):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can be there."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -58,13 +62,18 @@ def parse_members(text: str) -> list[Member]:
     found = [parse_member(one.strip(), "peers") for one in text.split(",") if one.strip()]
     if len(found) > PEERS_MAX:
         raise ConfigError(f"peers names {len(found)} caches, at most {PEERS_MAX} are possible")
+    for one in found:
+        if not one.port:
+            raise ConfigError(f"peers must name the port that {one.host} listens at, which is never 0")
     return found
 
 
 def parse_member(text: str, setting: str) -> Member:
     """One host:port."""
     host, _, port = text.rpartition(":")
-    host = host.strip("[]")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{setting} must name host:port, such as 10.0.0.1:7650, not {text!r}")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    named = bool(host) and (":" in host) == bracketed and not any(one in host for one in "[]/ ")
+    if not named or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ConfigError(f"{setting} must name host:port, such as 10.0.0.1:7650 or [fd00::1]:7650, not {text!r}")
     return Member(host, int(port))

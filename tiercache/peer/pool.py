@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 AGAIN_S, AGAIN_S_MAX = 0.2, 5.0
 """A peer that is gone is dialled again after so long, and less and less often."""
-FAILURES_MAX = 2
-"""After so many links to a peer that failed, their transport is not taken again towards it, unless it is the last."""
+FAILURES_MAX, FAILURES_S = 2, 600.0
+"""After so many links to a peer that failed in so short a time, their transport is not taken towards it, unless it is
+the last."""
 STRANGERS_MAX = 64
 """Callers who have not proven yet that they are peers; for one more the oldest is cut off."""
 
@@ -60,7 +61,7 @@ class Pool:
         self._meeting: dict[int, Peer] = {}
         """And who is about to be: nothing may be said to them before both ends chose a transport."""
         self._exposed: dict[tuple[str, str], Exposed] = {}
-        self._failures: dict[tuple[str, str], int] = {}
+        self._failures: dict[tuple[str, str], list[float]] = {}
         self._house: House
         self._know: Callable[[Peer], Coroutine[Any, Any, None]]
         self._server: asyncio.Server | None = None
@@ -90,7 +91,7 @@ class Pool:
     def exposed(self, name: str, peer: Peer) -> Exposed:
         """See House."""
         last = name == self.candidates(peer.channel.hello)[-1]
-        if self._failures.get((peer.id, name), 0) >= FAILURES_MAX and not last:
+        if self._recent(peer.id, name) >= FAILURES_MAX and not last:
             raise UnavailableError(f"{name} to {peer.name} failed {FAILURES_MAX} times")
         exposed = self._exposed.get((name, peer.host))
         if exposed is None:
@@ -99,8 +100,17 @@ class Pool:
 
     def failed(self, peer: Peer) -> None:
         """See House."""
-        key = (peer.id, peer.transport)
-        self._failures[key] = self._failures.get(key, 0) + 1
+        self._failures.setdefault((peer.id, peer.transport), []).append(self._clock.monotonic())
+        for who, name in list(self._failures):  # peers that are long gone, too
+            self._recent(who, name)
+
+    def _recent(self, who: str, name: str) -> int:
+        """How many links by a transport failed lately; those before are forgotten."""
+        since_s = self._clock.monotonic() - FAILURES_S
+        recent = [at_s for at_s in self._failures.pop((who, name), ()) if at_s > since_s]
+        if recent:
+            self._failures[who, name] = recent
+        return len(recent)
 
     def candidates(self, hello: dict[str, Any]) -> list[str]:
         """See House."""
@@ -121,7 +131,7 @@ class Pool:
                     self._server.close()
                     return
                 self.port = self._server.sockets[0].getsockname()[1]
-            except OSError as fault:
+            except (OSError, UnicodeError) as fault:  # also for a host that cannot be one
                 log.error("peers cannot find this cache at %s: %s", self._listen, fault)
         self._look()
 
@@ -139,20 +149,28 @@ class Pool:
 
     async def _keep(self, member: Member) -> None:
         """Dials one member, again and again."""
-        pause_s = AGAIN_S
+        pause_s, told = AGAIN_S, ""
         while member in self._membership.members() and not self._closing:
-            began_s = self._clock.monotonic()
+            began_s, met = self._clock.monotonic(), False
             try:
-                async with asyncio.timeout(self.deadline_s):
-                    reader, writer = await asyncio.open_connection(member.host, member.port)
-                if not await self._meet(reader, writer, dialled=True):
-                    pause_s = AGAIN_S_MAX
+                if not self._met(member):
+                    async with asyncio.timeout(self.deadline_s):
+                        reader, writer = await asyncio.open_connection(member.host, member.port)
+                    met = await self._meet(reader, writer, dialled=True)
+                pause_s = pause_s if met else AGAIN_S_MAX
             except (TierCacheError, OSError, UnicodeError) as fault:  # also for a host that cannot be one
-                log.debug("peer %s: %s", member, fault)
+                if str(fault) != told:  # a wrong name or secret is to be seen, and not each time
+                    log.warning("peer %s cannot be met, and is tried again: %s", member, fault)
+                told = str(fault)
+            told = "" if met else told
             lived = self._clock.monotonic() - began_s > 2 * AGAIN_S_MAX
             pause_s = AGAIN_S if lived else min(2 * pause_s, AGAIN_S_MAX)
             await asyncio.sleep(pause_s * (0.5 + self._random.random()))
         self._dialling.discard(member)
+
+    def _met(self, member: Member) -> bool:
+        """Whether who listens there is connected, or about to be: that one has called."""
+        return any(one.name == str(member) and not one.channel.closed.is_set() for one in self._meeting.values())
 
     def _called(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Somebody called."""
