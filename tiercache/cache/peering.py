@@ -40,11 +40,13 @@ ROOM_S, ROOM_WAIT_S, TRIES_MAX = 60.0, 0.02, 4
 often."""
 ANCESTORS_MAX = 1024
 """Blocks that are offered along with one that is spilled."""
-NAMES_AT_ONCE = 4096
+NAMES_AT_ONCE = 1024
 """Names that are looked up in the index in one go."""
 
 ROUNDS_MAX = 64
-"""Questions for one batch, as long as each of them brings something."""
+"""Questions for one batch, as long as they bring something."""
+TURNS = 2
+"""So many in a row may bring nothing: who turned out not to have it, or is gone, is not asked again."""
 
 
 class Loan(NamedTuple):
@@ -97,16 +99,17 @@ class Peering:
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
         """Puts what peers have of these blocks, or lone entries, into memory, as far as that can be done in time. Never
         raises."""
-        left = list(digests)
+        left, idle = list(digests), 0
         for _ in range(ROUNDS_MAX):  # a peer pins only so much at a time
-            if not any(self._near.sees([Name(one) for one in left])):
+            if idle == TURNS or not any(self._near.sees([Name(one) for one in left])):
                 return
             await self._bringing.bring(
                 left, parts, lambda some: self._near.ask([Name(one) for one in some], [parts] * len(some))
             )
             lacking = [one for one, here in zip(left, self._bringing.local(left, parts), strict=True) if not here]
-            if not lacking or len(lacking) == len(left):
+            if not lacking:
                 return
+            idle = idle + 1 if len(lacking) == len(left) else 0
             left = lacking
 
     def around(self, run: PageRun, load: Load) -> Load:
@@ -181,15 +184,19 @@ class Peering:
         """Names of what the slots from `after` on hold, as far as one step goes, and where the next one begins; 0 at
         the end."""
         index = self._tiers.index
-        residents = np.union1d(index.residents(TierId.MEMORY), index.residents(TierId.SSD))
-        at = int(np.searchsorted(residents, after))
-        some = residents[at : at + NAMES_AT_ONCE]
+        some, over = np.empty(0, np.int64), -1
+        for tier in (TierId.MEMORY, TierId.SSD):
+            residents = index.residents(tier)
+            over = max(over, *residents[-1:].tolist(), -1)
+            at = int(np.searchsorted(residents, after))
+            some = np.union1d(some, residents[at : at + NAMES_AT_ONCE])  # of all of them it would take long
+        some = some[:NAMES_AT_ONCE]
         pin = index.hold(some.tolist(), readable=True)
         try:
             names = self._useful(pin.slots)
         finally:
             self._tiers.release(pin)
-        return names, int(some[-1]) + 1 if at + len(some) < len(residents) else 0
+        return names, int(some[-1]) + 1 if len(some) and some[-1] < over else 0
 
     async def lend(self, names: Sequence[Name], parts: Sequence[int], reserve: Callable[[int], int]) -> Loan:
         """Pins what the local tiers have of these, in memory, as far as these parts (a map each) go, and the bytes that

@@ -140,8 +140,9 @@ class Borrowed:
             raise _one_of(faults) from None
         if batch.faults and Outcome.HIT not in batch.outcomes:
             raise batch.faults[0]
-        came = sum(run.stop - run.start for run in found if batch.outcomes[run.at] is Outcome.HIT)
-        self._peer.count(came, batch.outcomes.count(Outcome.CORRUPT))
+        size = sum(run.stop - run.start for run in found if batch.outcomes[run.at] is Outcome.HIT)
+        damaged = [one.name for one, came in zip(wanted, batch.outcomes, strict=True) if came is Outcome.CORRUPT]
+        self._peer.count(size, damaged)
         return list(zip(batch.outcomes, digests, strict=True))
 
     async def _try(self, bring: Callable[[_Batch, list[Run]], Awaitable[None]], batch: _Batch, runs: list[Run]) -> None:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 PINS_MAX = 1024
 """Pins of one peer."""
+SHARES = 2
+"""One peer may pin so many-th of what all may: others still get something when it says nothing any more."""
 PUSH_BYTES_MAX = 256 << 20
 """Bytes of one stream."""
 
@@ -69,23 +71,36 @@ class Lender(Protocol):
 class Quota:
     """What may be pinned for all peers together. On the loop."""
 
-    def __init__(self, room_bytes: int) -> None:
-        self.room_bytes, self.used_bytes = room_bytes, 0
+    def __init__(self, room_bytes: int, above: Quota | None = None) -> None:
+        """What one peer has of it is part of the quota `above`."""
+        self.room_bytes, self.used_bytes, self._above = room_bytes, 0, above
         self._freed = asyncio.Event()
+
+    def take(self, size: int) -> None:
+        """So much is pinned."""
+        self.used_bytes += size
+        if self._above is not None:
+            self._above.take(size)
 
     def free(self, size: int) -> None:
         """So much is pinned no more."""
         self.used_bytes -= size
         self._freed.set()
         self._freed = asyncio.Event()
+        if self._above is not None:
+            self._above.free(size)
 
     @property
     def free_bytes(self) -> int:
         """What may be pinned beyond what is."""
-        return max(0, self.room_bytes - self.used_bytes)
+        free = max(0, self.room_bytes - self.used_bytes)
+        return free if self._above is None else min(free, self._above.free_bytes)
 
     async def wait(self, deadline_s: float) -> None:
-        """Returns when something is pinned no more, or after the deadline."""
+        """Returns when something is pinned no more, by whomever, or after the deadline."""
+        if self._above is not None:
+            await self._above.wait(deadline_s)
+            return
         try:
             async with asyncio.timeout(deadline_s):
                 await self._freed.wait()
@@ -102,7 +117,7 @@ class Share:
     def take(self, size: int) -> int:
         """So many more bytes, as far as there is room: how many."""
         size = min(size, self._quota.free_bytes)
-        self._quota.used_bytes += size
+        self._quota.take(size)
         self.size += size
         return size
 
@@ -126,7 +141,8 @@ class Lending:
 
     def __init__(self, lender: Lender, quota: Quota, exposed: Exposed, introduce: Callable[[int, bytes], None]) -> None:
         """`introduce` tells the peer of memory: its number, and what it needs to reach it."""
-        self._lender, self._quota, self._exposed, self._introduce = lender, quota, exposed, introduce
+        self._lender, self._exposed, self._introduce = lender, exposed, introduce
+        self._quota = Quota(quota.room_bytes // SHARES, quota)
         self._pins: dict[int, _Pin] = {}
         self._next = 0
         self._told: set[int] = set()

@@ -92,8 +92,8 @@ class House(Protocol):
         """It offers these: how many are here now."""
         ...
 
-    def count(self, peer: Peer, size: int, damaged: int) -> None:
-        """So much came from it, and so many entries were damaged."""
+    def count(self, peer: Peer, size: int, damaged: Sequence[Name]) -> None:
+        """So much came from it, and these entries were damaged."""
         ...
 
 
@@ -263,8 +263,8 @@ class Peer:
         with suppress(UnavailableError):
             self.channel.tell(Op.DONE, pack_number(pin))
 
-    def count(self, size: int, damaged: int) -> None:
-        """So much came from it, and so many entries were damaged."""
+    def count(self, size: int, damaged: Sequence[Name]) -> None:
+        """So much came from it, and these entries were damaged."""
         self.received_bytes += size
         self.house.count(self, size, damaged)
 

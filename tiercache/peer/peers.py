@@ -294,12 +294,13 @@ class Peers:
         finally:
             found.end()
 
-    def count(self, peer: Peer, size: int, damaged: int) -> None:
+    def count(self, peer: Peer, size: int, damaged: Sequence[Name]) -> None:
         """See House."""
         self._metrics.add("tiercache_read_bytes_total", size, tier="peer")
         if damaged:
-            log.warning("%d entries from %s were damaged on their way", damaged, peer.name)
-            self._metrics.add("tiercache_corruptions_total", damaged, tier="peer")
+            log.warning("%d entries from %s were damaged on their way", len(damaged), peer.name)
+            self._metrics.add("tiercache_corruptions_total", len(damaged), tier="peer")
+            self._view.drop(peer.number, damaged)  # nor asked for again
 
     async def _know(self, peer: Peer) -> None:
         """A peer, from when it is connected until it is gone."""
