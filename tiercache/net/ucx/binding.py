@@ -21,7 +21,7 @@ process."""
 API = (1, 13)
 """The version of the calls and fields that are used here."""
 
-OK, IN_PROGRESS, BUSY, CANCELED = 0, 1, -15, -16
+OK, IN_PROGRESS, NO_MEMORY, CANCELED = 0, 1, -4, -16
 ERRORS = (1 << 64) - 100
 """A request's address from here on is no address but a status."""
 

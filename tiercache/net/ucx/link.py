@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ENDING_S = 5.0
 """A call that passed its deadline waits so long for UCX to let go of its pieces."""
+GRACE_S = 1.0
+"""How long a call that was cancelled may hold its pieces before the link is cut off."""
 OP_BYTES_MAX = 64 << 20
 """Longer moves are cut here, so that a batch can be stopped."""
 SPANS_MAX = 256
@@ -198,13 +200,17 @@ class UcxLink:
                 raise AbandonedLoad("UCX link: what was cut off has not ended", self._written(batch))
             if left <= 0:
                 late, until = True, until + ENDING_S
-                self._dead = self._dead or f"no answer within {deadline_s} s"
+                why = "a call was given up in the middle" if cancelled else f"no answer within {deadline_s} s"
+                self._dead = self._dead or why
                 self._worker.end(self._endpoint)
                 continue
             try:
                 await asyncio.wait([batch.future], timeout=left)
             except asyncio.CancelledError:
+                if not cancelled and not late:
+                    until = min(until, loop.time() + GRACE_S)
                 cancelled = batch.cut = True
+                self._worker.submit(lambda: None)  # it sleeps, and has to see that
         if cancelled:
             raise asyncio.CancelledError
         fault = batch.future.exception()

@@ -89,6 +89,10 @@ class Batch:
         self.cut = False
         """Whether whoever asked has left: nothing more is begun."""
 
+    def uses(self, handle: int) -> bool:
+        """Whether an operation of it names this registration of local memory."""
+        return any(op.params.memh == handle for op in self._ops)
+
     def step(self, library: binding.Library) -> set[int] | int | None:
         """Takes what has ended, begins what has room. The moves that missed once all is over, or the status of the
         fault; None before that."""

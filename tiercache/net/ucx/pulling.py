@@ -95,9 +95,11 @@ class Pull:
         endpoint = self.endpoint
         if self._fault or endpoint.status:
             return self._fault or endpoint.status  # whatever comes now stays in the landing
+        if self.cut:
+            return CANCELED  # the same; its slots are free again when their answers have come
         landing = endpoint.landing
         assert landing is not None
-        while not self.cut and self._next < len(self._questions) and landing.free:
+        while self._next < len(self._questions) and landing.free:
             question = self._questions[self._next]
             slot = landing.free.popleft()
             self._next += 1
@@ -107,11 +109,7 @@ class Pull:
             if request is not None and request >= ERRORS:
                 self._fault = request - (1 << 64)
                 return self._fault
-        if self._asked:
-            return None
-        if self.cut:
-            return CANCELED
-        return self._missed if self._next == len(self._questions) else None
+        return self._missed if not self._asked and self._next == len(self._questions) else None
 
     def answered(self, slot: int, outcomes: bytes) -> None:
         """What was asked for with this slot has landed, but for spans whose outcome is not 0."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 from tiercache.clock import system_random
@@ -36,7 +35,7 @@ class UcxTransport:
         self._withdrawn: list[Buffer] = []
         self._links: set[UcxLink] = set()
         self._connecting = self._serial = 0
-        self._closed = False
+        self._closed = self._linked = False
 
     @property
     def address(self) -> bytes:
@@ -62,20 +61,20 @@ class UcxTransport:
         return descriptor
 
     def withdraw(self, descriptor: bytes) -> None:
-        """See the port. The memory's owner is held until no link is left: over TCP a peer that has not heard yet still
-        has this process read or write there."""
+        """See the port. The memory's owner is held until the transport closes, once there was a link: over TCP a peer
+        still has this process write there, also behind the end of the link, for UCX does not look where."""
         serial = self._exposed.pop(descriptor, 0)
         if not serial or self._closed:
             return
         found = self._worker.exposed.pop(serial)
         if found.handle:
             self._worker.unmap(found.handle)
-        if self._links:
+        if self._linked:
             self._withdrawn.append(found.memory)
 
     def registered(self, address: int, length: int) -> tuple[int, Memory]:
         """The registration that holds all of this local memory, or 0; and what kind of memory it is."""
-        for found in self._worker.exposed.values():
+        for found in list(self._worker.exposed.values()):  # another thread may be exposing meanwhile
             if found.memory.address <= address and address + length <= found.memory.address + found.memory.length:
                 return found.handle, found.kind
         return 0, Memory.HOST
@@ -105,23 +104,18 @@ class UcxTransport:
             raise UnavailableError("UCX: the transport is closed")
         link = UcxLink(self, self._worker, endpoint, peer, names)
         self._links.add(link)
+        self._linked = True
         return link
 
     def left(self, link: UcxLink) -> None:
         """A link has ended."""
         self._links.discard(link)
-        if not self._links:
-            self._withdrawn.clear()
 
     async def close(self) -> None:
         """See the port."""
-        if self._closed:
-            return
         self._closed = True
-        for link in list(self._links):
-            with contextlib.suppress(UnavailableError):
-                await link.close()
-        self._worker.stop()
+        await asyncio.gather(*[link.close() for link in self._links])
+        await self._worker.stop()
         self._exposed.clear()
         self._worker.exposed.clear()
         self._withdrawn.clear()

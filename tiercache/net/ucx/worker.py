@@ -6,9 +6,12 @@ settled once a round, all together, because waking a loop costs more than a smal
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import logging
 import threading
 from collections import deque
+from concurrent.futures import Future
 from ctypes import byref
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +23,13 @@ from tiercache.net.ucx.pulling import Landing, Pull
 from tiercache.transport import NOTE_BYTES_MAX
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Mapping, Sequence
 
     from tiercache.net.ucx.moving import Op
     from tiercache.net.ucx.pulling import Question
     from tiercache.net.ucx.serving import Exposed
+
+log = logging.getLogger(__name__)
 
 GOODBYE_ROUNDS = 10_000
 """Rounds of progress that what was cut off has to end before the worker is destroyed over it."""
@@ -53,9 +57,15 @@ class Worker:
         self._endpoints: dict[int, Endpoint] = {}
         self._failed: list[Endpoint] = []
         self._numbers = 0
-        self._signalled = self._stopping = False
+        self._signalled = self._stopping = self._closed = False
+        self._lock = threading.Lock()
+        """Nobody signals a worker that is being destroyed."""
+        self._asks: set[Future[Any]] = set()
+        self._over: asyncio.Future[None] = loop.create_future()
         self._context = self._worker = 0
         self._maps: set[int] = set()
+        self._leaving: list[tuple[int, list[Batch]]] = []
+        """Registrations that nobody wants any more, and who still moves bytes with them."""
         self._retired: list[Landing] = []
         self.exposed: dict[int, Exposed] = {}
         """What peers may ask for, by serial number."""
@@ -63,48 +73,61 @@ class Worker:
         self._on_message = binding.ON_MESSAGE(self._heard)
         self.address = b""
         self._thread = threading.Thread(target=self._run, name="tiercache-ucx", daemon=True)
-        self._ask(self._thread.start, self._open)
+        opened = self._asking(self._open)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise UnavailableError(f"UCX: {error}") from error
+        opened.result()
 
     # On the loop.
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Has the thread do this soon."""
-        self._calls.append(call)
-        if not self._signalled and self._worker:
-            self._signalled = True
-            self._library.quick.ucp_worker_signal(self._worker)
+    def submit(self, call: Callable[[], Any]) -> None:
+        """Has the thread do this soon, where it still runs. From any thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._calls.append(call)
+            if not self._signalled and self._worker:
+                self._signalled = True
+                self._library.quick.ucp_worker_signal(self._worker)
 
     def ask(self, call: Callable[[], Any]) -> Any:
-        """Has the thread do this now, and waits for its answer."""
-        return self._ask(lambda: None, call)
+        """Has the thread do this now, and waits for its answer. From any thread; raises UnavailableError where the
+        worker is closed."""
+        return self._asking(call).result()
 
-    def _ask(self, first: Callable[[], None], call: Callable[[], Any]) -> Any:
-        answer: list[Any] = []
-        done = threading.Event()
+    def _asking(self, call: Callable[[], Any]) -> Future[Any]:
+        answer: Future[Any] = Future()
 
         def answering() -> None:
+            self._asks.discard(answer)
             try:
-                answer.append(call())
+                answer.set_result(call())
             except Exception as fault:  # noqa: BLE001 (it is raised where it was asked)
-                answer.append(fault)
-            done.set()
+                answer.set_exception(fault)
 
+        self._asks.add(answer)
         self.submit(answering)
-        first()
-        done.wait()
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        return answer[0]
+        if self._closed:  # nobody is there to do it
+            self._refuse()
+        return answer
+
+    def _refuse(self) -> None:
+        """Answers whoever asked and is not heard any more."""
+        with self._lock:
+            asks, self._asks = self._asks, set()
+        for answer in asks:
+            answer.set_exception(UnavailableError("UCX: the transport is closed"))
 
     def connect(self, address: bytes, token: bytes) -> Endpoint:
         """Begins an endpoint; its future has the names of its transports once the other end has answered."""
         self._numbers += 1
-        found = self._endpoints[self._numbers] = Endpoint(self._numbers, token, self._loop)
+        found = Endpoint(self._numbers, token, self._loop)
         hello = words.pack_message(words.HELLO, token, found.number, self._token)
 
         def begin() -> None:
-            if found.status:  # given up meanwhile
-                return
+            self._endpoints[found.number] = found
             try:
                 found.pointer = binding.endpoint(self._library, self._worker, address, self._on_error, found.number)
             except UnavailableError:
@@ -137,7 +160,10 @@ class Worker:
             endpoint.batches += 1
             self._batches.append(pull)
             if endpoint.landing is None and not endpoint.status:
-                endpoint.landing = Landing(self._expose_landing)
+                try:
+                    endpoint.landing = Landing(self._expose_landing)
+                except (OSError, UnavailableError):
+                    self._end(endpoint, binding.NO_MEMORY)
 
         self.submit(begin)
         return pull
@@ -173,23 +199,25 @@ class Worker:
         return answer
 
     def unmap(self, handle: int) -> None:
-        """Ends what `map_memory` began, and waits for it."""
+        """Ends what `map_memory` began, and waits for it, unless bytes from or to there are under way here: then it
+        ends behind them."""
 
         def unmapped() -> None:
-            self._maps.discard(handle)
-            self._library.calls.ucp_mem_unmap(self._context, handle)
+            using = [batch for batch in self._batches if isinstance(batch, Batch) and batch.uses(handle)]
+            self._leaving.append((handle, using))
+            self._unmap_left()
 
         self.ask(unmapped)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Ends every endpoint and the thread, and waits for it; nothing is read or written afterwards."""
 
         def stopping() -> None:
             self._stopping = True
 
-        if self._thread.is_alive():
-            self.submit(stopping)
-            self._thread.join()
+        self.submit(stopping)
+        await asyncio.wait([self._over])
+        self._thread.join()
 
     # On the thread.
 
@@ -200,22 +228,26 @@ class Worker:
         self.address = binding.worker_address(self._library, self._worker)
 
     def _run(self) -> None:
-        calls, library = self._calls, self._library.calls
+        library = self._library.calls
         progress, wait = library.ucp_worker_progress, library.ucp_worker_wait
-        calls.popleft()()
-        if not self._worker:
-            self._close()
-            return
-        while not self._stopping:
+        self._do(self._calls.popleft())
+        while self.address and not self._stopping:
             self._signalled = False
-            while calls:
-                calls.popleft()()
+            while self._calls:
+                self._do(self._calls.popleft())
             moved = progress(self._worker)
             self._round()
-            if not moved and not calls and not self._stopping:
+            if not moved and not self._calls and not self._stopping:
                 wait(self._worker)
         self._goodbye()
         self._close()
+
+    def _do(self, call: Callable[[], Any]) -> None:
+        """One call; a fault of it is not the end of all others."""
+        try:
+            call()
+        except Exception:
+            log.exception("a call of the UCX thread failed")
 
     def _round(self) -> None:
         """Takes from UCX what has ended, and tells."""
@@ -224,6 +256,8 @@ class Worker:
             del self._failed[0]
         if self._batches:
             self._batches = [batch for batch in self._batches if not self._step(batch)]
+            if self._leaving:
+                self._unmap_left()
         if self._loose:
             self._loose = [each for each in self._loose if not self._freed(each[0])]
         if self._settled:
@@ -236,7 +270,7 @@ class Worker:
     def _tell(self, settled: list[tuple[asyncio.Future[Any] | None, Any]]) -> None:
         for future, answer in settled:
             if future is None:
-                self._notified(answer)
+                self._loop.call_soon(self._notified, answer)  # should it raise, the others are told all the same
             elif future.done():
                 continue
             elif isinstance(answer, Exception):
@@ -246,7 +280,11 @@ class Worker:
                 future.set_result(answer)
 
     def _step(self, batch: Batch | Pull) -> bool:
-        answer = batch.step(self._library)
+        try:
+            answer = batch.step(self._library)
+        except Exception:
+            log.exception("a batch of the UCX thread failed")
+            answer = binding.NO_MEMORY
         if answer is None:
             return False
         endpoint = batch.endpoint
@@ -285,6 +323,16 @@ class Worker:
                 self._retire(endpoint.landing)
                 endpoint.landing = None
 
+    def _unmap_left(self) -> None:
+        """Lets go of registrations that nobody uses any more."""
+        leaving, self._leaving = self._leaving, []
+        for handle, using in leaving:
+            if any(batch in self._batches for batch in using):
+                self._leaving.append((handle, using))
+            else:
+                self._maps.discard(handle)
+                self._library.calls.ucp_mem_unmap(self._context, handle)
+
     def _retire(self, landing: Landing) -> None:
         """Lets a landing go, or keeps its address where the other end may still write there."""
         self._maps.discard(landing.handle)
@@ -312,7 +360,8 @@ class Worker:
 
     def _asked(self, sender: bytes, number: int, body: bytes, again: bool = True) -> None:
         """The other end asks for bytes: they are put into its landing, and it is told."""
-        endpoint = next((each for each in self._endpoints.values() if each.token == sender and not each.status), None)
+        links = reversed(self._endpoints.values())  # the last one first: it may have come in place of others
+        endpoint = next((each for each in links if each.token == sender and not each.status), None)
         if endpoint is not None and not endpoint.pointer and again:  # it is in the queue
             self._calls.append(lambda: self._asked(sender, number, body, again=False))
             return
@@ -400,6 +449,8 @@ class Worker:
             self._round()
 
     def _close(self) -> None:
+        with self._lock:
+            self._closed = True
         for handle in self._maps:
             self._library.calls.ucp_mem_unmap(self._context, handle)
         if self._worker:
@@ -409,5 +460,8 @@ class Worker:
         self._worker = self._context = 0
         for batch in self._batches:
             self._settled.append((batch.future, UnavailableError("the transport was closed")))
-        self._batches, self._loose, self._retired = [], [], []
+        self._batches, self._loose, self._retired, self._leaving = [], [], [], []
+        self._settled.append((self._over, None))
         self._round()
+        self._calls.clear()
+        self._refuse()
