@@ -79,6 +79,11 @@ class Met(Protocol):
         """See Peers."""
         ...
 
+    @property
+    def spare_bytes(self) -> int:
+        """See Peers."""
+        ...
+
 
 class Near(Met, Protocol):
     """The caches of other machines; peer/peers.py has it. On the cache's loop, but for `prefix`, `sees` and `stored`,

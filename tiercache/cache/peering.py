@@ -297,18 +297,21 @@ class Peering:
 
     async def spill(self, slots: npt.NDArray[np.int64]) -> None:
         """These are about to be evicted, and nobody else here has them: peers with free memory may have them."""
-        facts = self._tiers.index.facts(slots)
-        alone = (facts.memory_location >= 0) & (facts.kind != Kind.PAGE)
-        alone &= (facts.memory_parts & ~facts.ssd_parts) != 0
-        alone &= facts.memory_parts == whole(facts.size, facts.part_bytes)
-        if not alone.any():
+        spare_bytes = self._near.spare_bytes
+        alone = slots[self._alone(slots)] if spare_bytes else slots[:0]
+        offered = self._with_ancestors(alone.tolist(), spare_bytes) if len(alone) else []
+        if not offered:
             return
-        offered = self._with_ancestors(slots[alone].tolist())
         pin = self._tiers.index.hold(offered, readable=True)
-        held = set(pin.slots.tolist())
-        ordered = np.array([slot for slot in offered if slot in held], np.int64)
-        payloads = self.payloads(ordered)
-        locations = self._tiers.index.facts(ordered).memory_location.tolist()
+        # Nobody held them until now: others may have evicted some, and use their slots for something else.
+        whole_now = set(pin.slots[self._alone(pin.slots)].tolist())
+        ordered = np.array([slot for slot in offered if slot in whole_now], np.int64)
+        try:
+            payloads = self.payloads(ordered)
+            locations = self._tiers.index.facts(ordered).memory_location.tolist()
+        except BaseException:
+            self._tiers.release(pin)
+            raise
         lease = Lease([Outcome.HIT] * len(payloads), locations, self._tiers.memory, self._tiers.end_of(pin))
         try:
             spilled = await self._near.spill(Loan(lease, list(payloads)))
@@ -316,13 +319,23 @@ class Peering:
             lease.release()
         self._tiers.metrics.add("tiercache_spills_total", spilled)
 
-    def _with_ancestors(self, slots: Sequence[int]) -> list[int]:
+    def _alone(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these are in memory as a whole, and nowhere else here."""
+        facts = self._tiers.index.facts(slots)
+        alone: npt.NDArray[np.bool_] = (facts.memory_location >= 0) & (facts.kind != Kind.PAGE)
+        alone &= (facts.memory_parts & ~facts.ssd_parts) != 0
+        alone &= facts.memory_parts == whole(facts.size, facts.part_bytes)
+        return alone
+
+    def _with_ancestors(self, slots: Sequence[int], bytes_max: int) -> list[int]:
         """These, and the blocks before them that no peer is believed to have: a block can be taken after the one before
-        it only, and leaves memory before that."""
+        it only, and leaves memory before that. Without those for which that is more than `bytes_max`."""
         index, found = self._tiers.index, dict[int, None]()
         for slot in slots:
+            (size,) = index.facts(np.array([slot])).size.tolist()
+            blocks_max = min(ANCESTORS_MAX, bytes_max // extent_bytes(size))
             path = [slot]
-            while len(path) < ANCESTORS_MAX:
+            while len(path) <= blocks_max:
                 (above,) = index.parents(path[-1:])
                 if not above or self._near.sees([Name(above)])[0]:
                     break
@@ -336,6 +349,8 @@ class Peering:
                 ):
                     break
                 path.append(before)
+            else:
+                continue
             found |= dict.fromkeys(reversed(path))
         return list(found)
 

@@ -57,6 +57,8 @@ class Pressure:
             return False
         status = self._tiers.memory.status()
         mark = int(status.capacity_bytes * self._tiers.settings.high_mark)
+        if wanted_bytes > mark:  # all would be evicted for nothing
+            return False
         await self._evict(status.used_bytes + wanted_bytes - mark)
         return self._tiers.memory.status().used_bytes + wanted_bytes <= mark
 

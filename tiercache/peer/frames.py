@@ -25,8 +25,8 @@ ITEMS_MAX = 4096
 OFFSET_MAX = 1 << 62
 COST_S_MAX = 1e38
 """What a float of 32 bits has room for, and more than anything costs."""
-MARKS_MAX = 1 << 16
-"""Marks of one announcement."""
+MARKS_MAX = 1 << 13
+"""Marks of one announcement: no loop is held up for longer than some 2 ms by it."""
 HEADER = struct.Struct("<IHHQ")
 """length of the body, operation, reserved (0), number."""
 

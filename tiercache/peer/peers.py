@@ -180,6 +180,11 @@ class Peers:
             pinned.add(found)
             self._view.drop(peer.number, found.lacking)
 
+    @property
+    def spare_bytes(self) -> int:
+        """What the peer with the most free memory would take of what is about to be lost here."""
+        return max([peer.free_bytes for peer in self._pool.peers.values()], default=0) if self._spills else 0
+
     async def spill(self, loan: Loan) -> int:
         """Offers what is about to be lost here to the peer with the most free memory, of those that have the blocks
         before it: how many it took."""
@@ -194,7 +199,7 @@ class Peers:
             return sum(extent_bytes(one.size) for one in lacks)
 
         fit = [peer for peer in self._pool.peers.values() if peer.free_bytes >= takes(peer)]
-        if not self._spills or not fit:
+        if not fit:
             return 0
         creditor = max(fit, key=lambda peer: (sum(who >> peer.number & 1 for who in before), peer.free_bytes))
         creditor.free_bytes -= takes(creditor)  # until its next pulse says better
