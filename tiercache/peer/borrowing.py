@@ -15,6 +15,7 @@ from tiercache.buffers import Buffer, copy_verified, many_digests, runs, same_di
 from tiercache.errors import AbandonedLoad, UnavailableError
 from tiercache.model import Outcome
 from tiercache.peer.frames import Op, Pushing, outcome, pack_push, unpack_number
+from tiercache.peer.gate import patience_s
 from tiercache.threads import in_thread
 from tiercache.transport import MOVE_BYTES_MAX, Move
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from tiercache.peer.gate import Gate, Priority
     from tiercache.peer.meeting import Peer
 
-SLOWEST_BYTES_S = 20e6
-"""Deadlines grow with what is asked for at this rate."""
 STREAM_BYTES_MAX = 256 << 10
 """Runs up to this go as a stream also where reading is the faster way."""
 
@@ -206,7 +205,8 @@ class Borrowed:
                 batch.outcomes[run.at] = Outcome.CORRUPT
 
     def _deadline(self, size: int) -> float:
-        return self._deadline_s + size / SLOWEST_BYTES_S
+        """For one of several that share a link: all of them may be as far when the last byte of the first comes."""
+        return self._deadline_s + patience_s(max(size, self._gate.used_bytes))
 
     def end(self) -> None:
         """The peer need not hold it any longer. Idempotent."""

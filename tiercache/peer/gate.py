@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 BURST_S = 0.05
 """What a rate leaves unused is kept for so long."""
+SLOWEST_BYTES_S = 20e6
+"""Deadlines grow with what is under way at this rate."""
+
+
+def patience_s(size: int) -> float:
+    """What so many bytes take where a link is slow."""
+    return size / SLOWEST_BYTES_S
 
 
 class Priority(IntEnum):

@@ -14,6 +14,7 @@ from tiercache.errors import AbandonedLoad, ProtocolError, UnavailableError
 from tiercache.model import Outcome
 from tiercache.peer.exposing import Map
 from tiercache.peer.frames import LATER, NOT_THERE, Held, Item
+from tiercache.peer.gate import patience_s
 from tiercache.transport import Move
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Lending:
         self._lender, self._exposed, self._introduce = lender, exposed, introduce
         self._quota = Quota(quota.room_bytes // SHARES, quota)
         self._pins: dict[int, _Pin] = {}
-        self._next = 0
+        self._next = self._pushing_bytes = 0
         self._told: set[int] = set()
         self._ended = False
 
@@ -204,11 +205,14 @@ class Lending:
         if held is None:
             return Outcome.GONE
         sources = [self._piece(held, one) for one in pieces]
-        if sum(one.length for one in sources) > PUSH_BYTES_MAX:
+        size = sum(one.length for one in sources)
+        if size > PUSH_BYTES_MAX:
             raise ProtocolError(f"a stream of more than {PUSH_BYTES_MAX} bytes")
         held.pushing += 1
+        self._pushing_bytes += size
         over = self._pushed(held)
         try:
+            deadline_s += patience_s(self._pushing_bytes)  # they share the link
             return (await link.write([Move(region, offset, sources)], deadline_s))[0]
         except AbandonedLoad as gone:
             if gone.writing is not None and not gone.writing.done():  # it may still be read from
@@ -216,6 +220,7 @@ class Lending:
                 over = _nothing
             raise
         finally:
+            self._pushing_bytes -= size
             over()
 
     def _pushed(self, held: _Pin) -> Callable[..., None]:
