@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -144,6 +145,27 @@ def test_the_directory_goes_with_the_transport() -> None:
         assert not left.exists()
 
     asyncio.run(check())
+
+
+def test_directories_of_other_machines_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may share the place for temporary files; from here nobody answers in them."""
+
+    def abandoned() -> Path:
+        directory, listener, _ = shm._listen()
+        listener.close()
+        return Path(directory)
+
+    async def check() -> None:
+        await transport().close()
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours = abandoned()
+    with monkeypatch.context() as patch:
+        patch.setattr(shm, "_boot", lambda: b"another machine!")
+        theirs = abandoned()
+    asyncio.run(check())
+    assert theirs.is_dir()
+    assert not ours.exists()
 
 
 async def frame_of(sock: socket.socket) -> bytes:

@@ -253,3 +253,69 @@ def test_faults_are_injected_by_a_seed() -> None:
     first = asyncio.run(check())
     assert len(set(first)) == 3
     assert first == asyncio.run(check())
+
+
+def test_where_there_are_no_threads_left_things_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that needs one is dead, the door rests, and both can be closed."""
+
+    def refuses(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def check() -> None:
+        async with Pair(transport) as pair:
+            _, region, _ = pair.expose(8 << 20, 1, writable=True)
+            target = Guarded([4 << 20])
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuses)
+                with pytest.raises(UnavailableError, match="thread"):
+                    await pair.link.read([Move(region, 0, target.pieces)], DEADLINE_S)
+                stranger = transport()
+                with pytest.raises(UnavailableError):
+                    await stranger.connect(pair.there.address, DEADLINE_S)
+                await stranger.close()
+            async with asyncio.timeout(DEADLINE_S):
+                await pair.link.close()
+            assert target.untouched()
+
+    asyncio.run(check())
+
+
+def test_a_connection_is_not_taken_for_that_of_an_older_link() -> None:
+    """One end makes its next link before the other has closed the one before."""
+
+    async def check() -> None:
+        async with Pair(transport) as pair:
+            back = await pair.there.connect(pair.here.address, DEADLINE_S)
+            mine = pattern(2, 0, 4096)
+            region = back.attach(pair.here.expose(Buffer.of(mine.data, writable=True)))
+            target = Guarded([4096])
+            reading = asyncio.ensure_future(back.read([Move(region, 0, target.pieces)], DEADLINE_S))
+            await asyncio.wait([reading], timeout=0.05)
+            await asyncio.gather(pair.link.close(), pair.back.close())
+            link = await pair.here.connect(pair.there.address, DEADLINE_S)
+            assert await reading == [HIT]
+            theirs = pattern(3, 0, 4096)
+            there = link.attach(pair.there.expose(Buffer.of(theirs.data, writable=True)))
+            assert await link.read([Move(there, 0, target.pieces)], DEADLINE_S) == [HIT]
+            assert (target.content() == theirs).all()
+
+    asyncio.run(check())
+
+
+def test_no_link_comes_out_of_a_transport_that_closes() -> None:
+    """Whenever that is; or it is one that is dead, without a connection."""
+
+    async def check() -> None:
+        for turns in range(12):
+            here, there = transport(), transport()
+            connecting = asyncio.ensure_future(here.connect(there.address, DEADLINE_S))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await here.close()
+            (made,) = await asyncio.gather(connecting, return_exceptions=True)
+            if not isinstance(made, UnavailableError):
+                assert made._lane.fault is not None
+                assert made._lane._sock.fileno() < 0
+            await there.close()
+
+    asyncio.run(check())

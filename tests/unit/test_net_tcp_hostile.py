@@ -370,16 +370,18 @@ def test_a_hundred_thousand_answers_of_a_liar() -> None:
 
 @pytest.mark.slow
 def test_a_frame_that_never_ends_holds_nothing_else_up() -> None:
-    """Half a request stands in a connection; withdrawing is quick, another connection is served."""
+    """Half a request stands in a connection; withdrawing is quick, another peer is served."""
 
     async def check() -> None:
         async with met() as (here, stranger, _, _):
+            second = Stranger()
+            _, asked = await asyncio.gather(here.connect(second.address, DEADLINE_S), second.let_in(here.address))
             memory = bytearray(1 << 20)
             descriptor = here.expose(Buffer.of(memory, writable=True), writable=True)
             sock = await stranger.dial(here.address)
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(sock, request(Op.WRITE, [(1, 0, 1 << 20)]) + bytes(1000))
-            other = await stranger.dial(here.address)
+            other = await second.dial(here.address)
             await loop.sock_sendall(other, request(Op.READ, [(1, 1 << 19, 5)]))
             assert await exactly(other, HEAD.size + 5)
             began = loop.time()
@@ -388,6 +390,7 @@ def test_a_frame_that_never_ends_holds_nothing_else_up() -> None:
             memory[:] = bytes([9]) * len(memory)
             assert await is_cut(sock)
             assert memory.count(9) == len(memory)
-            other.close()
+            for each in (other, asked, second.listener):
+                each.close()
 
     asyncio.run(check())

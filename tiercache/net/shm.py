@@ -51,7 +51,8 @@ _ADDRESS = struct.Struct("<4sB3x16sI16s")
 """Magic, version, the machine's boot, the user, the ticket; then the path of the socket, then a check."""
 _CHECK = struct.Struct("<I")
 _PATH_BYTES_MAX = 107
-_PREFIX = "tiercache-shm-"
+_PREFIX = "tiercache-shm-{}-"
+"""Of directories, with what tells this boot of this machine: machines may share the place for temporary files."""
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
@@ -178,9 +179,8 @@ class ShmTransport:
             post.close("the transport closes")
         for link in [link for links in self._links.values() for link in links]:
             await link.close()
-        for region in self._regions.values():
-            os.close(region.file)
-        self._regions.clear()
+        while self._regions:
+            os.close(self._regions.popitem()[1].file)
         self._copiers.shutdown(wait=False)
 
     # -- the door ------------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def _size_of(file: int) -> int:
 
 def _listen() -> tuple[str, socket.socket, str]:
     """A private directory, and a socket that listens in it."""
-    directory = tempfile.mkdtemp(prefix=_PREFIX)
+    directory = tempfile.mkdtemp(prefix=_PREFIX.format(_boot().hex()[:8]))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         path, early = os.path.join(directory, "s"), os.path.join(directory, "n")
@@ -322,8 +322,8 @@ def _listen() -> tuple[str, socket.socket, str]:
 
 
 def _sweep() -> None:
-    """Removes the directories of processes of ours that were killed."""
-    for directory in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+    """Removes the directories of processes of ours, of this boot of this machine, that were killed."""
+    for directory in Path(tempfile.gettempdir()).glob(_PREFIX.format(_boot().hex()[:8]) + "*"):
         try:
             facts = directory.lstat()
             if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():

@@ -98,6 +98,8 @@ class ShmLink:
             await self._loop.sock_connect(sock, path)
             if not same_user(sock):
                 raise UnavailableError("a process of another user listens there")
+            if self.fault is not None:
+                raise UnavailableError(f"the link is dead: {self.fault}")
         except BaseException:
             sock.close()
             raise

@@ -145,8 +145,11 @@ class Lane:
         self._parcels.put((batch, window, spans, sent))
 
     def _start(self, run: Callable[[], None], name: str) -> None:
-        self._threads += 1
-        threading.Thread(target=run, name=name, daemon=True).start()
+        try:
+            threading.Thread(target=run, name=name, daemon=True).start()
+            self._threads += 1
+        except RuntimeError as error:  # the system has no more
+            self.kill(str(error))
 
     async def _abandon(self, batch: Batch) -> None:
         """Returns when nothing touches the batch's memory, or will; the connection lives on where that is soon."""

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from tiercache.net.tcp.stream import Span
     from tiercache.transport import Move
 
-LANES_MAX = 8
-"""Connections that one peer may make for one link."""
-
 
 class TcpLink:
     """One peer as this transport reaches it."""
@@ -33,7 +30,7 @@ class TcpLink:
         """`drop`: forgets the link, and cuts and answers what it serves."""
         self.there, self.name = there, frames.name_of(there.ticket)
         self.served: set[Served] = set()
-        """Connections that the peer made; the transport's lock guards it."""
+        """The connection that the peer made, once it has; the transport's lock guards it."""
         self._drop = drop
         self._lane: Lane | None = None
         self._closed = False
@@ -45,9 +42,10 @@ class TcpLink:
 
     @property
     def admits(self) -> bool:
-        """Whether the peer may make another connection for it."""
+        """Whether the peer may make its connection for it. Where that is made already, another one is of a link to
+        come, and waits: of this one it would end with it."""
         dead = self._closed or (self._lane is not None and self._lane.fault is not None)
-        return not dead and len(self.served) < LANES_MAX
+        return not dead and not self.served
 
     async def dial(self, host: str, ticket: bytes, nonce: bytes) -> None:
         """Makes the connection, from this address of ours. Raises OSError, or UnavailableError where somebody else than
@@ -72,6 +70,9 @@ class TcpLink:
         except BaseException:
             sock.close()
             raise
+        if self._closed:
+            sock.close()
+            raise UnavailableError("the link was closed meanwhile")
         self._lane = Lane(sock, frames.welcome_proof(there.ticket, ticket, hello, theirs))
 
     def attach(self, descriptor: bytes) -> int:

@@ -29,7 +29,7 @@ STRANGERS_MAX = 64
 """Connections that have not proved yet who they are; another one takes the place of the oldest."""
 BACKLOG = 256
 ACCEPT_AGAIN_S = 0.5
-"""After which the door opens again where the system had no descriptor left."""
+"""After which the door opens again where the system had no descriptor or thread left."""
 
 
 class TcpTransport:
@@ -122,9 +122,7 @@ class TcpTransport:
         except BlockingIOError:
             return
         except OSError as error:  # out of descriptors, say: the listener would be readable for ever
-            log.debug("a tcp peer cannot be let in: %s", error)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(ACCEPT_AGAIN_S, self._listen_again)
+            self._rest(error)
             return
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -133,7 +131,18 @@ class TcpTransport:
             self._cut_stranger(oldest)
         served = Served(sock, self._regions, self._admit, self._ticket, self._nonce())
         self._served[served] = self._strangers[served] = None
-        served.start(self._gone)
+        try:
+            served.start(self._gone)
+        except RuntimeError as error:  # out of threads
+            del self._served[served], self._strangers[served]
+            sock.close()
+            self._rest(error)
+
+    def _rest(self, error: Exception) -> None:
+        """Lets nobody in for a while."""
+        log.debug("a tcp peer cannot be let in: %s", error)
+        self._loop.remove_reader(self._listener)
+        self._loop.call_later(ACCEPT_AGAIN_S, self._listen_again)
 
     def _listen_again(self) -> None:
         if not self._closed:
@@ -152,6 +161,7 @@ class TcpTransport:
             for links in self._links.values():
                 for link in links:
                     link.served.discard(served)
+            self._peers_changed.notify_all()
 
     def _admit(self, served: Served, name: bytes) -> bytes | None:
         """In the thread of a connection that says it comes from this peer: waits until this end connected to that."""

@@ -95,14 +95,22 @@ def probe(origin: str, path: str) -> Found:
             [sys.executable, "-I", "-S", "-c", _PROBE, path],
             capture_output=True, text=True, timeout=PROBE_S, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (
+        OSError,
+        TypeError,
+        subprocess.TimeoutExpired,
+    ) as error:  # sys.executable may be None
         return Found(origin, path, (0, 0, 0), False, False, f"{path} could not be tried: {error}")
     lines = answer.stdout.splitlines()
     if answer.returncode or len(lines) != 2:
         last = (answer.stderr.strip().splitlines() or [f"status {answer.returncode}"])[-1]
         there = "not installed" if origin == SYSTEM and "cannot open shared object" in last else last
         return Found(origin, path, (0, 0, 0), False, False, there)
-    version, place = numbers(lines[0]), Path(lines[1]).resolve().parent / "ucx"
+    try:
+        version = numbers(lines[0])
+    except ValueError:
+        return Found(origin, path, (0, 0, 0), False, False, f"{lines[0]} is no version")
+    place = Path(lines[1]).resolve().parent / "ucx"
     modules = [each.name for each in place.glob("libuct_*.so*")] if place.is_dir() else []
     trouble = "" if version[:2] >= OLDEST else f"UCX {lines[0]} is too old: {OLDEST[0]}.{OLDEST[1]} or later is needed"
     kinds = [any(name.startswith(f"libuct_{kind}") for name in modules) for kind in ("ib", "cuda")]
