@@ -8,7 +8,6 @@ and after that nothing more is written.
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tiercache.errors import ConfigError, UnavailableError
@@ -52,7 +51,7 @@ def open_transport(host: str, notified: Callable[[bytes], None]) -> NixlTranspor
 
 
 def _package() -> str:
-    return next((name for name in PACKAGES if find_spec(name) is not None), "")
+    return next(filter(agent.there, PACKAGES), "")
 
 
 def _release(package: str) -> str:

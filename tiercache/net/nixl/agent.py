@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,11 @@ _SILENT = {"NIXL_LOG_LEVEL": "FATAL"} | {f"UCX_{name}": value for name, value in
 
 Row = tuple[int, int, int]
 """Where memory lies: address, length, and the number that it was registered under."""
+
+
+def there(package: str) -> bool:
+    """Whether this package is installed; it is not imported for that."""
+    return find_spec(package) is not None
 
 
 @cache
