@@ -269,6 +269,17 @@ def test_secrets_as_they_are_kept(tmp_path: Path) -> None:
             read_secret(str(wrong))
 
 
+def test_a_secret_that_everybody_can_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "secret"
+    file.write_text("0123456789abcdef")
+    file.chmod(0o640)
+    read_secret(str(file))
+    assert not caplog.records
+    file.chmod(0o644)
+    assert read_secret(str(file)) == b"0123456789abcdef"
+    assert "chmod 600" in caplog.text
+
+
 def test_failures_of_long_ago_cost_a_peer_no_transport() -> None:
     async def main(world: World) -> None:
         async with world.host("a", "b") as a, world.host("b", "a"):

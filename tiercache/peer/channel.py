@@ -14,6 +14,8 @@ import hashlib
 import hmac
 import json
 import logging
+import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import ConfigError, ProtocolError, TierCacheError, UnavailableError
@@ -268,10 +270,13 @@ def read_secret(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             secret = file.read(4096).strip()
+            open_to_all = os.fstat(file.fileno()).st_mode & (stat.S_IROTH | stat.S_IWOTH)
     except OSError as error:
         raise ConfigError(
             f"peer_token_file cannot be read ({error}): give all peers a file with the same text"
         ) from None
     if len(secret) < 16:
         raise ConfigError("peer_token_file must hold 16 bytes or more: `openssl rand -hex 32` makes some")
+    if open_to_all:
+        log.warning("everybody on this machine can read or change peer_token_file, and be a peer: chmod 600 %s", path)
     return secret
