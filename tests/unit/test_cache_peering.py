@@ -143,6 +143,8 @@ def test_pages_come_from_a_peer_and_the_rest_from_the_origin() -> None:
                 assert bytes(lease.view(3)) == data[3 * PAGE :]
             # The peer has half of page 1: it is not asked to bring the rest, and what it has is not worth two trips.
             assert sorted(loaded) == [(1, 0b0111), (2, 0b1111)]
+            assert b.count("hits_total", tier="peer", kind="page") == 2
+            assert b.count("misses_total", kind="page") == 2
             await a.until(lambda: a.pinned_bytes == 0)
             (await b.cache.read_pages(RUN, [0], [0b1111], load)).release()
             assert len(loaded) == 2

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache.blocks import Blocks
     from tiercache.cache.far import Far, Near
+    from tiercache.cache.filling import Filling
     from tiercache.cache.joint import BlockTicket
     from tiercache.cache.pressure import Pressure
     from tiercache.cache.recovery import Recovery
@@ -33,6 +34,7 @@ class Chained:
     """Object storage, if there is any."""
     peering: Peering | None = None
     """Caches of other machines, if there are any."""
+    _filling: Filling
     _storing: Storing
     _pressure: Pressure
     _recovery: Recovery
@@ -55,6 +57,7 @@ class Chained:
             relieve=self._pressure.make_room,
             recovered=self._recovery.wait,
         )
+        self._filling.awaited = self.peering.awaited
         self._pressure.spill = self.peering.spill
         self._survey.met = near
 

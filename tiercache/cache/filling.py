@@ -70,6 +70,8 @@ class Filling:
         self.flights = Flights()
         self.taken: Callable[[int, int], int] = lambda slot, location: 0
         """Parts of a slot, in its extent, that others write (blocks.py): nothing is loaded there."""
+        self.awaited: Callable[[Sequence[int]], int] = lambda slots: 0
+        """How many of these slots' entries `load` looks for with peers, and counts itself."""
         self._ssd_loads: set[asyncio.Future[None]] = set()
         self._extents: dict[int, int] = {}  # slot -> extent in memory of which no part is present yet
         self._forsaken: dict[int, list[asyncio.Future[None]]] = {}  # extent that nobody may use -> what may write to it
@@ -87,7 +89,7 @@ class Filling:
         for attempt in range(ATTEMPTS_MAX):
             lacks = self._lacks(slots, wanted, outcomes)
             if kind and not attempt:
-                self._count(len(slots), lacks, kind)
+                self._count(len(slots), lacks, kind, load)
             with self.flights.lock:
                 waits = self._start(lacks, load, outcomes, distrusted) if lacks else []
             if not waits or not await self._all(waits):
@@ -130,14 +132,15 @@ class Filling:
                 outcomes[i] = Outcome.HIT
         return lacks
 
-    def _count(self, count: int, lacks: list[Lack], kind: str) -> None:
+    def _count(self, count: int, lacks: list[Lack], kind: str, load: Load | None) -> None:
         """One entry is one hit of the lowest tier that it needs, or a miss."""
-        misses = sum(1 for lack in lacks if lack.origin)
+        beyond = [lack.slot for lack in lacks if lack.origin]
+        misses = len(beyond)
         self._tiers.metrics.add_all(
             [
                 ("tiercache_hits_total", count - len(lacks), "memory", kind),
                 ("tiercache_hits_total", len(lacks) - misses, "ssd", kind),
-                ("tiercache_misses_total", misses, "", kind),
+                ("tiercache_misses_total", misses - (self.awaited(beyond) if load and beyond else 0), "", kind),
             ]
         )
 

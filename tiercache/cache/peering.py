@@ -96,6 +96,10 @@ class Peering:
         """Which of these lone entries, or blocks, some peer is believed to have."""
         return self._near.sees([Name(one) for one in keys])
 
+    def awaited(self, slots: Sequence[int]) -> int:
+        """How many of these slots' pages some peer is believed to have."""
+        return sum(self._near.sees(self._tiers.index.names(np.array(slots, np.int64))))
+
     async def bring(self, digests: Sequence[bytes], parts: int) -> None:
         """Puts what peers have of these blocks, or lone entries, into memory, as far as that can be done in time. Never
         raises."""
@@ -121,6 +125,7 @@ class Peering:
             if any(seen):
                 there = [i for i, one in enumerate(seen) if one]
                 came = await self._pages(run, [gaps[i] for i in there])
+                self._tiers.metrics.add("tiercache_misses_total", len(there) - len(came), kind="page")
                 rest = [i for i in rest if i not in {there[at] for at in came}]
                 if came:
                     landed([there[at] for at in came], list(came.values()))
