@@ -18,8 +18,9 @@ from tiercache.net.ucx.finding import rdma_devices
 from tiercache.testing.transports import MIB, Ear, Guarded, Pair, PeerProcess
 from tiercache.transport import Memory, Move
 
-ADDRESS = words.Address(7, b"t" * 16, 9, 1 << 40, b"agent")
-DESCRIPTOR = words.Descriptor(b"t" * 16, 3, 1 << 40, 4096, True, Memory.HOST, b"key")
+KEY = (1).to_bytes(8, "little") + b"\0" + b"\2ab"
+ADDRESS = words.Address(7, b"t" * 16, 9, 1 << 40, b"worker", KEY)
+DESCRIPTOR = words.Descriptor(b"t" * 16, 3, 1 << 40, 4096, True, Memory.HOST, KEY)
 EMULATED = "TLS=tcp"
 """As NIXL does it by itself where there is nothing but TCP."""
 
@@ -32,13 +33,17 @@ def test_addresses_and_descriptors_come_back() -> None:
 
 
 def test_lies_are_seen() -> None:
-    for wrong in (ADDRESS._replace(agent=b""), ADDRESS._replace(beacon=1 << 63)):
+    for wrong in (
+        ADDRESS._replace(worker=b""),
+        ADDRESS._replace(key=KEY[:-1]),
+        ADDRESS._replace(beacon=1 << 63),
+    ):
         with pytest.raises(ProtocolError):
             words.unpack_address(words.pack_address(wrong))
     for lie in (
         DESCRIPTOR._replace(base=(1 << 63) - 1),
         DESCRIPTOR._replace(key=b""),
-        DESCRIPTOR._replace(length=0),
+        DESCRIPTOR._replace(key=KEY[:-1]),
         DESCRIPTOR._replace(kind=7),  # type: ignore[arg-type]  # no kind of memory
     ):
         with pytest.raises(ProtocolError):
@@ -49,6 +54,19 @@ def test_lies_are_seen() -> None:
     for _ in range(2000):
         with pytest.raises(ProtocolError):
             words.unpack_descriptor(rng.randbytes(rng.randrange(200)))
+
+
+def test_what_nixl_says_is_known_or_refused() -> None:
+    said = words.described(DESCRIPTOR)
+    assert words.key_of(said, DESCRIPTOR._replace(key=b"")) == KEY
+    agent_said = words.reached(ADDRESS)
+    assert words.worker_of(agent_said, ADDRESS).rstrip(b"\0") == b"worker"
+    for at in range(len(said) - len(KEY) - 1):
+        changed = said[:at] + bytes([said[at] ^ 1]) + said[at + 1 :]
+        with pytest.raises(UnavailableError):
+            words.key_of(changed, DESCRIPTOR._replace(key=b""))
+    with pytest.raises(UnavailableError):
+        words.worker_of(agent_said[:-1], ADDRESS)
 
 
 def test_pieces_are_registered_together_where_they_lie_together() -> None:

@@ -57,7 +57,7 @@ class NixlLink:
         found = words.unpack_descriptor(descriptor)
         if found.token != self._peer.token:
             raise ProtocolError("a NIXL descriptor of another transport than the one at the other end")
-        self._regions.append(found)
+        self._regions.append(found._replace(key=words.described(found) if found.length else b""))
         return len(self._regions) - 1
 
     async def meet(self, deadline_s: float) -> None:

@@ -38,9 +38,7 @@ class NixlTransport:
         self.token = system_random().randbytes(words.TOKEN_BYTES)
         self._beacon = Buffer.of(bytearray(self.token), writable=True)
         self._served: Agent | None = Agent(bindings, self.token.hex(), options, serves=True)
-        self._served.register([(self._beacon.address, self._beacon.length, 0)], Memory.HOST)
-        facts = (self._release, self.token, self._machine, self._beacon.address, self._served.address)
-        self._address = words.pack_address(words.Address(*facts))
+        self._address = words.pack_address(self._reached(self._served))
         self._worker = Worker(self._served, asyncio.get_running_loop(), self._heard)
         self._exposed: dict[bytes, tuple[int, Any]] = {}
         self._links: set[NixlLink] = set()
@@ -58,15 +56,15 @@ class NixlTransport:
         del file
         served = self._open()
         self._serial += 1
-        listed, key = None, b""
+        listed = None
+        said = words.Descriptor(self.token, self._serial, memory.address, memory.length, writable, kind, b"")
         if memory.length:
             try:
                 listed = served.register([(memory.address, memory.length, self._serial)], kind)
-                key = served.describe(listed)
+                said = said._replace(key=words.key_of(served.describe(listed), said))
             except UnavailableError as error:
                 raise ConfigError(f"NIXL cannot expose {memory.length} bytes of {kind.name} memory: {error}") from error
-        facts = (self.token, self._serial, memory.address, memory.length, writable, kind, key)
-        descriptor = words.pack_descriptor(words.Descriptor(*facts))
+        descriptor = words.pack_descriptor(said)
         self._exposed[descriptor] = self._serial, listed
         self._worker.exposed = self._worker.exposed | {self._serial: Exposed(memory, kind)}
         return descriptor
@@ -137,6 +135,15 @@ class NixlTransport:
         self._exposed.clear()
         self._worker.exposed = {}
 
+    def _reached(self, served: Agent) -> words.Address:
+        """The address of the agent that peers reach. Its token is exposed before anything else."""
+        base = self._beacon.address
+        listed = served.register([(base, words.TOKEN_BYTES, 0)], Memory.HOST)
+        token = words.Descriptor(self.token, 0, base, words.TOKEN_BYTES, False, Memory.HOST, b"")
+        key = words.key_of(served.describe(listed), token)
+        address = words.Address(self._release, self.token, self._machine, base, b"", key)
+        return address._replace(worker=words.worker_of(served.address, address))
+
     def _open(self) -> Agent:
         if self._served is None:
             raise UnavailableError("NIXL: the transport is closed")
@@ -155,7 +162,7 @@ class NixlTransport:
         """A new agent that knows the peer's, and the name of that."""
         name = system_random().randbytes(words.TOKEN_BYTES).hex()
         agent = Agent(self._bindings, name, self._options, serves=False)
-        there = agent.load(peer.agent)
+        there = agent.load(words.reached(peer))
         if there != peer.token.hex():
             raise ProtocolError("a NIXL address that names two agents")
         return agent, there
