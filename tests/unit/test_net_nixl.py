@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tiercache.buffers import Buffer
 from tiercache.errors import ProtocolError, UnavailableError
 from tiercache.net import choose, nixl
 from tiercache.net.nixl import agent, words
 from tiercache.net.nixl.link import NEAR_BYTES, joined
 from tiercache.net.nixl.transport import NixlTransport
 from tiercache.net.ucx.finding import rdma_devices
+from tiercache.net.ucx.words import whole_key
 from tiercache.testing.transports import MIB, Ear, Guarded, Pair, PeerProcess
 from tiercache.transport import Memory, Move
 
@@ -78,6 +80,7 @@ def test_pieces_are_registered_together_where_they_lie_together() -> None:
     assert joined([(5, 0)], 7) == []
 
 
+@pytest.mark.slow
 def test_what_does_not_work_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken_nixl"
     broken.mkdir()
@@ -147,5 +150,38 @@ def test_why_there_is_no_tcp() -> None:
         assert status == -6
         assert target.untouched()
         await peer.kill()
+
+    asyncio.run(check())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_there")
+def test_a_lying_peer_is_no_danger() -> None:
+    """Keys that are whole and wrong, memory that is not there, another's token, an address where nobody is."""
+
+    async def check() -> None:
+        rng = random.Random(2)
+        pair = Pair(lambda notified: nixl.open_transport("127.0.0.1", notified))
+        memory = bytearray(MIB)
+        true = words.unpack_descriptor(pair.there.expose(Buffer.of(memory, writable=True)))
+        whole = [true.key[:at] + bytes([true.key[at] ^ 1]) + true.key[at + 1 :] for at in range(len(true.key))]
+        lies = [true._replace(key=key) for key in whole if whole_key(key)]
+        lies += [true._replace(base=rng.randrange(1 << 62), serial=rng.randrange(1 << 32)) for _ in range(4)]
+        assert len(lies) > 4
+        for lie in lies:
+            link = await pair.here.connect(pair.there.address, 5.0)
+            target = Guarded([4096])
+            try:
+                await link.read([Move(link.attach(words.pack_descriptor(lie)), 0, target.pieces)], 5.0)
+            except UnavailableError:
+                pass
+            assert target.whole()
+            await link.close()
+        address = words.unpack_address(pair.there.address)
+        for wrong in (address._replace(token=rng.randbytes(16)), address._replace(beacon=1 << 40)):
+            with pytest.raises(UnavailableError):
+                await pair.here.connect(words.pack_address(wrong), 5.0)
+        async with pair:
+            assert pair.link.negotiated == "cma"
 
     asyncio.run(check())
