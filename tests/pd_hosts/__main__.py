@@ -270,8 +270,8 @@ def main() -> int:
         print("no .venv-engines: make test-engines makes it")
         return 1
     if reason := why_not(rate=True):
-        print(f"no hosts can be made here: {reason}")
-        return 1
+        print(f"not exercised: no hosts can be made here, {reason}")
+        return 0
     wanted = [(m, t) for t in TRANSPORTS for m in MODELS if chosen.only in f"{m} {t}" and not lacking(t)]
     began_s = time.monotonic()
     chosen.models.mkdir(parents=True, exist_ok=True)

@@ -39,8 +39,8 @@ def usable(name: str) -> Usable:
 
 def choose(wanted: str) -> list[str]:
     """Transports to offer to peers, the most wanted first: the one that was asked for by name, else ("auto") all that
-    work here; NIXL only where there is RDMA, for without it has nothing that UCX lacks. Raises UnavailableError where
-    the wanted one does not work."""
+    work here, NIXL and UCX only with RDMA: over TCP they are slower than plain sockets (bench/transport.py), and check
+    less of what a peer says. Raises UnavailableError where the wanted one does not work."""
     if wanted != "auto":
         answer = usable(wanted)
         if not answer.usable:
@@ -49,7 +49,7 @@ def choose(wanted: str) -> list[str]:
     found = []
     for name in TRANSPORTS:
         answer = usable(name)
-        if answer.usable and (name != "nixl" or answer.rdma):
+        if answer.usable and (answer.rdma or name not in ("nixl", "ucx")):
             found.append(name)
     return found
 
