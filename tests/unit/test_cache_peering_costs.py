@@ -55,6 +55,19 @@ def test_everything_is_announced_to_who_comes_later_in_steps_of_any_size(
     run(main)
 
 
+def test_putting_where_nobody_listens_looks_up_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(world: World) -> None:
+        async with world.host("a") as a, world.host("b", "a") as b:
+            monkeypatch.setattr(a.cache.peering, "_useful", lambda slots: pytest.fail("nobody listens"))
+            await a.put(LONE[:20])
+            monkeypatch.undo()
+            await a.met()
+            await a.put(LONE[20:])
+            await b.sees(LONE)
+
+    run(main)
+
+
 def test_evicting_where_nobody_has_room_looks_at_no_ancestors(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(world: World) -> None:
         async with world.host("a", spill=True) as a:

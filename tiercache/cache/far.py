@@ -80,6 +80,11 @@ class Met(Protocol):
         ...
 
     @property
+    def anybody(self) -> bool:
+        """See Peers."""
+        ...
+
+    @property
     def spare_bytes(self) -> int:
         """See Peers."""
         ...

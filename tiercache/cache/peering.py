@@ -169,7 +169,7 @@ class Peering:
 
     def mark(self, slots: npt.NDArray[np.int64]) -> None:
         """These slots have got parts: what is of use to peers is announced to them."""
-        if len(slots):
+        if len(slots) and self._near.anybody:
             self._near.stored(self._useful(slots))
 
     def _useful(self, slots: npt.NDArray[np.int64]) -> list[Name]:

@@ -181,6 +181,11 @@ class Peers:
             self._view.drop(peer.number, found.lacking)
 
     @property
+    def anybody(self) -> bool:
+        """Whether any peer is connected. Any thread; who comes later is told of everything."""
+        return bool(self._pool.peers)
+
+    @property
     def spare_bytes(self) -> int:
         """What the peer with the most free memory would take of what is about to be lost here."""
         return max([peer.free_bytes for peer in self._pool.peers.values()], default=0) if self._spills else 0
