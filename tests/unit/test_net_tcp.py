@@ -319,3 +319,22 @@ def test_no_link_comes_out_of_a_transport_that_closes() -> None:
             await there.close()
 
     asyncio.run(check())
+
+
+@pytest.mark.slow
+def test_a_crowd_that_comes_first_is_let_in() -> None:
+    """Peers that connect before this end has connected to them wait, none in the place of another."""
+
+    async def check() -> None:
+        here = transport()
+        crowd = [transport() for _ in range(100)]
+        links = await asyncio.gather(*[each.connect(here.address, DEADLINE_S) for each in crowd])
+        await asyncio.gather(*[here.connect(each.address, DEADLINE_S) for each in crowd])
+        memory = pattern(1, 0, 4096)
+        descriptor = here.expose(Buffer.of(memory.data, writable=True))
+        moves = [[Move(link.attach(descriptor), 0, Guarded([4096]).pieces)] for link in links]
+        reading = [link.read(each, DEADLINE_S) for link, each in zip(links, moves, strict=True)]
+        assert await asyncio.gather(*reading) == [[HIT]] * len(crowd)
+        await asyncio.gather(here.close(), *[each.close() for each in crowd])
+
+    asyncio.run(check())

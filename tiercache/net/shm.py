@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 1
-STRANGERS_MAX = 64
+STRANGERS_MAX = LINKS_MAX
 """Connections that are not a known peer's yet; another one takes the place of the oldest."""
 COPIERS = 2
 """Threads that copy for all links of a transport: more than that do not make the memory quicker."""

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STRANGERS_MAX = 64
+STRANGERS_MAX = LINKS_MAX
 """Connections that have not proved yet who they are; another one takes the place of the oldest."""
-BACKLOG = 256
+BACKLOG = 2 * LINKS_MAX
 ACCEPT_AGAIN_S = 0.5
 """After which the door opens again where the system had no descriptor or thread left."""
 
