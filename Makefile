@@ -41,6 +41,14 @@ torch: compiler  ## .venv-torch: PyTorch and transformers beside the package
 	    .venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23 \
 	    && rm -r .venv-torch/lib/python3*/site-packages/sglang-0.5.23.dist-info && touch .venv-torch/.sglang-0.5.23; }
 
+# NIXL without PyTorch, which its metadata demands and its bindings do not need: pip would list that as missing for ever.
+.PHONY: nixl
+nixl: venv  ## NIXL in .venv, for the tests of the transport nixl and of the UCX inside
+	@[[ -e .venv/.nixl-1.5.1 || $$(uname -m) != x86_64 ]] || { \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nixl-cu13==1.5.1 \
+	    && sed -i '/^Requires-Dist: /d' .venv/lib/python3*/site-packages/nixl_cu13-1.5.1.dist-info/METADATA \
+	    && touch .venv/.nixl-1.5.1; }
+
 .PHONY: system
 system:  ## fio, zstd and Ceph from Debian, where this may be done; else says what is skipped
 	@tools/system.sh
@@ -51,7 +59,7 @@ demo: venv torch  ## TPC-H on a local object store, and a language model's prefi
 	@HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error .venv-torch/bin/python -m tiercache_connectors.demo_kv
 
 .PHONY: test
-test: venv readers torch system  ## the whole suite against the built wheel, from an empty directory
+test: venv nixl readers torch system  ## the whole suite against the built wheel, from an empty directory
 	@tools/test.sh $(ARGS)
 
 # vLLM has no wheels that fit beside our tools' pins, and takes 4 GB: an environment of its own.
@@ -91,7 +99,7 @@ bench: venv readers system  ## every benchmark, as JSON under build/bench; those
 	@tools/bench.sh $(if $(ARGS),$(ARGS),$(BENCHES))
 
 .PHONY: nightly
-nightly: venv readers torch system  ## 1,200 kills, ten minutes of soaking, long seeds, the suite with asserts off
+nightly: venv nixl readers torch system  ## 1,200 kills, ten minutes of soaking, long seeds, the suite with asserts off
 	$(BIN)/python -m tests.crash --kills 1000
 	$(BIN)/python -m tests.crash --owners 200
 	$(BIN)/python -m tests.soak --minutes 10

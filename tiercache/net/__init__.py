@@ -46,12 +46,10 @@ def choose(wanted: str) -> list[str]:
         if not answer.usable:
             raise UnavailableError(f"peer_transport {wanted} does not work here: {answer.why}")
         return [wanted]
-    found = []
-    for name in TRANSPORTS:
-        answer = usable(name)
-        if answer.usable and (answer.rdma or name not in ("nixl", "ucx")):
-            found.append(name)
-    return found
+    from tiercache.net.ucx.finding import rdma_devices
+
+    some = [name for name in TRANSPORTS if name not in ("nixl", "ucx") or rdma_devices()]  # nothing is loaded in vain
+    return [name for name in some if usable(name).usable]
 
 
 def open_transport(name: str, host: str, notified: Callable[[bytes], None]) -> Transport:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache.errors import UnavailableError
-from tiercache.net.ucx.binding import HOOKS, QUIET, _Environment
+from tiercache.net.ucx.binding import HOOKS, QUIET, Environment
 from tiercache.transport import Memory
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def there(package: str) -> bool:
 def load(package: str) -> Any:
     """NIXL's bindings, with the UCX inside loaded. Raises UnavailableError where they do not work here."""
     try:
-        with _Environment(_SILENT):
+        with Environment(_SILENT):
             bindings = importlib.import_module(f"{package}._bindings")
             asking = bindings.nixlAgent("asking", bindings.nixlAgentConfig())
             asking.getPluginParams(BACKEND)

@@ -229,7 +229,7 @@ class Library(NamedTuple):
 def load(path: str) -> Library:
     """Loads libucp from here. Raises UnavailableError where that is none that can be used."""
     try:
-        with _Environment({f"UCX_{name}": value for name, value in (QUIET | HOOKS).items()}):
+        with Environment({f"UCX_{name}": value for name, value in (QUIET | HOOKS).items()}):
             calls, quick = ctypes.CDLL(path), ctypes.PyDLL(path)
         for library in (calls, quick):
             for name, (result, arguments) in _CALLS.items():
@@ -253,7 +253,7 @@ def numbers(text: str) -> tuple[int, int, int]:
     return major, minor, patch
 
 
-class _Environment:
+class Environment:
     """Variables of the C library's environment while a library loads that reads its options nowhere else. Those of
     Python, and so of children that are started meanwhile, stay as they are."""
 
