@@ -316,9 +316,9 @@ class Core(Protocol):
 
     async def delete(self, names: Sequence[Name]) -> list[Outcome]:
         """Forgets entries in every tier: HIT for each that was there, GONE where there was none. Durable after the next
-        flush, or about a second later: a crash before that may bring them back. With a remote tier, what the bucket has
-        of them is hidden in this process only: other hosts, and this one after a restart, can find it until it is
-        evicted or its lifetime is over."""
+        flush, or about a second later: a crash before that may bring them back. What a bucket or
+        peers have of them is hidden in this process only: other hosts, and this one after a restart, can find it until
+        it is evicted there or its lifetime is over."""
         ...
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:

@@ -9,7 +9,8 @@ There is no master and no metadata server. All processes of a user that open one
 and `master_server_addr="tiercache://host:port,host:port"` (or TIERCACHE_PEERS) names caches of other machines.
 `global_segment_size` is memory_bytes of the directory, where nothing else says those; the process that comes first
 decides. What differs on purpose: values survive `close` and a restart, an object has no lease that holds a removal up,
-and bytes are verified by their digests whenever they are copied.
+and bytes are verified by their digests whenever they are copied. Beside caches of other machines a removal is of this
+machine alone: a peer that has a value keeps it, and goes on giving the old one after an upsert here.
 
 Claimed: setup (long and dictionary), setup_dummy, init_all, close, health_check, get_hostname; put, put_parts,
 put_batch, put_from, put_from_with_metadata, batch_put_from, batch_put_from_multi_buffers; upsert, upsert_parts,

@@ -281,3 +281,20 @@ def test_a_cache_that_closes_while_it_lends(seed: int) -> None:
             assert a.pinned_bytes == b.pinned_bytes == 0
 
     run(main)
+
+
+def test_what_was_deleted_here_does_not_come_back_from_a_peer() -> None:
+    async def main(world: World) -> None:
+        async with world.host("a") as a, world.host("b", "a") as b:
+            await a.put(KEYS)
+            await b.sees(KEYS)
+            assert await b.get(KEYS) == [HIT] * len(KEYS)
+            await a.sees(KEYS)
+            names = [Name(key) for key in KEYS]
+            assert await a.cache.delete(names[:5]) == [HIT] * 5
+            assert await a.get(KEYS) == [MISS] * 5 + [HIT] * (len(KEYS) - 5)
+            assert await b.get(KEYS) == [HIT] * len(KEYS)  # deleting is nobody else's affair
+            await a.put(KEYS[:5])
+            assert await a.get(KEYS) == [HIT] * len(KEYS)
+
+    run(main)

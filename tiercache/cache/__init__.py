@@ -384,8 +384,8 @@ class Cache(Chained):
         there = tiers.delete(names)
         self._recovery.bury(names)
         self._demotion.bury()
-        if self.remote is not None:
-            self.remote.hide(names)
+        for each in self._outside:
+            each.hide(names)
         return [Outcome.HIT if found else Outcome.GONE for found in there]
 
     async def call(self, question: str, arguments: Mapping[str, Any]) -> Any:

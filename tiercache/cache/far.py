@@ -79,6 +79,10 @@ class Met(Protocol):
         """See Peers."""
         ...
 
+    def hide(self, names: Sequence[Name]) -> None:
+        """See Peers."""
+        ...
+
     @property
     def anybody(self) -> bool:
         """See Peers."""

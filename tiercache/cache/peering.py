@@ -165,6 +165,10 @@ class Peering:
         self._tiers.metrics.add("tiercache_hits_total", len(came), tier="peer", kind="page")
         return came
 
+    def hide(self, names: Sequence[Name]) -> None:
+        """These were deleted: what peers have of them is not looked at any more."""
+        self._near.hide(names)
+
     # -- what peers may have -------------------------------------------------------------------------------------------
 
     def mark(self, slots: npt.NDArray[np.int64]) -> None:

@@ -130,11 +130,17 @@ class Peers:
 
     def stored(self, names: Sequence[Name]) -> None:
         """These can be had here now. Any thread."""
-        self._fresh.extend(mark(key, ordinal) for key, ordinal in names)
+        marks = [mark(key, ordinal) for key, ordinal in names]
+        self._view.show(marks)
+        self._fresh.extend(marks)
         if not self._announcing and self._loop is not None and self._fresh:
             self._announcing = True
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is told anything any more
                 self._loop.call_soon_threadsafe(self._announce_soon)
+
+    def hide(self, names: Sequence[Name]) -> None:
+        """These were deleted here: what peers have of them is not looked at, until they are stored here anew."""
+        self._view.hide(names)
 
     async def ask(self, names: Sequence[Name], parts: Sequence[int], priority: Priority = Priority.READ) -> Pinned:
         """What peers have of these (a map of parts for each), pinned there until the end of the answer. What nobody

@@ -22,6 +22,10 @@ def mark(key: bytes, ordinal: int = 0) -> int:
     return int.from_bytes(key[-8:], "little") ^ (ordinal * _STEP & _ALL)
 
 
+HIDDEN_MAX = 1 << 16
+"""Deleted entries that are remembered."""
+
+
 class View:
     """Marks and who has them, a bit a peer. Written on the loop; any thread may look."""
 
@@ -29,6 +33,7 @@ class View:
         self._who: dict[int, int] = {}
         self._order: dict[int, deque[int]] = {}
         """What each peer is believed to have, the oldest first; some of it was dropped since."""
+        self._hidden: dict[int, None] = {}
 
     def add(self, peer: int, marks: Iterable[int]) -> None:
         """This peer (a number from 0 on) has these; where that is more than may be remembered of it, the oldest are
@@ -36,11 +41,25 @@ class View:
         bit, who, order = 1 << peer, self._who, self._order.setdefault(peer, deque())
         for one in marks:
             known = who.get(one, 0)
-            if not known & bit:
+            if not known & bit and one not in self._hidden:
                 who[one] = known | bit
                 order.append(one)
                 if len(order) > MARKS_MAX:
                     self._drop(peer, order.popleft())
+
+    def hide(self, names: Iterable[Name]) -> None:
+        """These were deleted here: whoever has them is not asked, until they are stored here anew."""
+        for name in names:
+            one = mark(name.key, name.ordinal)
+            self._who.pop(one, None)
+            self._hidden[one] = None
+            if len(self._hidden) > HIDDEN_MAX:
+                del self._hidden[next(iter(self._hidden))]
+
+    def show(self, marks: Iterable[int]) -> None:
+        """These are stored here."""
+        for one in marks if self._hidden else ():
+            self._hidden.pop(one, None)
 
     def drop(self, peer: int, names: Iterable[Name]) -> None:
         """It does not have these after all."""
