@@ -233,7 +233,7 @@ def test_whoever_gives_up_leaves_nothing_pinned(seed: int) -> None:
                 await asyncio.sleep(rng.uniform(0, 0.02))
                 asking.cancel()
                 await asyncio.wait([asking])
-                await c.cache.delete([Name(key) for key in KEYS])
+                await c.cache.call("evict", {"keys": [key.hex() for key in KEYS]})
             await a.until(lambda: a.pinned_bytes == 0)
             await b.until(lambda: b.pinned_bytes == 0)
             assert c.peers.gate.used_bytes == 0

@@ -389,7 +389,7 @@ def test_a_flood_of_damaged_messages(seed: int) -> None:
                         await asyncio.sleep(rng.uniform(0, 0.05))
                     async with asyncio.timeout(20 * DEADLINE_S):
                         await asyncio.gather(*asking)
-                await a.cache.delete([Name(key) for key in KEYS[6:]])
+                await a.cache.call("evict", {"keys": [key.hex() for key in KEYS[6:]]})
             await a.until(lambda: a.pinned_bytes == b.pinned_bytes == 0)
             await a.met(1)
             assert a.peers.gate.used_bytes == 0

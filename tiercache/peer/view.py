@@ -49,8 +49,8 @@ class View:
 
     def hide(self, names: Iterable[Name]) -> None:
         """These were deleted here: whoever has them is not asked, until they are stored here anew."""
-        for name in names:
-            one = mark(name.key, name.ordinal)
+        for key, ordinal in names:
+            one = mark(key, ordinal)
             self._who.pop(one, None)
             self._hidden[one] = None
             if len(self._hidden) > HIDDEN_MAX:
