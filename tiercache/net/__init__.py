@@ -39,8 +39,8 @@ def usable(name: str) -> Usable:
 
 def choose(wanted: str) -> list[str]:
     """Transports to offer to peers, the most wanted first: the one that was asked for by name, else ("auto") all that
-    work here, NIXL and UCX only with RDMA: over TCP they are slower than plain sockets (bench/transport.py), and check
-    less of what a peer says. Raises UnavailableError where the wanted one does not work."""
+    work here, NIXL and UCX only with RDMA: over TCP plain sockets check more of what a peer says, and are no slower as
+    a whole (ARCHITECTURE, "Where this differs"). Raises UnavailableError where the wanted one does not work."""
     if wanted != "auto":
         answer = usable(wanted)
         if not answer.usable:
