@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -236,20 +237,8 @@ class Peering:
     def payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
         """All that is known of entries in memory, digests included, by the names that find them (a block's says nothing
         of its depth). The caller has pinned them."""
-        index = self._tiers.index
-        facts = index.facts(slots)
-        rows = zip(
-            index.names(slots), self._tiers.memory.payloads(facts.memory_location.tolist()), index.parents(slots),
-            facts.kind.tolist(), facts.scope.tolist(), facts.cost_s.tolist(), facts.expiry_s.tolist(),
-            index.forms(slots).tolist(), strict=True,
-        )  # fmt: skip
-        return [
-            Payload(
-                Name(name.key) if form == Form.BLOCK else name, one.size, one.part_bytes, one.parts, one.digests,
-                Kind(kind), parent, scope, cost_s, expiry_s, 0, Form(form),
-            )
-            for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
-        ]  # fmt: skip
+        found = self._tiers.payloads(slots)
+        return [replace(one, name=Name(one.name.key)) if one.form is Form.BLOCK else one for one in found]
 
     @property
     def memories(self) -> Sequence[Segment]:

@@ -18,7 +18,7 @@ import numpy as np
 from tiercache.cache.bringing import BATCH_SHARE, Bringing
 from tiercache.cache.tiers import whole
 from tiercache.errors import TierCacheError
-from tiercache.model import Form, Kind, Name, Outcome, Payload, State
+from tiercache.model import Kind, Name, Outcome, Payload, State
 from tiercache.tier import Health
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Remote:
             facts = tiers.index.facts(slots)
             same = facts.memory_location == np.array([one.location for one in batch], np.int64)
             same &= facts.memory_parts == whole(facts.size, facts.part_bytes)
-            payloads = self._payloads(slots[same])
+            payloads = tiers.payloads(slots[same])
             some = self._admitted(payloads, [one for one, there in zip(batch, same.tolist(), strict=True) if there])
             sources = tiers.memory.buffers(facts.memory_location[same][some].tolist()) if some else []
             outcomes = await self.store.write([payloads[i] for i in some], sources, copied) if some else []
@@ -275,22 +275,6 @@ class Remote:
         match = self._tiers.index.match([Name(one) for one in keys])
         self._tiers.release(match)
         return dict(zip(keys, match.slots.tolist(), strict=True))
-
-    def _payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
-        index = self._tiers.index
-        facts = index.facts(slots)
-        rows = zip(
-            index.names(slots), self._tiers.memory.payloads(facts.memory_location.tolist()), index.parents(slots),
-            facts.kind.tolist(), facts.scope.tolist(), facts.cost_s.tolist(), facts.expiry_s.tolist(),
-            index.forms(slots).tolist(), strict=True,
-        )  # fmt: skip
-        return [
-            Payload(
-                name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
-                scope, cost_s, expiry_s, 0, Form(form),
-            )
-            for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
-        ]  # fmt: skip
 
     # -- loads ---------------------------------------------------------------------------------------------------------
 

@@ -264,6 +264,23 @@ class Tiers:
                 locations[i] = location
         return locations
 
+    def payloads(self, slots: npt.NDArray[np.int64]) -> list[Payload]:
+        """All that is known of entries in memory, digests included. The caller has pinned them."""
+        index = self.index
+        facts = index.facts(slots)
+        rows = zip(
+            index.names(slots), self.memory.payloads(facts.memory_location.tolist()), index.parents(slots),
+            facts.kind.tolist(), facts.scope.tolist(), facts.cost_s.tolist(), facts.expiry_s.tolist(),
+            index.forms(slots).tolist(), strict=True,
+        )  # fmt: skip
+        return [
+            Payload(
+                name, one.size, one.part_bytes, one.parts, one.digests, Kind(kind), parent,
+                scope, cost_s, expiry_s, 0, Form(form),
+            )
+            for name, one, parent, kind, scope, cost_s, expiry_s, form in rows
+        ]  # fmt: skip
+
     def describe(self, slots: npt.NDArray[np.int64], locations: list[int]) -> None:
         """Writes beside fresh extents of shared memory what the index knows of the slots that they are for."""
         memory: object = self.memory
