@@ -105,6 +105,8 @@ nightly: venv nixl readers torch system  ## 1,200 kills, ten minutes of soaking,
 	$(BIN)/python -m tests.soak --minutes 10
 	$(BIN)/python -m tests.two_hosts
 	$(BIN)/python -m tests.mooncake_wheel
+	TIERCACHE_UCX_LIB=$$(echo .venv/lib/python3*/site-packages/libucx/lib/libucp.so) $(BIN)/python -m pytest -q \
+	    tests/contract/test_transports_ucx.py tests/unit/test_net_ucx*.py  # the wheel's UCX beside NIXL's newer one
 	HYPOTHESIS_PROFILE=nightly tools/test.sh -m nightly --timeout 3600
 	tools/test.sh --optimized
 	tools/engines.sh --old
