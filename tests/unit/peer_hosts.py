@@ -82,7 +82,7 @@ class Host:
         )
         self.peers = Peers(
             self.pool,
-            Limits(landing_bytes, lend_bytes, 0.0, DEADLINE_S, spill),
+            Limits(landing_bytes, lend_bytes, self.settings.peer_rate_bytes_s, DEADLINE_S, spill),
             clock=world.clock,
             metrics=self.metrics,
         )

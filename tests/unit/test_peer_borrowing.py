@@ -298,3 +298,20 @@ def test_what_was_deleted_here_does_not_come_back_from_a_peer() -> None:
             assert await a.get(KEYS) == [HIT] * len(KEYS)
 
     run(main)
+
+
+def test_a_read_waits_for_a_slow_rate_only_so_long() -> None:
+    async def main(world: World) -> None:
+        async with (
+            world.host("a", memory_bytes=16 * MIB, lend_bytes=8 * MIB) as a,
+            world.host("b", "a", memory_bytes=32 * MIB, peer_rate_bytes_s=1024) as b,
+        ):
+            await a.put(KEYS, LARGE)
+            await b.sees(KEYS)
+            began_s = world.loop.time()
+            assert MISS in await b.get(KEYS, LARGE)
+            assert world.loop.time() - began_s < 20 * DEADLINE_S  # all of it would take more than two hours
+            assert b.peers.gate.used_bytes == b.peers.gate.ahead_bytes == 0
+            await a.until(lambda: a.pinned_bytes == 0)
+
+    run(main)

@@ -9,24 +9,27 @@ they read, and for small pieces. What `pick_way` takes was measured: bench/trans
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiercache.buffers import Buffer, copy_verified, many_digests, runs, same_digests
 from tiercache.errors import AbandonedLoad, UnavailableError
 from tiercache.model import Outcome
 from tiercache.peer.frames import Op, Pushing, outcome, pack_push, unpack_number
-from tiercache.peer.gate import patience_s
+from tiercache.peer.gate import Priority, patience_s
 from tiercache.threads import in_thread
 from tiercache.transport import MOVE_BYTES_MAX, Move
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from tiercache.model import Name, Payload
     from tiercache.peer.frames import Held, Item
-    from tiercache.peer.gate import Gate, Priority
+    from tiercache.peer.gate import Gate
     from tiercache.peer.meeting import Peer
 
+OFFERED_S = 600.0
+"""So long what was offered waits for its turn: as long as whoever published it."""
 STREAM_BYTES_MAX = 256 << 10
 """Runs up to this go as a stream also where reading is the faster way."""
 
@@ -157,7 +160,7 @@ class Borrowed:
     async def _stream(self, batch: _Batch, runs: list[Run]) -> None:
         """Has the peer write these one after the other into a slot, and scatters them from there."""
         peer, size = self._peer, sum(run.stop - run.start for run in runs)
-        async with self._gate.admit(size, self._priority, peer.landing.slot_bytes):
+        async with self._admitted(size, peer.landing.slot_bytes):
             slot = peer.landing.take()
             try:
                 pieces = [Pushing(run.item, run.start, run.stop) for run in runs]
@@ -191,7 +194,7 @@ class Borrowed:
             place = self._items[batch.wanted[run.at].name][1].place
             target = batch.targets[run.at].slice(run.start, run.stop - run.start)
             moves.append(Move(self._peer.region(place.region), place.offset + run.start, [target]))
-        async with self._gate.admit(size, self._priority):
+        async with self._admitted(size):
             outcomes = await self._peer.read(moves, self._deadline(size))
         batch.miss([run for run, one in zip(runs, outcomes, strict=True) if one is not Outcome.HIT])
         there = [run for run, one in zip(runs, outcomes, strict=True) if one is Outcome.HIT]
@@ -203,6 +206,20 @@ class Borrowed:
         for run, mask, row in zip(there, masks, await in_thread(many_digests, rows), strict=True):
             if not same_digests(row, batch.digests[run.at], mask):
                 batch.outcomes[run.at] = Outcome.CORRUPT
+
+    @asynccontextmanager
+    async def _admitted(self, size: int, takes: int = 0) -> AsyncIterator[None]:
+        """Through the gate: whoever reads waits there for what is ahead at a slow link's rate, and then goes without,
+        for no rate or crowd may make the cache slower than none. What was offered has the time that its offerer has."""
+        reads = self._priority is Priority.READ
+        wait_s = self._deadline_s + patience_s(self._gate.ahead_bytes) if reads else OFFERED_S
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await held.enter_async_context(self._gate.admit(size, self._priority, takes))
+            except TimeoutError:
+                raise UnavailableError(f"what comes from peers was full for {wait_s:.1f} s") from None
+            yield
 
     def _deadline(self, size: int) -> float:
         """For one of several that share a link: all of them may be as far when the last byte of the first comes."""

@@ -40,13 +40,18 @@ class Gate:
         self.room_bytes, self._rate, self._clock = room_bytes, rate_bytes_s, clock
         self._used = 0
         self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
-        self._order = 0
+        self._order = self._queued = 0
         self._free_at_s = 0.0
 
     @property
     def used_bytes(self) -> int:
         """Bytes under way."""
         return self._used
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes under way, or waiting for that."""
+        return self._used + self._queued
 
     @asynccontextmanager
     async def admit(self, moves: int, priority: Priority, takes: int = 0) -> AsyncIterator[None]:
@@ -57,6 +62,7 @@ class Gate:
             self._order += 1
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heapq.heappush(self._waiting, (priority, self._order, size, turn))
+            self._queued += size
             self._admit_next()  # who comes first may fit where the one before does not
             try:
                 await turn
@@ -86,6 +92,7 @@ class Gate:
                 self._used += size
                 turn.set_result(None)
             heapq.heappop(self._waiting)
+            self._queued -= size
 
     async def _pace(self, size: int) -> None:
         """Returns when the rate has earned these bytes: so it holds for what is read in one go, too."""
